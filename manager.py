@@ -1,0 +1,3679 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["bottle>=0.13.2,<0.14", "waitress>=3.0.2,<3.1"]
+# ///
+"""Panguard Manager: a fleet manager for Panguard Guard agents, in one file.
+
+Registration, heartbeat monitoring and an audit journal over HTTP, kept in one SQLite file. Copy this
+file beside bottle and waitress and run it, or embed it:
+
+    with Server(port=0) as server:
+        agent = server.manager.register(hostname="web-1", os="linux", version="1.2.0").agent
+        assert server.manager.agent(agent.id).status is Status.ONLINE
+
+The file is a house of rooms. A room uses only the rooms above it:
+
+    1  Settings      what an operator may set: one table for options, variables, help and README
+    2  Domain        agents, liveness, errors: pure functions and frozen records
+    3  Validation    checks that clean a body and describe it to OpenAPI
+    4  Storage       migrations, the one writing connection, the readers
+    5  Manager       the use cases, one method each: no HTTP, no threads, no sleep
+    6  HTTP          the routes: who may call, what they take, what they answer
+    7  Event streams the journal as server-sent events; they hold connections, not threads
+    9  Server        waitress on one loop: lane, socket map, streams, TLS; clocks, start and stop
+    10 Command line  main()
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import enum
+import errno
+import hashlib
+import hmac
+import http
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import resource
+import secrets
+import select
+import shlex
+import signal
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from datetime import datetime, timedelta, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import parse_qs
+
+import bottle  # type: ignore[import-untyped]
+from waitress import wasyncore  # type: ignore[import-untyped]
+from waitress.adjustments import Adjustments  # type: ignore[import-untyped]
+from waitress.buffers import OverflowableBuffer  # type: ignore[import-untyped]
+from waitress.channel import ClientDisconnected, HTTPChannel  # type: ignore[import-untyped]
+from waitress.parser import HTTPRequestParser, ParsingError  # type: ignore[import-untyped]
+from waitress.server import TcpWSGIServer  # type: ignore[import-untyped]
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask  # type: ignore[import-untyped]
+from waitress.utilities import Error, build_http_date  # type: ignore[import-untyped]
+
+__version__ = "1.0.0"
+__all__ = ["Agent", "Caller", "Clock", "Config", "Entry", "Manager", "ManagerError", "ManualClock",
+           "Moment", "Server", "Status", "SystemClock", "create_app", "main"]
+
+log = logging.getLogger("panguard")
+
+########################################################################################################
+# 1  Settings ##########################################################################################
+########################################################################################################
+
+
+class SettingError(ValueError):
+    """A setting has a value it may not have; the text names the setting, the value and the rule."""
+
+
+class Parser(NamedTuple):
+    """Turns a setting's text into its value, or raises ValueError; `must` says what it must be."""
+
+    parse: Callable[[str], Any]
+    must: str
+
+
+def _whole(low: int, high: int) -> Parser:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,15}", text) or not low <= int(text) <= high:
+            raise ValueError
+        return int(text)
+    return Parser(parse, f"a whole number from {low} to {high}")
+
+
+def _matching(pattern: str, must: str) -> Parser:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+    return Parser(parse, must)
+
+
+def _several(one: Callable[[str], Any], most: int, must: str) -> Parser:
+    def parse(text: str) -> tuple[Any, ...]:
+        parts = [part.strip() for part in text.split(",")]
+        if not 1 <= len(parts) <= most:
+            raise ValueError
+        return tuple(one(part) for part in parts)
+    return Parser(parse, must)
+
+
+def _parse_path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise ValueError
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError from error
+
+
+_DAY_MS = 86_400_000
+_PORT = _whole(0, 65535)
+_MS = _whole(1, 1000 * _DAY_MS)
+_TOKEN = _matching(r"[!-+\--~]{1,255}", "1 to 255 visible ASCII characters without a comma")
+_TOKENS = _several(_TOKEN.parse, 2, "one token, or two with a comma between, each " + _TOKEN.must)
+_FOLDER = Parser(_parse_path, "the path of a folder")
+_FILE = Parser(_parse_path, "the path of a file")
+_HOST = _matching(r"[0-9A-Za-z.:_-]{1,255}", "a host name or an address")
+_NETWORKS = _several(ipaddress.ip_network, 64, "addresses or networks such as 10.0.0.0/8, with commas between")
+_ORIGINS = _several(_matching(r"https?://[0-9A-Za-z.:\[\]_-]+", "").parse, 64,
+                    "origins such as https://console.example.org, with commas between")
+_SWITCH = Parser({"1": True, "true": True, "0": False, "false": False}.__getitem__, "1 or 0")
+_TLS = _matching("auto|require|off", "auto, require or off")
+_LEVEL = _matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
+
+
+def _setting(default: Any, variable: str, parser: Parser, help: str, *, option: str | None = None,
+             unit: str = "", shown: str | None = None) -> Any:
+    return field(default=default, metadata={
+        "variable": variable, "parser": parser, "help": help, "option": option, "unit": unit,
+        "shown": ("none" if default is None else str(default)) if shown is None else shown})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of the manager, checked on construction.
+
+    The fields are the one table of settings: `--help`, `load()`, the keywords of `Server` and the
+    README's table are all read from it. A field takes its value or the text an operator would write.
+    Raises SettingError for a value that a setting may not have.
+    """
+
+    host: str = _setting(
+        "127.0.0.1", "MANAGER_HOST", _HOST, "address to listen on", option="--host")
+    port: int = _setting(
+        8443, "MANAGER_PORT", _PORT, "port to listen on; 0 takes a free one", option="--port")
+    data_dir: Path | None = _setting(
+        Path("~/.panguard-manager"), "MANAGER_DATA_DIR", _FOLDER,
+        "folder of manager.db and token, made if missing", option="--data-dir")
+    auth_token: tuple[str, ...] = _setting(
+        (), "MANAGER_AUTH_TOKEN", _TOKENS, "the admin's token, or two with a comma between while one replaces "
+        "the other; without it one is generated and kept in the data folder", option="--auth-token",
+        shown="generated")
+    enroll_token: str | None = _setting(
+        None, "MANAGER_ENROLL_TOKEN", _TOKEN, "a token that may register agents and nothing else")
+    heartbeat_timeout_ms: int = _setting(
+        60_000, "MANAGER_HEARTBEAT_TIMEOUT_MS", _MS, "silence allowed before an agent is stale", unit="ms")
+    heartbeat_grace_ms: int | None = _setting(
+        None, "MANAGER_HEARTBEAT_GRACE_MS", _whole(0, 1000 * _DAY_MS),
+        "lateness forgiven on top of the timeout", unit="ms", shown="a tenth of the timeout")
+    offline_timeout_ms: int | None = _setting(
+        None, "MANAGER_OFFLINE_TIMEOUT_MS", _MS, "silence after which a stale agent is offline", unit="ms",
+        shown="five timeouts")
+    max_agents: int = _setting(
+        100_000, "MANAGER_MAX_AGENTS", _whole(1, 10_000_000), "agents that may be registered at once")
+    trusted_proxy: tuple[Any, ...] = _setting(
+        (), "MANAGER_TRUSTED_PROXY", _NETWORKS, "proxies whose X-Forwarded-For is believed", shown="none")
+    rate_limit: int = _setting(
+        0, "MANAGER_RATE_LIMIT", _whole(0, 1_000_000_000), "requests per address and minute; 0 is no limit")
+    cors_allowed_origins: tuple[str, ...] = _setting(
+        (), "CORS_ALLOWED_ORIGINS", _ORIGINS, "web origins that may call from a browser", shown="none")
+    threat_retention_ms: int = _setting(
+        30 * _DAY_MS, "MANAGER_THREAT_RETENTION_MS", _MS, "age at which a threat event is removed", unit="ms")
+    journal_retention_ms: int = _setting(
+        30 * _DAY_MS, "MANAGER_JOURNAL_RETENTION_MS", _MS, "age at which a journal entry is removed", unit="ms")
+    correlation_window_ms: int = _setting(
+        300_000, "MANAGER_CORRELATION_WINDOW_MS", _MS,
+        "time within which events of several agents are taken for one attack", unit="ms")
+    tls: str = _setting(
+        "auto", "MANAGER_TLS", _TLS, "auto: TLS for all, plaintext for loopback and the proxy only; require: "
+        "plaintext for nobody; off: plaintext for all", option="--tls")
+    tls_cert: Path | None = _setting(
+        None, "MANAGER_TLS_CERT", _FILE, "certificate chain (PEM) instead of the self-signed one in the data folder",
+        option="--tls-cert")
+    tls_key: Path | None = _setting(
+        None, "MANAGER_TLS_KEY", _FILE, "private key (PEM) of that certificate", option="--tls-key")
+    open_enrollment: bool = _setting(
+        False, "MANAGER_OPEN_ENROLLMENT", _SWITCH, "1 lets agents register without a token, as the Guard agent "
+        "shipped on npm does", shown="0")
+    max_streams: int = _setting(
+        500, "MANAGER_MAX_STREAMS", _whole(0, 100_000), "event streams that may be open at once")
+    threads: int = _setting(
+        4, "MANAGER_THREADS", _whole(1, 256), "threads that serve requests")
+    log_level: str = _setting(
+        "INFO", "MANAGER_LOG_LEVEL", _LEVEL, "least serious message written to standard error")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is None or value == each.default == ():
+                continue
+            text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+            if isinstance(value, bool):
+                text = text.lower()
+            object.__setattr__(self, each.name, _parsed(each, text))
+        timeout = self.heartbeat_timeout_ms
+        if self.heartbeat_grace_ms is None:
+            object.__setattr__(self, "heartbeat_grace_ms", timeout // 10)
+        if self.offline_timeout_ms is None:
+            object.__setattr__(self, "offline_timeout_ms", max(5 * timeout, timeout + self.grace_ms + 1))
+        elif self.offline_timeout_ms <= timeout + self.grace_ms:
+            raise SettingError(f"MANAGER_OFFLINE_TIMEOUT_MS is '{self.offline_timeout_ms}' and must be more than "
+                               f"the heartbeat timeout and its grace together, {timeout + self.grace_ms}")
+
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingError("MANAGER_TLS_CERT and MANAGER_TLS_KEY must be given together")
+        if self.tls_cert and self.tls == "off":
+            raise SettingError("MANAGER_TLS_CERT has no use with MANAGER_TLS 'off'; it must be auto or require")
+
+    @property
+    def grace_ms(self) -> int:
+        """The grace in force: as set, or a tenth of the timeout."""
+        assert self.heartbeat_grace_ms is not None
+        return self.heartbeat_grace_ms
+
+    @property
+    def liveness(self) -> Liveness:
+        """The two ages at which an agent changes status."""
+        assert self.offline_timeout_ms is not None
+        return Liveness(self.heartbeat_timeout_ms + self.grace_ms, self.offline_timeout_ms)
+
+    @classmethod
+    def load(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+        """Settings from a command line and an environment; an option beats its variable.
+
+        An empty variable counts as unset. Raises SettingError; `--help` and an unknown option
+        leave through argparse, with status 0 and 2.
+        """
+        parser = argparse.ArgumentParser(
+            prog="panguard-manager", description="Fleet manager for Panguard Guard agents.",
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            epilog="environment variables:\n" + "\n".join(
+                f"  {each.metadata['variable']:<32}{each.metadata['help']} ({each.metadata['shown']})"
+                for each in fields(cls)))
+        parser.add_argument("--version", action="version", version=f"Panguard Manager {__version__}")
+        for each in fields(cls):
+            if each.metadata["option"]:
+                parser.add_argument(each.metadata["option"], dest=each.name, metavar=each.name.upper(),
+                                    help=f"{each.metadata['help']} ({each.metadata['variable']})")
+        options = vars(parser.parse_args(argv))
+        chosen: dict[str, Any] = {}
+        for each in fields(cls):
+            if (text := options.get(each.name)) is not None:
+                chosen[each.name] = _parsed(each, text, each.metadata["option"])
+            elif text := environ.get(each.metadata["variable"]):
+                chosen[each.name] = _parsed(each, text)
+        return cls(**chosen)
+
+
+def _parsed(setting: Field[Any], text: str, name: str | None = None) -> Any:
+    try:
+        return setting.metadata["parser"].parse(text)
+    except (ValueError, KeyError):
+        raise SettingError(_refusal(setting, text, name)) from None
+
+
+def _refusal(setting: Field[Any], text: str, name: str | None = None) -> str:
+    # A refused token may be a real one with a typing error: it does not belong in a terminal or a log.
+    shown = "(not shown)" if "token" in setting.name else f"'{text}'"
+    return f"{name or setting.metadata['variable']} is {shown} and must be {setting.metadata['parser'].must}"
+
+
+########################################################################################################
+# 2  Domain ############################################################################################
+########################################################################################################
+
+
+class ManagerError(Exception):
+    """A refusal or a fault that has words for its caller. `status` is its HTTP status."""
+
+    status = 500
+
+    def __init__(self, text: str, *, retry_after_s: int | None = None, headers: Iterable[tuple[str, str]] = ()):
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+        self.headers = tuple(headers)
+
+
+class Invalid(ManagerError):
+    """Input that is not what it must be; the text names every offending field."""
+
+    status = 400
+
+
+class Unauthorized(ManagerError):
+    """No credential, or one that nobody was given."""
+
+    status = 401
+
+
+class Forbidden(ManagerError):
+    """A credential that does not reach this far."""
+
+    status = 403
+
+
+class NotFound(ManagerError):
+    """Nothing is registered under that name."""
+
+    status = 404
+
+
+class Conflict(ManagerError):
+    """The request is sound but the fleet does not allow it now."""
+
+    status = 409
+
+
+class TooLarge(ManagerError):
+    """A body over the limit."""
+
+    status = 413
+
+
+class NotJson(ManagerError):
+    """A body of another content type."""
+
+    status = 415
+
+
+class Throttled(ManagerError):
+    """Too many requests of a kind from one address; `retry_after_s` says when to come back."""
+
+    status = 429
+
+
+class Unavailable(ManagerError):
+    """A fault of the manager's surroundings; the text says what to do about it."""
+
+    status = 503
+
+
+class NoStreams(ManagerError):
+    """Another server than ours runs the application, and cannot hold streams."""
+
+    status = 501
+
+
+class Dropped(ConnectionAbortedError):
+    """The connection is to be dropped without an answer, as a fault asked for."""
+
+
+class StartError(ManagerError):
+    """The manager cannot start; the text says why and what to do."""
+
+
+class Status(str, enum.Enum):
+    """What the age of an agent's last contact says of it."""
+
+    ONLINE = "online"
+    STALE = "stale"
+    OFFLINE = "offline"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Moment(NamedTuple):
+    """One reading of a clock, in ms: `wall_ms` since 1970 is shown, `tick_ms` never steps and decides liveness."""
+
+    wall_ms: int
+    tick_ms: int
+
+    def wall_of(self, tick_ms: int) -> int:
+        """The instant, on today's wall clock, at which the tick stood at `tick_ms`."""
+        return self.wall_ms - (self.tick_ms - tick_ms)
+
+
+class Clock(Protocol):
+    """What the manager asks of a clock: SystemClock outside, ManualClock in tests."""
+
+    def now(self) -> Moment: ...
+
+    def pause(self, seconds: float) -> None:
+        """Let others go first."""
+
+    def every(self, interval_s: float, callback: Callable[[float], None]) -> Callable[[], None]:
+        """Call `callback(late_s)` every interval until the function returned is called."""
+
+
+class Liveness(NamedTuple):
+    """The ages, in ms since the last contact, past which an agent is stale, then offline."""
+
+    stale_after_ms: int
+    offline_after_ms: int
+
+    def status(self, seen_ms: int, tick_ms: int) -> Status:
+        """The status at `tick_ms` of an agent last in contact at `seen_ms`, both on the tick."""
+        age_ms = tick_ms - seen_ms
+        if age_ms <= self.stale_after_ms:
+            return Status.ONLINE
+        return Status.STALE if age_ms <= self.offline_after_ms else Status.OFFLINE
+
+    def cutoffs(self, tick_ms: int) -> dict[str, int]:
+        """The same rule as two bounds for SQL: online is `seen_ms >= online_from`, stale `>= stale_from`."""
+        return {"online_from": tick_ms - self.stale_after_ms, "stale_from": tick_ms - self.offline_after_ms}
+
+
+class Caller(NamedTuple):
+    """Who asks: `role` is admin, enroller, agent, anyone or manager; `address` where from, if over a network."""
+
+    role: str
+    address: str | None = None
+    agent_id: str | None = None
+    credential: str | None = None
+
+    def actor(self) -> dict[str, str]:
+        """How the journal names the caller; an admin's credential by the first digits of its digest."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+LOCAL = Caller("admin")
+"""The caller of a Manager method that was called from Python."""
+
+
+@dataclass(frozen=True)
+class Agent:
+    """An agent as of one instant. Instants in ms since 1970, `uptime` in s, `cpu` and `memory` in percent."""
+
+    id: str
+    hostname: str
+    os: str
+    version: str
+    ip: str
+    org_id: str | None
+    machine_id: str | None
+    arch: str | None
+    tags: tuple[str, ...]
+    status: Status
+    cpu: float | None
+    memory: float | None
+    uptime: float | None
+    last_heartbeat_ms: int
+    registered_ms: int
+    acknowledged: int
+    recent_threats: int
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What registering gave: the agent, its token (shown this once), and whether its id is new."""
+
+    agent: Agent
+    token: str
+    created: bool
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a heartbeat is answered: `at_ms` since 1970, and how many policies wait to be fetched."""
+
+    id: str
+    status: Status
+    at_ms: int
+    pending_policies: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the journal. `seq` orders it, `at_ms` (since 1970) is when what it reports happened."""
+
+    seq: int
+    at_ms: int
+    type: str
+    actor: Mapping[str, str]
+    org_id: str | None
+    agent_id: str | None
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One version of one scope's policy: of all agents, of an organization, or (an override) of one agent."""
+
+    version: int
+    id: str
+    name: str
+    description: str | None
+    rules: Sequence[Mapping[str, Any]]
+    org_id: str | None
+    agent_id: str | None
+    broadcasted_to: int
+    created_ms: int
+
+
+@dataclass(frozen=True)
+class Effective:
+    """What the policies in force for an agent amount to; `version` 0 is none, `pending` how many it lacks."""
+
+    version: int
+    rules: Sequence[Mapping[str, Any]]
+    pending: int
+
+
+@dataclass(frozen=True)
+class AgentPolicy:
+    """What an agent must obey, and when (ms since 1970) it acknowledged that, if it has."""
+
+    agent_id: str
+    effective: Effective
+    applied_ms: int | None
+
+
+class Census(NamedTuple):
+    """How many agents have which status, and how many threat events and policies are kept."""
+
+    agents: Mapping[Status, int]
+    threats: int
+    policies: int
+
+
+ENTRY_TYPES = ("agent_registered", "agent_online", "agent_stale", "agent_offline", "agent_updated",
+               "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated", "policy_created")
+SEVERITIES = ("critical", "high", "medium", "low")
+PERIODS_MS = {"1h": 3_600_000, "6h": 6 * 3_600_000, "24h": _DAY_MS, "7d": 7 * _DAY_MS, "30d": 30 * _DAY_MS}
+SOURCE_KEYS = ("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip", "client_ip")
+HASH_KEYS = ("sha256", "sha1", "md5", "fileHash", "hash", "malwareHash")
+
+
+def iso(ms: int) -> str:
+    """An instant in ms since 1970 as the API writes it: 2026-03-07T12:00:00.000Z."""
+    at = datetime.fromtimestamp(ms // 1000, timezone.utc)
+    return f"{at:%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}Z"
+
+
+def version_text(version: int) -> str | None:
+    """A policy's version as the API writes it; version 0 is none."""
+    return f"v{version}" if version else None
+
+
+def resolve(in_force: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], acknowledged: int) -> Effective:
+    """What policies in force, as (version, rules) from the widest scope to the narrowest, amount to.
+
+    A rule replaces those of its type from wider scopes; rules of one type in one scope stand together.
+    """
+    rules: list[Mapping[str, Any]] = []
+    for _, narrower in in_force:
+        replaced = {rule["type"] for rule in narrower}
+        rules = [rule for rule in rules if rule["type"] not in replaced] + list(narrower)
+    versions = [version for version, _ in in_force]
+    return Effective(max(versions, default=0), rules, sum(version > acknowledged for version in versions))
+
+
+def first_text(details: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    """The first text among the values of `keys`, in their order."""
+    return next((value.strip() for key in keys if isinstance(value := details.get(key), str) and value.strip()), None)
+
+
+def source_address(details: Mapping[str, Any]) -> str | None:
+    """The address that an event came from, in canonical form if it is one."""
+    if (found := first_text(details, SOURCE_KEYS)) is None:
+        return None
+    try:
+        return str(ipaddress.ip_address(found))
+    except ValueError:
+        return found[:255]
+
+
+def file_hash(details: Mapping[str, Any]) -> str | None:
+    """The hash of the file that an event is about, in lower case."""
+    found = first_text(details, HASH_KEYS)
+    return found and found[:255].lower()
+
+
+########################################################################################################
+# 3  Validation ########################################################################################
+########################################################################################################
+
+
+class Check(NamedTuple):
+    """One rule: `clean(value, path, problems)` gives the value or adds `path: must be …`; `schema` is the
+    same rule for OpenAPI."""
+
+    clean: Callable[[Any, str, list[str]], Any]
+    schema: Mapping[str, Any]
+
+
+class Param(NamedTuple):
+    """One row of a table of body fields or query parameters."""
+
+    check: Check
+    required: bool = False
+    default: Any = None
+
+
+Table = Mapping[str, Param]
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CONTROL_BUT_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _check(accept: Callable[[Any], Any], must: str, schema: Mapping[str, Any]) -> Check:
+    """A check from a function that returns the clean value or raises ValueError or TypeError."""
+    def clean(value: Any, path: str, problems: list[str]) -> Any:
+        try:
+            return accept(value)
+        except (ValueError, TypeError, OverflowError):
+            problems.append(f"{path}: must be {must}")
+            return None
+    return Check(clean, schema)
+
+
+def text(longest: int, *, lines: bool = False) -> Check:
+    """Text of 1 to `longest` characters, not all blank, without control characters (but line ends, if `lines`)."""
+    control = _CONTROL_BUT_LINES if lines else _CONTROL
+
+    def accept(value: Any) -> str:
+        if not isinstance(value, str) or not 0 < len(value) <= longest or value.isspace() or control.search(value):
+            raise ValueError
+        return value
+    return _check(accept, f"text of 1 to {longest} characters without control characters",
+                  {"type": "string", "minLength": 1, "maxLength": longest})
+
+
+def number(low: float, high: float, *, whole: bool = False) -> Check:
+    """A finite number from `low` to `high`; `true` is none."""
+    def accept(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise ValueError
+        if not low <= value <= high:
+            raise ValueError
+        return value
+    kind = "whole number" if whole else "number"
+    return _check(accept, f"a {kind} from {low} to {high}",
+                  {"type": "integer" if whole else "number", "minimum": low, "maximum": high})
+
+
+def digits(low: int, high: int) -> Check:
+    """A whole number written in a query."""
+    def accept(value: Any) -> int:
+        if not re.fullmatch(r"[0-9]{1,16}", value) or not low <= int(value) <= high:
+            raise ValueError
+        return int(value)
+    return _check(accept, f"a whole number from {low} to {high}", {"type": "integer", "minimum": low, "maximum": high})
+
+
+def one_of(*values: str) -> Check:
+    """One of a few words."""
+    def accept(value: Any) -> str:
+        if not isinstance(value, str) or value not in values:
+            raise ValueError
+        return value
+    return _check(accept, "one of " + ", ".join(values), {"type": "string", "enum": list(values)})
+
+
+def address() -> Check:
+    """An IPv4 or IPv6 address, in its canonical form."""
+    def accept(value: Any) -> str:
+        if not isinstance(value, str) or "%" in value:
+            raise ValueError
+        return str(ipaddress.ip_address(value))
+    return _check(accept, "an IPv4 or IPv6 address",
+                  {"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]})
+
+
+def policy_version() -> Check:
+    """A policy version such as v2, as its number."""
+    def accept(value: Any) -> int:
+        if not isinstance(value, str) or not re.fullmatch(r"v[1-9][0-9]{0,14}", value):
+            raise ValueError
+        return int(value[1:])
+    return _check(accept, "a policy version such as v2", {"type": "string", "pattern": "^v[1-9][0-9]{0,14}$"})
+
+
+def list_of(item: Check, most: int, *, least: int = 0, unique: bool = False) -> Check:
+    """A list of `least` to `most` values that each pass `item`; `unique` drops repetitions, keeping the order."""
+    def clean(value: Any, path: str, problems: list[str]) -> Any:
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            problems.append(f"{path}: must be a list of {least} to {most} values")
+            return None
+        cleaned = [item.clean(each, f"{path}[{index}]", problems) for index, each in enumerate(value)]
+        return list(dict.fromkeys(cleaned)) if unique else cleaned
+    return Check(clean, {"type": "array", "items": item.schema, "minItems": least, "maxItems": most})
+
+
+def flag() -> Check:
+    """true or false."""
+    def accept(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    return _check(accept, "true or false", {"type": "boolean"})
+
+
+def switch() -> Check:
+    """true or false, written in a query."""
+    return _check({"true": True, "false": False}.__getitem__, "true or false", {"type": "boolean"})
+
+
+def anything() -> Check:
+    """A JSON object of any content that JSON can hold, nested at most 64 deep."""
+    def shallow(value: Any, left: int) -> None:
+        if not left:
+            raise ValueError
+        for each in value.values() if isinstance(value, dict) else value:
+            if isinstance(each, (dict, list)):
+                shallow(each, left - 1)
+
+    def accept(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError
+        shallow(value, 64)
+        to_json(value)
+        return value
+    return _check(accept, "a JSON object nested at most 64 deep, with finite numbers", {"type": "object"})
+
+
+def instant_ms(value: str) -> int:
+    """The ms since 1970 of an ISO 8601 instant. Raises ValueError."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(\.\d{1,9})?([Zz]|[+ -]\d\d:\d\d)", value, re.ASCII)
+    if not match:
+        raise ValueError
+    day, second, fraction, zone = match.groups()
+    # A '+' that nobody escaped arrives in a query as a blank.
+    at = datetime.fromisoformat(f"{day}T{second}" + ("+00:00" if zone in "Zz" else zone.replace(" ", "+")))
+    return (at - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(seconds=1) * 1000 + int(
+        ((fraction or ".") + "000")[1:4])
+
+
+def instant(*, kept: bool = False) -> Check:
+    """An ISO 8601 instant: its ms since 1970, or the text itself if `kept`."""
+    def accept(value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ValueError
+        at_ms = instant_ms(value)
+        return value if kept else at_ms
+    return _check(accept, "an instant such as 2026-03-07T12:00:00.000Z", {"type": "string", "format": "date-time"})
+
+
+def record(table: Table) -> Check:
+    """A JSON object with the fields of a table."""
+    def clean(value: Any, path: str, problems: list[str]) -> Any:
+        if not isinstance(value, dict):
+            problems.append(f"{path}: must be a JSON object")
+            return None
+        return clean_fields(table, value, problems, path + ".")
+    return Check(clean, table_schema(table))
+
+
+def table_schema(table: Table) -> dict[str, Any]:
+    """The JSON Schema of an object with the fields of `table`."""
+    return {"type": "object", "required": [name for name, param in table.items() if param.required],
+            "properties": {name: param.check.schema if param.required else
+                           {"anyOf": [param.check.schema, {"type": "null"}]} for name, param in table.items()}}
+
+
+def need(check: Check) -> Param:
+    """A field that must be there."""
+    return Param(check, required=True)
+
+
+def may(check: Check, default: Any = None) -> Param:
+    """A field that may be absent or null."""
+    return Param(check, default=default)
+
+
+def snake(name: str) -> str:
+    """The Python name of a JSON field: sigmaRuleId is sigma_rule_id."""
+    return re.sub(r"[A-Z]", lambda capital: "_" + capital[0].lower(), name)
+
+
+def clean_fields(table: Table, values: Mapping[str, Any], problems: list[str], prefix: str = "") -> dict[str, Any]:
+    """The fields of `table` out of `values`, under their Python names; adds to `problems` what is wrong."""
+    cleaned = {}
+    for name, param in table.items():
+        value = values.get(name)
+        if value is None:
+            if param.required:
+                problems.append(f"{prefix}{name}: is required")
+            value = param.default
+        else:
+            value = param.check.clean(value, prefix + name, problems)
+        cleaned[snake(name)] = value
+    return cleaned
+
+
+def clean_query(table: Table, query: str) -> dict[str, Any]:
+    """The parameters of `table` out of a query string. Raises Invalid."""
+    try:
+        given = parse_qs(query, keep_blank_values=True, max_num_fields=200, errors="strict") if query else {}
+    except ValueError:
+        raise Invalid("query: must be at most 200 name=value pairs in UTF-8") from None
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for name, param in table.items():
+        if name in given:
+            many = param.check.schema.get("type") == "array"
+            if len(given[name]) > 1 and not many:
+                problems.append(f"{name}: must be given once")
+            values[name] = given[name] if many else given[name][0]
+    cleaned = clean_fields(table, values, problems)
+    if problems:
+        raise Invalid("; ".join(problems))
+    return cleaned
+
+
+def clean_body(table: Table, raw: bytes, translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+               ) -> dict[str, Any]:
+    """The fields of `table` out of a JSON body, `translate`d before; an absent one counts as `{}`. Raises Invalid."""
+    problems: list[str] = []
+    body = parse_object(raw) if raw else {}
+    cleaned = clean_fields(table, translate(body) if translate else body, problems)
+    if problems:
+        raise Invalid("; ".join(problems))
+    return cleaned
+
+
+def _no_constant(name: str) -> Any:
+    raise Invalid(f"body: {name} is not JSON")
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object in strict UTF-8. Raises Invalid."""
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # an unpaired surrogate has no UTF-8
+    except UnicodeError:
+        raise Invalid("body: must be JSON in UTF-8") from None
+    except RecursionError:
+        raise Invalid("body: is nested too deeply") from None
+    except ValueError as error:
+        raise Invalid(f"body: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise Invalid("body: must be a JSON object")
+    return value
+
+
+_NAME = text(255)
+_KEY = text(128)
+_TAGS = list_of(text(64), 64, unique=True)
+_EXACT = 2**53 - 1
+
+REGISTER: Table = {
+    "hostname": need(_NAME), "os": need(_NAME), "version": need(_NAME), "ip": may(address()), "org_id": may(_KEY),
+    "tags": may(_TAGS), "arch": may(_NAME), "machine_id": may(_KEY)}
+HEARTBEAT: Table = {
+    "uptime": may(number(0, _EXACT)), "cpu": may(number(0, 100)), "memory": may(number(0, 100)),
+    "version": may(_NAME), "policyVersion": may(policy_version())}
+RETAG: Table = {"tags": may(_TAGS), "addTags": may(_TAGS), "removeTags": may(_TAGS)}
+EVENT: Table = {
+    "type": need(_NAME), "severity": need(one_of(*SEVERITIES)), "details": need(anything()),
+    "timestamp": may(instant(kept=True)), "sigmaRuleId": may(_NAME), "confidence": may(number(0, 1)), "id": may(_NAME)}
+EVENTS: Table = {"events": need(list_of(record(EVENT), 1000, least=1))}
+RULE: Table = {
+    "type": need(one_of("block_ip", "alert_threshold", "auto_respond", "custom")), "config": need(anything()),
+    "enabled": may(flag(), True)}
+POLICY: Table = {
+    "name": need(_NAME), "rules": need(list_of(record(RULE), 500, least=1)),
+    "description": may(text(4096, lines=True)), "org_id": may(_KEY), "agent_id": may(_KEY)}
+# The Guard agent as shipped (contract, last section): its bodies, turned into ours before they are checked.
+_SHIPPED_SOURCE_KEYS = (*SOURCE_KEYS, "remoteAddr")
+_SHIPPED_HASH_KEYS = (*HASH_KEYS, "newHash", "currentChecksum")
+
+
+def shipped_heartbeat(body: dict[str, Any]) -> dict[str, Any]:
+    """Its uptime is in ms; of the rest nothing is asked for."""
+    if "eventsProcessed" not in body and "memoryUsageMB" not in body:
+        return body
+    uptime = body.get("uptime")
+    if isinstance(uptime, (int, float)) and not isinstance(uptime, bool) and abs(uptime) <= _EXACT:
+        uptime /= 1000
+    return {"uptime": uptime}
+
+
+def shipped_event(body: dict[str, Any]) -> dict[str, Any]:
+    """It reports one `{event, verdict}` at a time; both are kept whole in `details`."""
+    if "event" not in body or "events" in body:
+        return body
+    event, verdict = body["event"], body.get("verdict") or {}
+    if not isinstance(event, dict) or not isinstance(verdict, dict):
+        raise Invalid("event, verdict: must be JSON objects")
+    confidence = verdict.get("confidence")
+    if isinstance(confidence, (int, float)) and not isinstance(confidence, bool):
+        confidence = confidence / 100 if abs(confidence) <= 100 else -1
+    severity = event.get("severity")
+    metadata = event["metadata"] if isinstance(event.get("metadata"), dict) else {}
+    found = {name: value for name, keys in (("sourceIp", _SHIPPED_SOURCE_KEYS), ("fileHash", _SHIPPED_HASH_KEYS))
+             if (value := first_text(event, keys) or first_text(metadata, keys))}
+    return {"events": [{
+        "type": event.get("category"), "severity": "low" if severity == "info" else severity, "confidence": confidence,
+        "timestamp": event.get("timestamp"), "id": event.get("id"),
+        "details": {**found, "event": event, "verdict": verdict}}]}
+
+
+PAGE: Table = {"page": may(digits(1, 1_000_000)), "limit": may(digits(1, 200))}
+AGENT_FILTER: Table = {
+    "status": may(one_of(*Status)), "org_id": may(_KEY), "tag": may(list_of(text(64), 64)), **PAGE}
+THREAT_FILTER: Table = {
+    "since": may(instant()), "until": may(instant()), "org_id": may(_KEY), "agent_id": may(_KEY),
+    "severity": may(one_of(*SEVERITIES)), "type": may(_NAME), "source_ip": may(_NAME), **PAGE}
+OF_ORG: Table = {"org_id": may(_KEY)}
+SUMMARY: Table = {"period": may(one_of(*PERIODS_MS), "24h"), **OF_ORG}
+STREAM_FILTER: Table = {"type": may(one_of(*ENTRY_TYPES)), "agent_id": may(_KEY), "org_id": may(_KEY)}
+ENTRY_FILTER: Table = {
+    "after": may(digits(0, _EXACT), 0), "limit": may(digits(1, 200), 50), "type": may(one_of(*ENTRY_TYPES)),
+    "agent_id": may(_KEY)}
+
+
+########################################################################################################
+# 4  Storage ###########################################################################################
+########################################################################################################
+
+# Only ever appended to: a file's user_version counts the migrations it has had.
+MIGRATIONS = (
+    """
+    CREATE TABLE agents (            -- who an agent is; `key` is registration order
+        key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, token_digest BLOB UNIQUE,
+        hostname TEXT NOT NULL, os TEXT NOT NULL, arch TEXT, ip TEXT NOT NULL, org_id TEXT, machine_id TEXT,
+        tags TEXT NOT NULL, registered_ms INTEGER NOT NULL);
+    CREATE INDEX agents_os ON agents (os);
+    CREATE INDEX agents_org ON agents (org_id, os);
+    CREATE INDEX agents_machine ON agents (machine_id, org_id) WHERE machine_id IS NOT NULL;
+    CREATE TABLE contacts (          -- what its heartbeats say: narrow, because it is all that they write
+        agent INTEGER PRIMARY KEY REFERENCES agents (key) ON DELETE CASCADE,
+        seen_ms INTEGER NOT NULL,    -- on the tick of this run, which no step of the system clock moves
+        heartbeat_ms INTEGER NOT NULL,
+        announced TEXT NOT NULL,     -- the status last written to the journal, never the answer to a read
+        version TEXT NOT NULL, uptime, cpu, memory,
+        acknowledged INTEGER NOT NULL DEFAULT 0, acknowledged_ms INTEGER);
+    CREATE INDEX contacts_due ON contacts (announced, seen_ms);
+    CREATE TABLE agent_tags (        -- kept by the triggers below; `agents.tags` is the truth
+        tag TEXT NOT NULL, agent INTEGER NOT NULL REFERENCES agents (key) ON DELETE CASCADE,
+        PRIMARY KEY (tag, agent)) WITHOUT ROWID;
+    CREATE INDEX agent_tags_agent ON agent_tags (agent);
+    CREATE TRIGGER agent_tagged AFTER INSERT ON agents BEGIN
+        INSERT INTO agent_tags SELECT value, new.key FROM json_each(new.tags);
+    END;
+    CREATE TRIGGER agent_retagged AFTER UPDATE OF tags ON agents BEGIN
+        DELETE FROM agent_tags WHERE agent = new.key;
+        INSERT INTO agent_tags SELECT value, new.key FROM json_each(new.tags);
+    END;
+    CREATE TABLE journal (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, type TEXT NOT NULL, actor TEXT NOT NULL,
+        org_id TEXT, agent_id TEXT, data TEXT NOT NULL);
+    CREATE INDEX journal_time ON journal (at_ms);
+    CREATE INDEX journal_agent ON journal (agent_id, seq) WHERE agent_id IS NOT NULL;
+    CREATE INDEX journal_type ON journal (type, seq);
+    CREATE INDEX journal_org ON journal (org_id, seq) WHERE org_id IS NOT NULL;
+    CREATE TABLE threats (           -- outlives its agent, hence hostname and org_id of its own
+        key INTEGER PRIMARY KEY AUTOINCREMENT, agent_id TEXT NOT NULL, hostname TEXT NOT NULL, org_id TEXT,
+        own_id TEXT, type TEXT NOT NULL, severity TEXT NOT NULL, confidence, sigma_rule_id TEXT,
+        timestamp TEXT, received_ms INTEGER NOT NULL, source_ip TEXT, file_hash TEXT, details TEXT NOT NULL);
+    CREATE UNIQUE INDEX threats_own ON threats (agent_id, own_id) WHERE own_id IS NOT NULL;
+    CREATE INDEX threats_time ON threats (received_ms, severity, type, agent_id, source_ip, org_id);
+    CREATE INDEX threats_agent ON threats (agent_id, received_ms);
+    CREATE INDEX threats_org ON threats (org_id, received_ms, severity, type, agent_id, source_ip)
+        WHERE org_id IS NOT NULL;
+    CREATE INDEX threats_severity ON threats (severity, received_ms);
+    CREATE INDEX threats_type ON threats (type, received_ms);
+    CREATE INDEX threats_source ON threats (source_ip, received_ms, org_id, agent_id) WHERE source_ip IS NOT NULL;
+    CREATE INDEX threats_file ON threats (file_hash, received_ms, org_id, agent_id) WHERE file_hash IS NOT NULL;
+    CREATE TABLE correlations (      -- when an indicator was last announced, so that it is once per window
+        org_id TEXT NOT NULL, indicator TEXT NOT NULL, announced_ms INTEGER NOT NULL,
+        PRIMARY KEY (org_id, indicator)) WITHOUT ROWID;
+    CREATE TABLE policies (          -- every version of every scope
+        version INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, description TEXT,
+        rules TEXT NOT NULL, org_id TEXT, agent_id TEXT, broadcasted_to INTEGER NOT NULL, created_ms INTEGER NOT NULL);
+    CREATE TABLE policies_in_force ( -- the newest of each scope: 'all', 'org:…' or 'agent:…'
+        scope TEXT PRIMARY KEY, version INTEGER NOT NULL REFERENCES policies (version)) WITHOUT ROWID;
+    """,
+)
+
+_LEAST_SQLITE = (3, 35)
+_APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
+_FAULTS = (
+    ("disk is full", "there is no room left in {folder}; free some"),
+    ("database or disk is full", "there is no room left in {folder}; free some"),
+    ("locked", "another program holds {folder}/manager.db locked; end it"),
+    ("readonly", "{folder}/manager.db cannot be written; give this user the right to write it"),
+    ("malformed", "{folder}/manager.db is damaged; stop the manager and restore it from a backup"),
+    ("not a database", "{folder}/manager.db is not a database of this manager; move it away"),
+    ("disk I/O error", "the disk under {folder} fails to read or write; check it"),
+    ("unable to open", "{folder}/manager.db cannot be opened; check that the folder is there and can be written"),
+)
+
+
+class Store:
+    """The database in a folder: one connection that writes, behind a lock, and others that read.
+
+    Raises StartError, leaving the files as they were, when the folder cannot be used: not writable,
+    in use by another manager, holding a newer or a foreign file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.listeners: list[Callable[[], None]] = []
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._owner: int | None = None
+        self._broken: sqlite3.Error | None = None  # by a transaction that had joined another
+        self._synchronous = ""
+        self._journaled = False
+        self._readers: list[sqlite3.Connection] = []
+        self._closed = False
+        if sqlite3.sqlite_version_info < _LEAST_SQLITE:
+            raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: Python needs one of at least 3.35")
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartError(f"the data folder {folder} cannot be made ({error.strerror}); choose another") from None
+        self._path = folder / "manager.db"
+        self._guard = self._take_folder()
+        try:
+            self._check_file()
+            self._writer = self._connect()
+            self._migrate()
+        except sqlite3.Error as error:
+            self._guard.close()
+            raise StartError(self._sentence(error) or f"{self._path} cannot be used ({error})") from error
+        except BaseException:
+            self._guard.close()
+            raise
+
+    def _take_folder(self) -> sqlite3.Connection:
+        """A lock on the folder that ends with the process, however it ends."""
+        try:
+            guard = sqlite3.connect(self.folder / "lock", timeout=0, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error:
+            raise StartError(f"the data folder {self.folder} cannot be written; choose another or change its owner") \
+                from None
+        try:
+            guard.execute("PRAGMA journal_mode = MEMORY")
+            guard.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            guard.close()
+            raise StartError(
+                f"another manager is running on {self.folder}; stop it or choose another --data-dir"
+                if "locked" in str(error) else
+                f"the data folder {self.folder} cannot be written ({error}); choose another or change its owner"
+            ) from None
+        return guard
+
+    def _check_file(self) -> None:
+        """Read what is there before anything may write to it."""
+        try:
+            if not self._path.exists() or self._path.stat().st_size == 0:
+                return
+            with self._path.open("rb") as file:
+                if file.read(16) != b"SQLite format 3\0":
+                    raise StartError(f"{self._path} is not a database; move it away")
+        except OSError as error:
+            raise StartError(f"{self._path} cannot be read ({error.strerror}); change its owner") from None
+        with contextlib.closing(sqlite3.connect(self._path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
+            (version,), (owner,) = db.execute("PRAGMA user_version").fetchone(), \
+                db.execute("PRAGMA application_id").fetchone()
+            if owner != _APPLICATION_ID and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise StartError(f"{self._path} belongs to another program; move it away")
+            if version > len(MIGRATIONS):
+                raise StartError(f"{self._path} was written by a newer manager (schema {version}, this one knows "
+                                 f"{len(MIGRATIONS)}); run that one, or restore a backup")
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, timeout=1, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA foreign_keys = ON")
+        return db
+
+    def _migrate(self) -> None:
+        db = self._writer
+        if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise StartError(f"the file system of {self.folder} cannot share memory, as SQLite must; choose another")
+        self._path.chmod(0o600)
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        for number, statements in enumerate(MIGRATIONS[version:], version + 1):
+            db.executescript(f"BEGIN IMMEDIATE; {statements}; PRAGMA application_id = {_APPLICATION_ID}; "
+                             f"PRAGMA user_version = {number}; COMMIT;")
+
+    @contextlib.contextmanager
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """All or nothing; a durable one is on the disk when it returns, another one after the next that is.
+
+        Within a transaction of the same thread it joins that one, which then decides for both.
+        Raises Unavailable, with nothing changed, when the file cannot be written.
+        """
+        with self._lock:
+            if self._depth:
+                try:
+                    yield self._writer
+                except sqlite3.Error as error:
+                    self._broken = error
+                    self._reraise(error)
+                return
+            if self._closed:
+                raise Unavailable("the manager is stopping", retry_after_s=1)
+            db = self._writer
+            try:
+                if (synchronous := "FULL" if durable else "NORMAL") != self._synchronous:
+                    db.execute(f"PRAGMA synchronous = {synchronous}")
+                    self._synchronous = synchronous
+                db.execute("BEGIN IMMEDIATE")
+                self._depth, self._owner = 1, threading.get_ident()
+                yield db
+                if self._broken:
+                    raise self._broken
+                db.execute("COMMIT")
+            except BaseException as error:
+                self._journaled = False
+                with contextlib.suppress(sqlite3.Error):
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                self._reraise(error)
+            finally:
+                self._depth, self._owner, self._broken = 0, None, None
+            journaled, self._journaled = self._journaled, False
+        if journaled:
+            for listener in tuple(self.listeners):
+                listener()
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """A view of one instant, which no writer waits for. Raises Unavailable when the file cannot be read."""
+        if self._owner == threading.get_ident():
+            yield self._writer
+            return
+        if self._closed:
+            raise Unavailable("the manager is stopping", retry_after_s=1)
+        try:
+            db = self._readers.pop() if self._readers else self._connect()
+            try:
+                db.execute("BEGIN")
+                yield db
+            finally:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                self._readers.append(db)
+                if self._closed:
+                    self._close_readers()
+        except sqlite3.Error as error:
+            self._reraise(error)
+
+    def journal(self, at_ms: int, type: str, caller: Caller, agent_id: str | None, org_id: str | None,
+                data: Mapping[str, Any]) -> None:
+        """Add an entry within the transaction of the change that it reports."""
+        self._journaled = True
+        self._writer.execute(
+            "INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) VALUES (?, ?, ?, ?, ?, ?)",
+            (at_ms, type, to_json(caller.actor()), org_id, agent_id, to_json(data)))
+
+    def size_bytes(self) -> int:
+        """What the database takes on the disk, its write-ahead log included."""
+        return sum(path.stat().st_size for path in self.folder.glob("manager.db*"))
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the file and let go of the folder."""
+        with self._lock:
+            self._closed = True
+            self._close_readers()
+            self._writer.close()
+            self._guard.close()
+
+    def _close_readers(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._readers.pop().close()
+
+    def _sentence(self, error: BaseException) -> str | None:
+        return next((sentence.format(folder=self.folder) for sign, sentence in _FAULTS if sign in str(error)), None)
+
+    def _reraise(self, error: BaseException) -> None:
+        sentence = self._sentence(error) if isinstance(error, sqlite3.DatabaseError) else None
+        if sentence is None:
+            raise error
+        log.error("%s (%s)", sentence, error)
+        raise Unavailable("the database is not available: " + sentence, retry_after_s=5) from error
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON; text stays UTF-8. Raises ValueError for what JSON has no word for."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def sql_iso(column: str) -> str:
+    """SQL for `iso(column)`."""
+    return f"strftime('%Y-%m-%dT%H:%M:%fZ', {column} / 1000.0, 'unixepoch')"
+
+
+########################################################################################################
+# 5  Manager ###########################################################################################
+########################################################################################################
+
+_STATUS = """CASE WHEN c.seen_ms >= :online_from THEN 'online'
+    WHEN c.seen_ms >= :stale_from THEN 'stale' ELSE 'offline' END"""
+# The announced status may lag behind the true one but never leads it, so these name every row that can match.
+_OF_STATUS = {
+    Status.ONLINE: "c.announced = 'online' AND c.seen_ms >= :online_from",
+    Status.STALE: "c.announced IN ('online', 'stale') AND c.seen_ms >= :stale_from AND c.seen_ms < :online_from",
+    Status.OFFLINE: "c.announced IN ('online', 'stale', 'offline') AND c.seen_ms < :stale_from"}
+_AGENT = f"""
+    SELECT a.*, c.*, {_STATUS} AS status,
+        (SELECT count(*) FROM threats WHERE agent_id = a.id AND received_ms >= :threats_from) AS recent_threats
+    FROM agents a JOIN contacts c ON c.agent = a.key"""
+_AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'version', c.version, 'ip', a.ip,
+    'status', {_STATUS}, 'tags', json(a.tags), 'lastHeartbeat', {sql_iso('c.heartbeat_ms')},
+    'registeredAt', {sql_iso('a.registered_ms')})"""
+# The heartbeat of an agent of whom there is nothing new to tell: one statement. Any other takes the longer way.
+_BEAT = """
+    UPDATE contacts SET seen_ms = :tick_ms, heartbeat_ms = :at_ms, uptime = coalesce(:uptime, uptime),
+        cpu = coalesce(:cpu, cpu), memory = coalesce(:memory, memory)
+    WHERE agent = (SELECT key FROM agents WHERE id = :id) AND announced = 'online' AND seen_ms >= :online_from
+        AND coalesce(:version, version) = version AND coalesce(:policy_version, 0) <= acknowledged
+    RETURNING acknowledged,
+        (SELECT version FROM policies_in_force WHERE scope = 'all'),
+        (SELECT version FROM policies_in_force WHERE scope = 'org:' || (SELECT org_id FROM agents WHERE id = :id)),
+        (SELECT version FROM policies_in_force WHERE scope = 'agent:' || :id)"""
+_SWEEP_STEP = 500  # agents announced in one transaction: a few ms, so that no heartbeat waits long
+_PURGE_STEP = 100  # rows removed in one transaction, for the same reason
+_LISTED = 100      # events that one event lists as correlated with it, at most
+_LOOKED_AT = 2000  # events of one indicator within the window that are looked at, the latest first
+
+
+def _shared(column: str) -> str:
+    return f"""SELECT key FROM (
+        SELECT key, agent_id FROM threats WHERE {column} = t.{column} AND org_id IS t.org_id
+            AND received_ms BETWEEN t.received_ms - :window_ms AND t.received_ms + :window_ms
+        ORDER BY received_ms DESC LIMIT {_LOOKED_AT}) WHERE agent_id != t.agent_id"""
+
+
+_EVENT_ID = "printf('evt_%012x', {})"
+_THREAT = f"""json_object('id', {_EVENT_ID.format('t.key')}, 'agentId', t.agent_id, 'hostname', t.hostname,
+    'type', t.type, 'severity', t.severity, 'confidence', t.confidence, 'details', json(t.details),
+    'sigmaRuleId', t.sigma_rule_id, 'timestamp', t.timestamp, 'receivedAt', {sql_iso('t.received_ms')},
+    'correlatedWith', json((SELECT json_group_array({_EVENT_ID.format('key')}) FROM (
+        {_shared('source_ip')} UNION {_shared('file_hash')} ORDER BY key DESC LIMIT {_LISTED}))))"""
+THE_MANAGER = Caller("manager")
+
+
+def digest(token: str) -> bytes:
+    """What is kept of a token."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+class Manager:
+    """The use cases of a fleet, each one method, each on one reading of the clock.
+
+    Methods that change something take the `caller` whom the journal will name. They raise
+    ManagerError's subclasses and, having raised, have changed nothing. They may be called from any thread.
+    """
+
+    def __init__(self, config: Config, clock: Clock, store: Store) -> None:
+        self.config = config
+        self.clock = clock
+        self.store = store
+        self.liveness = config.liveness
+        self.started = clock.now()
+        self.heartbeats = 0
+        self.events_reported: Counter[str] = Counter()
+        self.excuse_silence()
+
+    def now(self) -> Moment:
+        """One reading of the clock."""
+        return self.clock.now()
+
+    # Liveness
+
+    def excuse_silence(self) -> None:
+        """Begin the silence of every agent anew within the status it was last announced with.
+
+        For the start and for a process that was suspended: nobody could be heard meanwhile, and the tick
+        of another run means nothing in this one.
+        """
+        now = self.now()
+        with self.store.transaction() as db:
+            for status, age_ms in ((Status.ONLINE, 0), (Status.STALE, self.liveness.stale_after_ms + 1),
+                                   (Status.OFFLINE, self.liveness.offline_after_ms + 1)):
+                db.execute("UPDATE contacts SET seen_ms = ? WHERE announced = ?", (now.tick_ms - age_ms, status))
+
+    def sweep(self) -> int:
+        """Announce every change of status that has fallen due, in the order it fell due; their number."""
+        announced = 0
+        while step := self._sweep_step():
+            announced += step
+        return announced
+
+    def _sweep_step(self) -> int:
+        now = self.now()
+        with self.store.read() as db:
+            due = self._due(db, now)
+        if not due:
+            return 0
+        with self.store.transaction(durable=False) as db:
+            due = self._due(db, now)
+            for due_ms, status, key, agent_id, org_id, hostname in due:
+                self._announce(db, now.wall_of(due_ms), status, key, agent_id, org_id, hostname)
+        return len(due)
+
+    def _due(self, db: sqlite3.Connection, now: Moment) -> list[tuple[int, Status, int, str, str | None, str]]:
+        """The next changes of status to announce, oldest first, in the order they fell due."""
+        due: list[tuple[int, Status, int, str, str | None, str]] = []
+        for before, after, age_ms in ((Status.ONLINE, Status.STALE, self.liveness.stale_after_ms),
+                                      (Status.STALE, Status.OFFLINE, self.liveness.offline_after_ms)):
+            due += [(row["seen_ms"] + age_ms, after, row["agent"], row["id"], row["org_id"], row["hostname"])
+                    for row in db.execute(
+                        "SELECT c.seen_ms, c.agent, a.id, a.org_id, a.hostname FROM contacts c "
+                        "JOIN agents a ON a.key = c.agent WHERE c.announced = ? AND c.seen_ms < ? "
+                        "ORDER BY c.seen_ms LIMIT ?", (before, now.tick_ms - age_ms, _SWEEP_STEP))]
+        due.sort(key=lambda change: change[0])
+        # An agent made stale in this step may go offline in the next: stop before that would be out of order.
+        gap_ms = self.liveness.offline_after_ms - self.liveness.stale_after_ms
+        return [change for change in due[:_SWEEP_STEP] if change[0] < due[0][0] + gap_ms]
+
+    def _announce(self, db: sqlite3.Connection, at_ms: int, status: Status, key: int, agent_id: str,
+                  org_id: str | None, hostname: str) -> None:
+        db.execute("UPDATE contacts SET announced = ? WHERE agent = ?", (status, key))
+        self.store.journal(at_ms, "agent_" + status, THE_MANAGER, agent_id, org_id, {"hostname": hostname})
+
+    def _contact(self, db: sqlite3.Connection, now: Moment, row: sqlite3.Row) -> None:
+        """Hear an agent: announce what fell due before, then that it is back."""
+        who = (row["key"], row["id"], row["org_id"], row["hostname"])
+        announced, seen_ms = Status(row["announced"]), row["seen_ms"]
+        for before, after, age_ms in ((Status.ONLINE, Status.STALE, self.liveness.stale_after_ms),
+                                      (Status.STALE, Status.OFFLINE, self.liveness.offline_after_ms)):
+            if announced is before and now.tick_ms - seen_ms > age_ms:
+                self._announce(db, now.wall_of(seen_ms + age_ms), after, *who)
+                announced = after
+        if announced is not Status.ONLINE:
+            self._announce(db, now.wall_ms, Status.ONLINE, *who)
+        db.execute("UPDATE contacts SET seen_ms = ?, heartbeat_ms = ? WHERE agent = ?",
+                   (now.tick_ms, now.wall_ms, row["key"]))
+
+    # Agents
+
+    def register(self, hostname: str, os: str, version: str, *, ip: str | None = None, org_id: str | None = None,
+                 tags: Sequence[str] | None = None, arch: str | None = None, machine_id: str | None = None,
+                 caller: Caller = LOCAL) -> Registration:
+        """Register an agent, or again one that holds its own token or whose machine has fallen silent.
+
+        Raises Conflict when the fleet is full.
+        """
+        now = self.now()
+        token = "pga_" + secrets.token_urlsafe(24)
+        told: dict[str, Any] = {
+            "hostname": hostname, "os": os, "ip": ip or caller.address, "org_id": org_id, "arch": arch,
+            "machine_id": machine_id, "tags": None if tags is None else to_json(list(dict.fromkeys(tags))),
+            "token_digest": digest(token)}
+        with self.store.transaction() as db:
+            row, clone = self._known(db, now, org_id, machine_id, caller)
+            if row:
+                known = dict(row)
+                db.execute(
+                    "UPDATE agents SET " + ", ".join(f"{name} = :{name}" for name in told) + " WHERE key = :key",
+                    {**{name: known[name] if value is None else value for name, value in told.items()},
+                     "key": row["key"]})
+                self._contact(db, now, row)
+                agent_id, org_id, key = row["id"], org_id or row["org_id"], row["key"]
+                db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, key))
+            else:
+                (count,) = db.execute("SELECT count(*) FROM agents").fetchone()
+                if count >= self.config.max_agents:
+                    raise Conflict(f"the fleet is full: {count} agents are registered and MANAGER_MAX_AGENTS "
+                                   f"is {self.config.max_agents}")
+                agent_id = self._new_id(db)
+                told |= {"id": agent_id, "registered_ms": now.wall_ms, "ip": told["ip"] or "127.0.0.1",
+                         "tags": told["tags"] or "[]"}
+                key = db.execute(f"INSERT INTO agents ({', '.join(told)}) VALUES "
+                                 f"({', '.join(':' + name for name in told)})", told).lastrowid
+                db.execute("INSERT INTO contacts (agent, seen_ms, heartbeat_ms, announced, version) "
+                           "VALUES (?, ?, ?, 'online', ?)", (key, now.tick_ms, now.wall_ms, version))
+            self.store.journal(now.wall_ms, "agent_registered", caller, agent_id, org_id, {
+                "hostname": hostname, "os": os, "version": version, "again": row is not None})
+            if clone:
+                self.store.journal(now.wall_ms, "identity_conflict", caller, agent_id, org_id, {
+                    "hostname": hostname, "machineId": machine_id, "otherAgentId": clone})
+            return Registration(self._agent(db, now, agent_id), token, row is None)
+
+    def forget_token(self, agent_id: str) -> None:
+        """Void a token that never reached its agent, so that the machine may register again at once."""
+        with self.store.transaction() as db:
+            db.execute("UPDATE agents SET token_digest = NULL WHERE id = ?", (agent_id,))
+
+    def _known(self, db: sqlite3.Connection, now: Moment, org_id: str | None, machine_id: str | None,
+               caller: Caller) -> tuple[sqlite3.Row | None, str | None]:
+        """The agent that a registration is for, if known, and the id of one it would be a clone of."""
+        both = "SELECT * FROM agents a JOIN contacts c ON c.agent = a.key "
+        if caller.role == "agent":
+            return db.execute(both + "WHERE a.id = ?", (caller.agent_id,)).fetchone(), None
+        if machine_id is None or caller.role not in ("admin", "enroller"):
+            return None, None
+        rows = db.execute(both + "WHERE a.machine_id = ? AND a.org_id IS ? ORDER BY c.seen_ms DESC",
+                          (machine_id, org_id)).fetchall()
+        silent = [row for row in rows if row["token_digest"] is None
+                  or self.liveness.status(row["seen_ms"], now.tick_ms) is not Status.ONLINE]
+        if silent:
+            return silent[0], None
+        return None, rows[0]["id"] if rows else None
+
+    def _new_id(self, db: sqlite3.Connection) -> str:
+        """An id that no agent has, and none had whose threats or entries are still kept."""
+        while True:
+            agent_id = "agent-" + secrets.token_hex(4)
+            if not any(db.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", (agent_id,)).fetchone()
+                       for table, column in (("agents", "id"), ("threats", "agent_id"), ("journal", "agent_id"))):
+                return agent_id
+
+    def heartbeat(self, agent_id: str, *, uptime: float | None = None, cpu: float | None = None,
+                  memory: float | None = None, version: str | None = None, policy_version: int | None = None) -> Beat:
+        """Hear that an agent is alive: `uptime` in s, `cpu` and `memory` in percent; None keeps the last value.
+
+        Raises NotFound.
+        """
+        now = self.now()
+        told = {"id": agent_id, "tick_ms": now.tick_ms, "at_ms": now.wall_ms, "uptime": uptime, "cpu": cpu,
+                "memory": memory, "version": version, "policy_version": policy_version,
+                "online_from": now.tick_ms - self.liveness.stale_after_ms}
+        with self.store.transaction(durable=False) as db:
+            row = db.execute(_BEAT, told).fetchone()
+            if row is None:
+                self._hear_news(db, now, agent_id, version, policy_version)
+                row = db.execute(_BEAT, {**told, "version": None, "policy_version": None}).fetchone()
+            self.heartbeats += 1
+        in_force = [(version, ()) for version in row[1:] if version]
+        return Beat(agent_id, Status.ONLINE, now.wall_ms, resolve(in_force, row[0]).pending)
+
+    def _hear_news(self, db: sqlite3.Connection, now: Moment, agent_id: str, version: str | None,
+                   policy_version: int | None) -> None:
+        row = self._row(db, now, agent_id)
+        self._contact(db, now, row)
+        if version not in (None, row["version"]):
+            db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, row["key"]))
+            self.store.journal(now.wall_ms, "agent_updated", Caller("agent", agent_id=agent_id), agent_id,
+                               row["org_id"], {"hostname": row["hostname"],
+                                               "version": {"from": row["version"], "to": version}})
+        if policy_version:
+            self._acknowledge(db, now, row["key"], policy_version)
+
+    def _acknowledge(self, db: sqlite3.Connection, now: Moment, key: int, version: int) -> None:
+        """Take a version as acknowledged unless it is older than the last one or was never issued."""
+        db.execute("UPDATE contacts SET acknowledged = :version, acknowledged_ms = :at_ms WHERE agent = :key "
+                   "AND acknowledged < :version AND :version <= (SELECT max(version) FROM policies)",
+                   {"version": version, "at_ms": now.wall_ms, "key": key})
+
+    def agent(self, agent_id: str) -> Agent:
+        """One agent as of now. Raises NotFound."""
+        with self.store.read() as db:
+            return self._agent(db, self.now(), agent_id)
+
+    def _row(self, db: sqlite3.Connection, now: Moment, agent_id: str) -> sqlite3.Row:
+        row = db.execute(_AGENT + " WHERE a.id = :id", {
+            "id": agent_id, "threats_from": now.wall_ms - _DAY_MS, **self.liveness.cutoffs(now.tick_ms)}).fetchone()
+        if row is None:
+            raise NotFound(f"agent {agent_id} is not registered")
+        found: sqlite3.Row = row
+        return found
+
+    def _agent(self, db: sqlite3.Connection, now: Moment, agent_id: str) -> Agent:
+        row = self._row(db, now, agent_id)
+        return Agent(
+            id=row["id"], hostname=row["hostname"], os=row["os"], version=row["version"], ip=row["ip"],
+            org_id=row["org_id"], machine_id=row["machine_id"], arch=row["arch"], tags=tuple(json.loads(row["tags"])),
+            status=Status(row["status"]), cpu=row["cpu"], memory=row["memory"], uptime=row["uptime"],
+            last_heartbeat_ms=row["heartbeat_ms"], registered_ms=row["registered_ms"],
+            acknowledged=row["acknowledged"], recent_threats=row["recent_threats"])
+
+    def agents_json(self, *, status: str | None = None, org_id: str | None = None, tag: Sequence[str] | None = None,
+                    page: int | None = None, limit: int | None = None) -> tuple[bytes, int | None]:
+        """A JSON array of agents in registration order, and, if paged, how many match in all.
+
+        SQLite writes the JSON, so that a list of the whole fleet is made outside Python's lock.
+        """
+        now = self.now()
+        given: dict[str, Any] = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id}
+        where = ["TRUE"]
+        if status:
+            where.append(_OF_STATUS[Status(status)])
+        if org_id:
+            where.append("a.org_id = :org_id")
+        for number, each in enumerate(dict.fromkeys(tag or ())):
+            given[f"tag{number}"] = each
+            where.append(f"EXISTS (SELECT 1 FROM agent_tags t WHERE t.tag = :tag{number} AND t.agent = a.key)")
+        source = "FROM agents a JOIN contacts c ON c.agent = a.key WHERE " + " AND ".join(where)
+        with self.store.read() as db:
+            return self._list(db, _AGENT_LIST, source, "a.key", given, page, limit)
+
+    @staticmethod
+    def _list(db: sqlite3.Connection, item: str, source: str, order: str, given: Mapping[str, Any],
+              page: int | None, limit: int | None, default_limit: int = -1) -> tuple[bytes, int | None]:
+        """A JSON array of the items of `source`, and, if a page is asked for, how many there are in all."""
+        total = None
+        if page is not None or limit is not None:
+            limit = limit or 50
+            (total,) = db.execute("SELECT count(*) " + source, given).fetchone()
+        size = default_limit if limit is None else limit
+        (body,) = db.execute(
+            f"SELECT CAST(json_group_array(json(item)) AS BLOB) FROM (SELECT {item} AS item {source} "
+            f"ORDER BY {order} LIMIT :limit OFFSET :offset)",
+            {**given, "limit": size, "offset": ((page or 1) - 1) * size}).fetchone()
+        return body, total
+
+    def retag(self, agent_id: str, *, tags: Sequence[str] | None = None, add_tags: Sequence[str] | None = None,
+              remove_tags: Sequence[str] | None = None, caller: Caller = LOCAL) -> Agent:
+        """Replace an agent's tags, or add some and remove others. Raises NotFound, Invalid."""
+        if (tags is None) == (add_tags is None and remove_tags is None):
+            raise Invalid("tags: must be given, or else addTags, removeTags or both")
+        now = self.now()
+        with self.store.transaction() as db:
+            row = self._row(db, now, agent_id)
+            before = json.loads(row["tags"])
+            after = list(dict.fromkeys(
+                tags if tags is not None else
+                [tag for tag in [*before, *(add_tags or ())] if tag not in set(remove_tags or ())]))
+            if len(after) > 64:
+                raise Invalid(f"addTags: must leave at most 64 tags, and would leave {len(after)}")
+            if after != before:
+                db.execute("UPDATE agents SET tags = ? WHERE key = ?", (to_json(after), row["key"]))
+                self.store.journal(now.wall_ms, "agent_updated", caller, agent_id, row["org_id"], {
+                    "hostname": row["hostname"], "tags": {"from": before, "to": after}})
+            return self._agent(db, now, agent_id)
+
+    def deregister(self, agent_id: str, *, caller: Caller = LOCAL) -> None:
+        """Remove an agent; its threat events and its entries stay. Raises NotFound."""
+        now = self.now()
+        with self.store.transaction() as db:
+            row = self._row(db, now, agent_id)
+            db.execute("DELETE FROM agents WHERE key = ?", (row["key"],))
+            db.execute("DELETE FROM policies_in_force WHERE scope = 'agent:' || ?", (agent_id,))
+            self.store.journal(now.wall_ms, "agent_deregistered", caller, agent_id, row["org_id"],
+                               {"hostname": row["hostname"]})
+
+    def holder(self, token: str) -> str | None:
+        """The id of the agent to whom a token was given."""
+        with self.store.read() as db:
+            row = db.execute("SELECT id FROM agents WHERE token_digest = ?", (digest(token),)).fetchone()
+        return row and str(row[0])
+
+    # Threat events
+
+    def report_events(self, agent_id: str, events: Sequence[Mapping[str, Any]], *,
+                      caller: Caller = LOCAL) -> list[str]:
+        """Store what an agent reports, all or nothing; the events' ids, in their order.
+
+        An event is a mapping with the keys of EVENT, in Python's spelling. One whose `id` the agent has
+        reported before is not stored again and keeps its first event id. Raises NotFound.
+        """
+        now = self.now()
+        ids, stored = [], []
+        with self.store.transaction() as db:
+            agent = self._row(db, now, agent_id)
+            for event in events:
+                known = event.get("id") and db.execute(
+                    "SELECT key FROM threats WHERE agent_id = ? AND own_id = ?", (agent_id, event["id"])).fetchone()
+                if known:
+                    ids.append(f"evt_{known[0]:012x}")
+                    continue
+                key = db.execute(
+                    "INSERT INTO threats (agent_id, hostname, org_id, own_id, type, severity, confidence, "
+                    "sigma_rule_id, timestamp, received_ms, source_ip, file_hash, details) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (agent_id, agent["hostname"], agent["org_id"], event.get("id"), event["type"], event["severity"],
+                     event.get("confidence"), event.get("sigma_rule_id"), event.get("timestamp"), now.wall_ms,
+                     source_address(event["details"]), file_hash(event["details"]),
+                     to_json(event["details"]))).lastrowid
+                ids.append(f"evt_{key:012x}")
+                stored.append(event)
+            if stored:
+                worst = min((event["severity"] for event in stored), key=SEVERITIES.index)
+                self.store.journal(now.wall_ms, "threats_reported", caller, agent_id, agent["org_id"], {
+                    "agentId": agent_id, "hostname": agent["hostname"], "count": len(stored), "maxSeverity": worst})
+                self.events_reported.update(event["severity"] for event in stored)
+                for column, name, extract in (("source_ip", "sourceIp", source_address),
+                                              ("file_hash", "fileHash", file_hash)):
+                    for value in dict.fromkeys(filter(None, (extract(event["details"]) for event in stored))):
+                        self._correlate(db, now, agent["org_id"], column, name, value)
+        return ids
+
+    def _correlate(self, db: sqlite3.Connection, now: Moment, org_id: str | None, column: str, name: str,
+                   value: str) -> None:
+        """Announce an indicator that three or more agents of an org have seen, once per window."""
+        window_ms = self.config.correlation_window_ms
+        agents = [row[0] for row in db.execute(
+            f"SELECT DISTINCT agent_id FROM (SELECT agent_id FROM threats WHERE {column} = ? AND org_id IS ? "
+            f"AND received_ms >= ? ORDER BY received_ms DESC LIMIT {_LOOKED_AT}) ORDER BY agent_id",
+            (value, org_id, now.wall_ms - window_ms))]
+        if len(agents) < 3:
+            return
+        announced = db.execute(
+            "INSERT INTO correlations (org_id, indicator, announced_ms) VALUES (:org, :indicator, :at) "
+            "ON CONFLICT DO UPDATE SET announced_ms = :at WHERE announced_ms <= :at - :window",
+            {"org": org_id or "", "indicator": f"{name}:{value}", "at": now.wall_ms, "window": window_ms}).rowcount
+        if announced:
+            self.store.journal(now.wall_ms, "threats_correlated", THE_MANAGER, None, org_id, {
+                "indicator": {name: value}, "agentIds": agents[:_LISTED], "count": len(agents)})
+
+    def threats_json(self, *, since: int | None = None, until: int | None = None, org_id: str | None = None,
+                     agent_id: str | None = None, severity: str | None = None, type: str | None = None,
+                     source_ip: str | None = None, page: int | None = None,
+                     limit: int | None = None) -> tuple[bytes, int | None]:
+        """A JSON array of threat events, newest first, received at or after `since` and before `until` (ms
+        since 1970), and, if paged, how many match in all."""
+        given = {"since": since or 0, "until": until, "org_id": org_id, "agent_id": agent_id, "severity": severity,
+                 "type": type, "source_ip": source_ip and source_address({"sourceIp": source_ip}),
+                 "window_ms": self.config.correlation_window_ms}
+        where = ["t.received_ms >= :since"] + ["t.received_ms < :until"] * (until is not None)
+        where += [f"t.{name} = :{name}" for name in ("org_id", "agent_id", "severity", "type", "source_ip")
+                  if given[name] is not None]
+        with self.store.read() as db:
+            return self._list(db, _THREAT, "FROM threats t WHERE " + " AND ".join(where),
+                              "t.received_ms DESC, t.key DESC", given, page, limit, default_limit=50)
+
+    def threat_summary(self, *, period: str = "24h", org_id: str | None = None) -> dict[str, Any]:
+        """How many events of which kinds, agents and sources were received within a period up to now."""
+        where, given = self._threats_since(PERIODS_MS[period], org_id)
+        with self.store.read() as db:
+            severities = self._counted(db, "severity", where, given)
+            return {
+                "period": period, "total": sum(severities.values()),
+                "bySeverity": {severity: severities.get(severity, 0) for severity in SEVERITIES},
+                "byType": self._counted(db, "type", where, given),
+                "topAgents": [dict(row) for row in db.execute(
+                    f"SELECT agent_id AS agentId, (SELECT hostname FROM threats WHERE agent_id = counted.agent_id "
+                    f"ORDER BY received_ms DESC LIMIT 1) AS hostname, count FROM (SELECT agent_id, count(*) AS count "
+                    f"FROM threats WHERE {where} GROUP BY agent_id ORDER BY count DESC, agent_id LIMIT 10) counted",
+                    given)],
+                "topSourceIps": [dict(row) for row in db.execute(
+                    f"SELECT source_ip AS ip, count(*) AS count FROM threats WHERE {where} AND source_ip IS NOT NULL "
+                    f"GROUP BY source_ip ORDER BY count DESC, source_ip LIMIT 10", given)]}
+
+    def _threats_since(self, period_ms: int, org_id: str | None) -> tuple[str, dict[str, Any]]:
+        where = "received_ms >= :since" + (" AND org_id = :org_id" if org_id else "")
+        return where, {"since": self.now().wall_ms - period_ms, "org_id": org_id}
+
+    @staticmethod
+    def _counted(db: sqlite3.Connection, column: str, where: str, given: Mapping[str, Any],
+                 most: int = -1) -> dict[str, int]:
+        """How many threat events there are of each value of a column, the most frequent first."""
+        return {row[0]: row[1] for row in db.execute(
+            f"SELECT {column}, count(*) FROM threats WHERE {where} GROUP BY {column} "
+            f"ORDER BY count(*) DESC, {column} LIMIT {most}", given)}
+
+    # Policies
+
+    def create_policy(self, name: str, rules: Sequence[Mapping[str, Any]], *, description: str | None = None,
+                      org_id: str | None = None, agent_id: str | None = None, caller: Caller = LOCAL) -> Policy:
+        """Issue a policy, which replaces its scope's former one. Raises Invalid, NotFound."""
+        if org_id and agent_id:
+            raise Invalid("agent_id: must not be given together with org_id")
+        now = self.now()
+        with self.store.transaction() as db:
+            if agent_id:
+                org_of_agent = self._row(db, now, agent_id)["org_id"]
+            online = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id, "agent_id": agent_id}
+            (reached,) = db.execute(
+                f"SELECT count(*) FROM contacts c JOIN agents a ON a.key = c.agent WHERE {_OF_STATUS[Status.ONLINE]}"
+                + " AND a.org_id = :org_id" * bool(org_id) + " AND a.id = :agent_id" * bool(agent_id),
+                online).fetchone()
+            policy_id = "pol_" + secrets.token_hex(6)
+            version = db.execute(
+                "INSERT INTO policies (id, name, description, rules, org_id, agent_id, broadcasted_to, created_ms) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (policy_id, name, description, to_json(rules), org_id, agent_id,
+                                                    reached, now.wall_ms)).lastrowid
+            assert version is not None
+            db.execute("INSERT OR REPLACE INTO policies_in_force VALUES (?, ?)",
+                       (_scopes(org_id, agent_id)[-1], version))
+            self.store.journal(now.wall_ms, "policy_created", caller, agent_id, org_of_agent if agent_id else org_id, {
+                "policyId": policy_id, "version": version_text(version), "ruleCount": len(rules), "name": name})
+        return Policy(version, policy_id, name, description, rules, org_id, agent_id, reached, now.wall_ms)
+
+    def active_policy(self, *, org_id: str | None = None) -> Policy | None:
+        """The policy in force of an organization, or of all agents."""
+        with self.store.read() as db:
+            return next(iter(self._in_force(db, _scopes(org_id, None)[-1:])), None)
+
+    def policies(self, *, page: int | None = None, limit: int | None = None) -> tuple[list[Policy], int | None]:
+        """Every policy ever issued, newest first, and, if paged, how many there are."""
+        paged = page is not None or limit is not None
+        size = (limit or 50) if paged else -1
+        with self.store.read() as db:
+            rows = db.execute("SELECT * FROM policies ORDER BY version DESC LIMIT ? OFFSET ?",
+                              (size, ((page or 1) - 1) * size)).fetchall()
+            total = db.execute("SELECT count(*) FROM policies").fetchone()[0] if paged else None
+        return [_policy(row) for row in rows], total
+
+    def custom_rules(self, agent_id: str | None) -> list[str]:
+        """The text of the enabled `custom` rules of an agent, or of all: `config.text`, or else `config` as JSON."""
+        if agent_id:
+            rules = self.agent_policy(agent_id, ack=False).effective.rules
+        else:
+            rules = policy.rules if (policy := self.active_policy()) else []
+        return [first_text(rule["config"], ("text",)) or to_json(rule["config"])
+                for rule in rules if rule["type"] == "custom" and rule["enabled"]]
+
+    def drop_override(self, agent_id: str, *, caller: Caller = LOCAL) -> None:
+        """Put an agent back under the policies of its org and of all. Raises NotFound."""
+        now = self.now()
+        with self.store.transaction() as db:
+            agent = self._row(db, now, agent_id)
+            dropped = db.execute("DELETE FROM policies_in_force WHERE scope = ? RETURNING version",
+                                 (_scopes(None, agent_id)[-1],)).fetchone()
+            if dropped is None:
+                raise NotFound(f"agent {agent_id} has no policy of its own")
+            self.store.journal(now.wall_ms, "agent_updated", caller, agent_id, agent["org_id"], {
+                "hostname": agent["hostname"], "override": {"from": version_text(dropped[0]), "to": None}})
+
+    def agent_policy(self, agent_id: str, *, ack: bool = True) -> AgentPolicy:
+        """What an agent must obey; asking acknowledges it unless `ack` is false. Raises NotFound."""
+        now = self.now()
+        with self.store.transaction() if ack else self.store.read() as db:
+            row = self._row(db, now, agent_id)
+            in_force = [(policy.version, policy.rules)
+                        for policy in self._in_force(db, _scopes(row["org_id"], agent_id))]
+            effective = resolve(in_force, row["acknowledged"])
+            if ack and effective.version:
+                self._acknowledge(db, now, row["key"], effective.version)
+                row = self._row(db, now, agent_id)
+        applied = effective.version and row["acknowledged"] >= effective.version
+        return AgentPolicy(agent_id, effective, row["acknowledged_ms"] if applied else None)
+
+    @staticmethod
+    def _in_force(db: sqlite3.Connection, scopes: Sequence[str]) -> list[Policy]:
+        """The policies in force of these scopes, in their order."""
+        rows = {row["scope"]: _policy(row) for row in db.execute(
+            f"SELECT * FROM policies_in_force JOIN policies USING (version) "
+            f"WHERE scope IN ({', '.join('?' * len(scopes))})", scopes)}
+        return [rows[scope] for scope in scopes if scope in rows]
+
+    # Fleet
+
+    def overview(self, *, org_id: str | None = None) -> dict[str, Any]:
+        """The fleet at a glance: agents by status and system, threats by severity and type."""
+        now = self.now()
+        given = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id}
+        of_org = " AND a.org_id = :org_id" if org_id else ""
+        with self.store.read() as db:
+            if org_id:
+                counts = {status: db.execute(
+                    f"SELECT count(*) FROM agents a JOIN contacts c ON c.agent = a.key WHERE {where}{of_org}",
+                    given).fetchone()[0] for status, where in _OF_STATUS.items()}
+            else:
+                counts = self._counts(db, now)
+            summaries = {}
+            for name, period in (("last24h", "24h"), ("last7d", "7d")):
+                where, since = self._threats_since(PERIODS_MS[period], org_id)
+                by_severity = self._counted(db, "severity", where, since)
+                summaries[name] = {"total": sum(by_severity.values()),
+                                   **{severity: by_severity.get(severity, 0) for severity in SEVERITIES}}
+            where, since = self._threats_since(_DAY_MS, org_id)
+            in_force = [(policy.version, ()) for policy in self._in_force(db, _scopes(org_id, None))]
+            return {
+                "totalAgents": sum(counts.values()),
+                **{f"{status}Agents": counts[status] for status in Status},
+                "threatSummary": summaries, "activePolicyVersion": version_text(resolve(in_force, 0).version),
+                "topThreats": [{"type": type, "count": count}
+                               for type, count in self._counted(db, "type", where, since, 10).items()],
+                "agentsByOs": {row[0]: row[1] for row in db.execute(
+                    f"SELECT os, count(*) FROM agents a WHERE TRUE{of_org} GROUP BY os ORDER BY count(*) DESC, os",
+                    given)},
+                "updatedAt": iso(now.wall_ms)}
+
+    def purge(self) -> bool:
+        """Remove a little of what is past its retention; whether there may be more."""
+        now = self.now()
+        removed = 0
+        for table, column, kept_ms in (("threats", "received_ms", self.config.threat_retention_ms),
+                                       ("journal", "at_ms", self.config.journal_retention_ms)):
+            key = "key" if table == "threats" else "seq"
+            old = f"SELECT {key} FROM {table} WHERE {column} < ? ORDER BY {column} LIMIT {_PURGE_STEP}"
+            with self.store.read() as db:
+                if not db.execute(old, (now.wall_ms - kept_ms,)).fetchone():
+                    continue
+            with self.store.transaction(durable=False) as db:
+                removed += db.execute(f"DELETE FROM {table} WHERE {key} IN ({old})", (now.wall_ms - kept_ms,)).rowcount
+                if table == "threats":
+                    db.execute("DELETE FROM correlations WHERE announced_ms < ?", (now.wall_ms - kept_ms,))
+        return removed > 0
+
+    # Journal and health
+
+    def journal(self, *, after: int = 0, limit: int = -1, type: str | None = None, agent_id: str | None = None,
+                org_id: str | None = None) -> list[Entry]:
+        """Entries with a `seq` above `after`, in order; at most `limit` of them, if not negative."""
+        where = ["seq > :after"] + [f"{name} = :{name}" for name, value in (
+            ("type", type), ("agent_id", agent_id), ("org_id", org_id)) if value is not None]
+        with self.store.read() as db:
+            rows = db.execute(f"SELECT * FROM journal WHERE {' AND '.join(where)} ORDER BY seq LIMIT :limit", {
+                "after": after, "limit": limit, "type": type, "agent_id": agent_id, "org_id": org_id}).fetchall()
+        return [Entry(row["seq"], row["at_ms"], row["type"], json.loads(row["actor"]), row["org_id"], row["agent_id"],
+                      json.loads(row["data"])) for row in rows]
+
+    def last_seq(self) -> int:
+        """The sequence number of the latest entry, removed ones included."""
+        with self.store.read() as db:
+            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
+        return row[0] if row else 0
+
+    def health(self) -> tuple[int, int]:
+        """How many agents there are and are online, having written to the database.
+
+        Raises Unavailable when it cannot be written.
+        """
+        now = self.now()
+        with self.store.transaction(durable=False) as db:
+            db.execute("UPDATE sqlite_sequence SET seq = seq WHERE name = 'journal'")
+        with self.store.read() as db:
+            counts = self._counts(db, now)
+        return sum(counts.values()), counts[Status.ONLINE]
+
+    def census(self) -> Census:
+        """How much there is of everything."""
+        now = self.now()
+        with self.store.read() as db:
+            counted = db.execute("SELECT (SELECT count(*) FROM threats), (SELECT count(*) FROM policies)").fetchone()
+            return Census(self._counts(db, now), *counted)
+
+    def _counts(self, db: sqlite3.Connection, now: Moment) -> dict[Status, int]:
+        """How many agents have which status. In a healthy fleet few are silent, so these are counted."""
+        counts = {status: db.execute(f"SELECT count(*) FROM contacts c WHERE {_OF_STATUS[status]}",
+                                     self.liveness.cutoffs(now.tick_ms)).fetchone()[0]
+                  for status in (Status.STALE, Status.OFFLINE)}
+        (total,) = db.execute("SELECT count(*) FROM contacts").fetchone()
+        return {Status.ONLINE: total - sum(counts.values()), **counts}
+
+
+def _scopes(org_id: str | None, agent_id: str | None) -> list[str]:
+    """The scopes whose policies reach an agent, or an organization's agents, from the widest to the narrowest."""
+    return ["all"] + [f"org:{org_id}"] * bool(org_id) + [f"agent:{agent_id}"] * bool(agent_id)
+
+
+def _policy(row: sqlite3.Row) -> Policy:
+    return Policy(**{each.name: row[each.name] for each in fields(Policy) if each.name != "rules"},
+                  rules=json.loads(row["rules"]))
+
+
+########################################################################################################
+# 6  HTTP ##############################################################################################
+########################################################################################################
+
+ADMIN, ENROLLER, AGENT, ANYONE, NEWCOMER = "admin", "enroller", "agent", "anyone", "newcomer"
+_MOST_BYTES = 2**20
+_FAILED_LOGINS_PER_MINUTE = 20
+_NEWCOMERS_PER_MINUTE = 120
+_JSON_TYPE = ("Content-Type", "application/json")
+_COMMON_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"), ("Cache-Control", "no-store"))
+_CORS_HEADERS = (
+    ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE"),
+    ("Access-Control-Allow-Headers", "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-Id"),
+    ("Access-Control-Expose-Headers", "ETag, Retry-After, X-Heartbeat-Interval, X-Request-Id"),
+    ("Access-Control-Max-Age", "600"))
+
+
+class Reply(NamedTuple):
+    """An answer: its status, its headers but for those that every answer has, its body."""
+
+    status: int
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = (_JSON_TYPE,)
+    lost: Callable[[], None] | None = None  # called if the answer is known not to have arrived
+
+
+class Call(NamedTuple):
+    """What a route is given: all of it checked."""
+
+    manager: Manager
+    api: Api
+    caller: Caller
+    path: Mapping[str, str]
+    query: dict[str, Any]
+    body: dict[str, Any]
+    environ: dict[str, Any]
+
+
+class Endpoint(NamedTuple):
+    """One row of the API: what bottle routes, what OpenAPI and the README's table say."""
+
+    method: str
+    path: str
+    allow: frozenset[str]
+    summary: str
+    query: Table
+    body: Table | None
+    status: int
+    translate: Callable[[dict[str, Any]], dict[str, Any]] | None
+    serve: Callable[[Call], Reply]
+
+
+ENDPOINTS: list[Endpoint] = []
+
+
+def endpoint(method: str, path: str, summary: str, *, allow: Iterable[str] = (), public: bool = False,
+             query: Table | None = None, body: Table | None = None, status: int = 200,
+             translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+             ) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
+    """Add a route. It is the admin's alone unless `allow` names others or it is `public`; `NEWCOMER` there
+    stands for anyone while enrolment is open. `translate` turns the shipped agent's body into ours."""
+    def add(serve: Callable[[Call], Reply]) -> Callable[[Call], Reply]:
+        allowed = frozenset({ADMIN, *allow, *({ENROLLER, AGENT, ANYONE} if public else ())})
+        ENDPOINTS.append(Endpoint(method, path, allowed, summary, query or {}, body, status, translate, serve))
+        return serve
+    return add
+
+
+def success(data: Any, status: int = 200, headers: Iterable[tuple[str, str]] = (),
+            beside: Mapping[str, Any] | None = None) -> Reply:
+    """The envelope of a success; `beside` are further fields at its top level."""
+    return Reply(status, to_json({"ok": True, "data": data, **(beside or {})}).encode(), (_JSON_TYPE, *headers))
+
+
+def success_list(items: bytes, query: Mapping[str, Any], total: int | None) -> Reply:
+    """The envelope of a list, with its pagination if the caller asked for a page."""
+    tail = b"}"
+    if total is not None:
+        limit = query["limit"] or 50
+        tail = b',"pagination":' + to_json({"total": total, "page": query["page"] or 1, "limit": limit,
+                                            "pages": math.ceil(total / limit)}).encode() + b"}"
+    return Reply(200, b'{"ok":true,"data":' + items + tail)
+
+
+def failure(error: ManagerError) -> Reply:
+    """The envelope of a failure."""
+    headers = [_JSON_TYPE, *error.headers]
+    if error.retry_after_s is not None:
+        headers.append(("Retry-After", str(error.retry_after_s)))
+    if error.status == 401:
+        headers.append(("WWW-Authenticate", "Bearer"))
+    return Reply(error.status, to_json({"ok": False, "error": str(error)}).encode("utf-8", "replace"), tuple(headers))
+
+
+class Throttle:
+    """Counts something per address and minute; at most `_MOST` addresses are remembered, the latest."""
+
+    _MOST = 10_000
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._lock = threading.Lock()
+        self._windows: dict[str, tuple[int, int]] = {}
+
+    def wait_s(self, address: str, tick_ms: int) -> int:
+        """Seconds until `address` may do it again; 0 if it may now."""
+        began, count = self._windows.get(self._key(address), (tick_ms, 0))
+        left_ms = began + 60_000 - tick_ms
+        return math.ceil(left_ms / 1000) if count >= self.per_minute and left_ms > 0 else 0
+
+    def count(self, address: str, tick_ms: int) -> None:
+        """Note that `address` did it once more."""
+        key = self._key(address)
+        with self._lock:
+            began, count = self._windows.pop(key, (tick_ms, 0))
+            if tick_ms - began >= 60_000:
+                began, count = tick_ms, 0
+            self._windows[key] = began, count + 1
+            if len(self._windows) > self._MOST:
+                del self._windows[next(iter(self._windows))]
+
+    @staticmethod
+    def _key(address: str) -> str:
+        # Whoever has one IPv6 address has the other 2^64 of its network.
+        return str(ipaddress.ip_network((address, 64), strict=False)) if ":" in address else address
+
+
+class Latencies:
+    """Requests by route and status class, and how long they took, as a Prometheus histogram."""
+
+    BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, str, str]] = Counter()
+        self._buckets: dict[str, list[int]] = {}
+        self._sums_s: Counter[str] = Counter()
+
+    def observe(self, method: str, route: str, status: int, duration_s: float) -> None:
+        """Count one answered request."""
+        with self._lock:
+            self._counts[method, route, f"{status // 100}xx"] += 1
+            if route not in self._buckets:
+                self._buckets[route] = [0] * (len(self.BOUNDS_S) + 1)
+            self._buckets[route][bisect.bisect_left(self.BOUNDS_S, duration_s)] += 1
+            self._sums_s[route] += duration_s  # type: ignore[assignment]
+
+    def families(self) -> Iterator[tuple[str, str, str, list[tuple[str, float]]]]:
+        """The counts as rows for `Api.metrics()`."""
+        with self._lock:
+            counts, sums_s = dict(self._counts), dict(self._sums_s)
+            buckets = {route: list(row) for route, row in self._buckets.items()}
+        yield "http_requests_total", "counter", "Requests answered.", [
+            (f'{{method="{method}",route="{route}",status="{status}"}}', count)
+            for (method, route, status), count in sorted(counts.items())]
+        samples: list[tuple[str, float]] = []
+        for route, row in sorted(buckets.items()):
+            upper = [f"{bound:g}" for bound in self.BOUNDS_S] + ["+Inf"]
+            samples += [(f'_bucket{{route="{route}",le="{le}"}}', count)
+                        for le, count in zip(upper, itertools.accumulate(row), strict=True)]
+            samples += [(f'_sum{{route="{route}"}}', sums_s[route]), (f'_count{{route="{route}"}}', sum(row))]
+        yield "http_request_duration_seconds", "histogram", "Time from the parsed request to its answer.", samples
+
+
+@dataclass
+class Fault:
+    """What to do to the next `times` requests of a route (`POST /api/agents/register`; None is any) that name an
+    agent (None is any): wait `delay_s` (real seconds), then answer `status`, or drop the connection `before`
+    or `after` the change is committed."""
+
+    route: str | None = None
+    agent_id: str | None = None
+    status: int | None = None
+    delay_s: float = 0.0
+    drop: str | None = None
+    times: int = 1
+
+    def __post_init__(self) -> None:
+        known = {f"{each.method} {each.path}" for each in ENDPOINTS}
+        if self.route not in {None, *known}:
+            raise ValueError(f"route is {self.route!r} and must be one of {', '.join(sorted(known))}")
+        if self.drop not in (None, "before", "after"):
+            raise ValueError(f"drop is {self.drop!r} and must be 'before' or 'after'")
+        if self.status is not None and not 400 <= self.status <= 599:
+            raise ValueError(f"status is {self.status} and must be from 400 to 599")
+        if (self.status is None and self.drop is None and self.delay_s <= 0) or self.delay_s < 0 or self.times < 1:
+            raise ValueError("a fault must have a status, a drop or a delay_s above 0, and times of at least 1")
+
+    def strike(self) -> None:
+        """Do what comes before the request is served. Raises Dropped, ManagerError."""
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        if self.drop == "before":
+            raise Dropped
+        if self.status is not None:
+            error = ManagerError("a fault that was asked for")
+            error.status = self.status
+            raise error
+
+
+class Faults:
+    """Faults on demand, for testing agents: `server.faults.add(route="POST /api/agents/register", drop="after")`.
+
+    Nothing reachable over HTTP adds one. The fields of Fault are the keywords of `add()`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[Fault] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, **fault: Any) -> Fault:
+        """Have the next requests that match suffer a fault. Raises ValueError for a fault that makes no sense."""
+        added = Fault(**fault)
+        with self._lock:
+            self._waiting.append(added)
+        return added
+
+    def clear(self) -> None:
+        """Forget the faults still waiting."""
+        with self._lock:
+            self._waiting.clear()
+
+    def take(self, route: Endpoint, agent_id: str | None) -> Fault | None:
+        """The fault that a request is to suffer, counted down."""
+        with self._lock:
+            for fault in self._waiting:
+                if fault.route in (None, f"{route.method} {route.path}") and fault.agent_id in (None, agent_id):
+                    fault.times -= 1
+                    if not fault.times:
+                        self._waiting.remove(fault)
+                    return fault
+        return None
+
+
+class Api:
+    """What stands between a request and the Manager, for bottle's routes and for any other server of them.
+
+    `answer()` is the only way to an endpoint: it decides who calls, cleans what they sent and words
+    what comes back.
+    """
+
+    def __init__(self, manager: Manager, auth_tokens: Sequence[str]) -> None:
+        self.manager = manager
+        self.hsts = manager.config.tls_cert is not None  # a self-signed one must never be insisted on
+        config = manager.config
+        self._admins = [digest(token) for token in auth_tokens]
+        self._enroller = digest(config.enroll_token) if config.enroll_token else None
+        self._failed_logins = Throttle(_FAILED_LOGINS_PER_MINUTE)
+        self._requests = Throttle(config.rate_limit) if config.rate_limit else None
+        self._newcomers = Throttle(_NEWCOMERS_PER_MINUTE)
+        self.latencies = Latencies()
+        self.streams_open: Callable[[], int] = lambda: 0  # whoever serves streams says otherwise
+        self.faults = Faults()
+
+    def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str]) -> Reply:
+        """Serve a request to `route`, whatever happens. Raises Dropped only, for a fault asked for."""
+        began_s = time.perf_counter()
+        try:
+            caller = self._admit(route, environ, path)
+            fault = self.faults.take(route, path.get("id")) if self.faults else None
+            if fault:
+                fault.strike()
+            translate = route.translate if self.manager.config.open_enrollment else None
+            body = clean_body(route.body, self._read(environ), translate) if route.body is not None else {}
+            query = clean_query(route.query, environ.get("QUERY_STRING", "")) if route.query else {}
+            reply = route.serve(Call(self.manager, self, caller, path, query, body, environ))
+            if fault and fault.drop == "after":
+                if reply.lost:
+                    reply.lost()
+                raise Dropped
+        except Dropped:
+            raise
+        except ManagerError as error:
+            reply = failure(error)
+        except Exception:
+            log.exception("request %s failed", request_id(environ))
+            reply = failure(ManagerError("internal error; the log has its details under this request's id"))
+        self.latencies.observe(route.method, route.path, reply.status, time.perf_counter() - began_s)
+        return self.finish(reply, environ)
+
+    def metrics(self) -> str:
+        """The Prometheus text exposition: https://prometheus.io/docs/instrumenting/exposition_formats/."""
+        manager = self.manager
+        census = manager.census()
+        families: list[tuple[str, str, str, list[tuple[str, float]]]] = [
+            ("agents", "gauge", "Registered agents by status.",
+             [(f'{{status="{status}"}}', census.agents[status]) for status in Status]),
+            ("heartbeats_total", "counter", "Heartbeats accepted since the start.", [("", manager.heartbeats)]),
+            ("threat_events_total", "counter", "Threat events stored since the start, by severity.",
+             [(f'{{severity="{severity}"}}', manager.events_reported[severity]) for severity in SEVERITIES]),
+            ("threat_events_stored", "gauge", "Threat events kept.", [("", census.threats)]),
+            ("policies", "gauge", "Policies issued, superseded ones included.", [("", census.policies)]),
+            ("journal_sequence", "gauge", "Sequence number of the latest journal entry.", [("", manager.last_seq())]),
+            ("database_size_bytes", "gauge", "Size of the database and its write-ahead log.",
+             [("", manager.store.size_bytes())]),
+            ("event_streams_open", "gauge", "Event streams open.", [("", self.streams_open())]),
+            *self.latencies.families()]
+        lines = []
+        for name, kind, help_text, samples in families:
+            lines += [f"# HELP panguard_{name} {help_text}", f"# TYPE panguard_{name} {kind}"]
+            lines += [f"panguard_{name}{label} {value:.17g}" for label, value in samples]
+        return "\n".join(lines) + "\n"
+
+    def finish(self, reply: Reply, environ: Mapping[str, Any]) -> Reply:
+        """Add the headers that every answer has."""
+        headers = (*reply.headers, ("X-Request-Id", request_id(environ)), *_COMMON_HEADERS)
+        if (origin := environ.get("HTTP_ORIGIN")) and origin in self.manager.config.cors_allowed_origins:
+            headers += (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), *_CORS_HEADERS)
+        if self.hsts and self._is_https(environ):
+            headers += (("Strict-Transport-Security", "max-age=31536000"),)
+        return reply._replace(headers=headers)
+
+    def refuse(self, status: int, text: str, environ: dict[str, Any], headers: Iterable[tuple[str, str]] = ()) -> Reply:
+        """Word a refusal of what has no route, or never became a request."""
+        # One name for all of them: made-up paths must not become labels.
+        self.latencies.observe("-", "none", status, 0.0)
+        refusal = ManagerError(text, headers=headers)
+        refusal.status = status
+        return self.finish(failure(refusal), environ)
+
+    def _admit(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str]) -> Caller:
+        """Who calls, if they may. A credential is judged even where none is needed, never the other way round."""
+        address = self.client_address(environ)
+        now = self.manager.now()
+        if self._requests:
+            if wait_s := self._requests.wait_s(address, now.tick_ms):
+                raise Throttled(f"more than {self._requests.per_minute} requests in a minute from {address}",
+                                retry_after_s=wait_s)
+            self._requests.count(address, now.tick_ms)
+        newcomer = NEWCOMER in route.allow and self.manager.config.open_enrollment
+        if ANYONE in route.allow or (newcomer and "HTTP_AUTHORIZATION" not in environ):
+            if newcomer:
+                if wait_s := self._newcomers.wait_s(address, now.tick_ms):
+                    raise Throttled(f"more than {_NEWCOMERS_PER_MINUTE} registrations without a token in a minute "
+                                    f"from {address}", retry_after_s=wait_s)
+                self._newcomers.count(address, now.tick_ms)
+            return Caller(ANYONE, address)
+        scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        token = token.strip()
+        caller = self._identify(token, address) if scheme.lower() == "bearer" and token else None
+        if caller is None:
+            if wait_s := self._failed_logins.wait_s(address, now.tick_ms):
+                raise Throttled(f"more than {_FAILED_LOGINS_PER_MINUTE} wrong tokens in a minute from {address}",
+                                retry_after_s=wait_s)
+            if token:
+                self._failed_logins.count(address, now.tick_ms)
+                raise Unauthorized("the token is wrong, or its agent was deregistered")
+            raise Unauthorized("a token is required: Authorization: Bearer …")
+        if caller.role not in route.allow:
+            raise Forbidden(f"the {caller.role}'s token may not do this")
+        if caller.role == AGENT and path.get("id", caller.agent_id) != caller.agent_id:
+            raise Forbidden("an agent's token reaches that agent only")
+        return caller
+
+    def _identify(self, token: str, address: str) -> Caller | None:
+        token_digest = digest(token)
+        for known in self._admins:
+            if hmac.compare_digest(known, token_digest):
+                return Caller(ADMIN, address, credential=known.hex()[:8])
+        if self._enroller and hmac.compare_digest(self._enroller, token_digest):
+            return Caller(ENROLLER, address)
+        agent_id = self.manager.holder(token)
+        return Caller(AGENT, address, agent_id) if agent_id else None
+
+    def client_address(self, environ: Mapping[str, Any]) -> str:
+        """The address of the client, taken from X-Forwarded-For as far back as trusted proxies wrote it."""
+        address: str = environ.get("REMOTE_ADDR") or "127.0.0.1"
+        if self.manager.config.trusted_proxy:
+            for hop in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
+                if not self.is_proxy(address):
+                    break
+                try:
+                    address = str(ipaddress.ip_address(hop.strip()))
+                except ValueError:
+                    break
+        return address
+
+    def is_proxy(self, address: str) -> bool:
+        """Whether `address` is one of the trusted proxies."""
+        return any(ipaddress.ip_address(address) in network for network in self.manager.config.trusted_proxy)
+
+    def _is_https(self, environ: Mapping[str, Any]) -> bool:
+        return environ.get("wsgi.url_scheme") == "https" or (
+            environ.get("HTTP_X_FORWARDED_PROTO") == "https" and self.is_proxy(environ.get("REMOTE_ADDR", "127.0.0.1")))
+
+    @staticmethod
+    def _read(environ: Mapping[str, Any]) -> bytes:
+        try:
+            length = int(environ.get("CONTENT_LENGTH") or 0)
+        except ValueError:
+            raise Invalid("Content-Length: must be a whole number") from None
+        if length > _MOST_BYTES:
+            raise TooLarge(f"body: must be at most {_MOST_BYTES} bytes")
+        raw: bytes = environ["wsgi.input"].read(length) if length > 0 else b""
+        kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        if raw and kind and not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
+            raise NotJson("Content-Type: must be application/json")
+        return raw
+
+
+def request_id(environ: Mapping[str, Any]) -> str:
+    """The caller's X-Request-Id, if it is a sane one, else one made for this request."""
+    given: str = environ.get("HTTP_X_REQUEST_ID", "")
+    if re.fullmatch(r"[0-9A-Za-z._:-]{1,128}", given):
+        return given
+    if "manager.request_id" not in environ:
+        environ["manager.request_id"] = str(uuid.uuid4())  # type: ignore[index]
+    made: str = environ["manager.request_id"]
+    return made
+
+
+def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bottle:
+    """The HTTP API of a manager as a WSGI application.
+
+    `auth_tokens` are the admin's; without them `config.auth_token` is, and with neither nobody is admin.
+    """
+    api = Api(manager, auth_tokens or manager.config.auth_token)
+    app = bottle.Bottle()
+    app.config["catchall"] = False  # answer() has caught what is ours to word; the rest is the server's
+    app.api = api
+
+    def as_response(reply: Reply) -> bottle.HTTPResponse:
+        bottle.request.environ["manager.lost"] = reply.lost
+        return bottle.HTTPResponse(reply.body, reply.status, headers=list(reply.headers))
+
+    def route(each: Endpoint) -> Callable[..., bottle.HTTPResponse]:
+        return lambda **path: as_response(api.answer(each, bottle.request.environ, path))
+
+    @app.hook("before_request")  # type: ignore[untyped-decorator]
+    def preflight() -> None:
+        if bottle.request.method == "OPTIONS":
+            raise as_response(api.finish(Reply(204, b"", ()), bottle.request.environ))
+
+    def refuse(error: bottle.HTTPError) -> str:
+        wording = {404: "there is nothing at this path", 405: "this path does not take that method"}
+        allow = [("Allow", error.headers["Allow"])] if "Allow" in error.headers else []
+        reply = api.refuse(error.status_code, wording.get(error.status_code, "the request is malformed"),
+                           bottle.request.environ, allow)
+        for name, value in reply.headers:
+            bottle.response.set_header(name, value)
+        return reply.body.decode()
+
+    app.default_error_handler = refuse
+    for each in ENDPOINTS:
+        app.route(re.sub(r":(\w+)", r"<\1>", each.path), each.method, route(each), name=each.path)
+    return app
+
+
+def agent_shape(agent: Agent, *, detail: bool) -> dict[str, Any]:
+    """An agent as the API shows it: to its own registration, or in detail."""
+    shape: dict[str, Any] = {"id": agent.id, "hostname": agent.hostname, "os": agent.os, "version": agent.version,
+                             "ip": agent.ip}
+    if detail:
+        return {**shape, "status": agent.status, "tags": agent.tags, "cpu": agent.cpu, "memory": agent.memory,
+                "uptime": agent.uptime, "lastHeartbeat": iso(agent.last_heartbeat_ms),
+                "registeredAt": iso(agent.registered_ms), "recentThreats": agent.recent_threats,
+                "activePolicyVersion": version_text(agent.acknowledged)}
+    shape.update(tags=agent.tags, status=agent.status, registeredAt=iso(agent.registered_ms))
+    shape.update({name: value for name in ("org_id", "machine_id") if (value := getattr(agent, name)) is not None})
+    return shape
+
+
+def policy_shape(policy: Policy) -> dict[str, Any]:
+    """A policy as the API shows it."""
+    scope = {name: value for name in ("org_id", "agent_id") if (value := getattr(policy, name)) is not None}
+    return {"id": policy.id, "name": policy.name, "description": policy.description,
+            "version": version_text(policy.version), "rules": policy.rules, **scope,
+            "broadcastedTo": policy.broadcasted_to, "createdAt": iso(policy.created_ms)}
+
+
+def entry_shape(entry: Entry) -> dict[str, Any]:
+    """A journal entry as the API shows it."""
+    return {"seq": entry.seq, "at": iso(entry.at_ms), "type": entry.type, "actor": entry.actor, "org_id": entry.org_id,
+            "agentId": entry.agent_id, "data": entry.data}
+
+
+@endpoint("POST", "/api/agents/register", "Register an agent", allow=(ENROLLER, AGENT, NEWCOMER), body=REGISTER,
+          status=201)
+def _register(call: Call) -> Reply:
+    made = call.manager.register(**call.body, caller=call.caller)
+    # The shipped agent looks for its identity beside `data`.
+    beside = {"agentId": made.agent.id, "token": made.token} if call.caller.role == ANYONE else {}
+    reply = success({**agent_shape(made.agent, detail=False), "token": made.token}, 201 if made.created else 200,
+                    beside=beside)
+    return reply._replace(lost=lambda: call.manager.forget_token(made.agent.id))
+
+
+@endpoint("POST", "/api/agents/:id/heartbeat", "Say that an agent is alive", allow=(AGENT,), body=HEARTBEAT,
+          translate=shipped_heartbeat)
+def _heartbeat(call: Call) -> Reply:
+    beat = call.manager.heartbeat(call.path["id"], **call.body)
+    return success({"id": beat.id, "status": beat.status, "lastHeartbeat": iso(beat.at_ms),
+                    "pendingPolicies": beat.pending_policies},
+                   headers=[("X-Heartbeat-Interval", f"{call.manager.config.heartbeat_timeout_ms / 3000:g}")])
+
+
+@endpoint("DELETE", "/api/agents/:id", "Deregister an agent; its threat events stay", allow=(AGENT,))
+def _deregister(call: Call) -> Reply:
+    call.manager.deregister(call.path["id"], caller=call.caller)
+    return success({"message": f"Agent {call.path['id']} deregistered successfully"})
+
+
+@endpoint("GET", "/api/agents", "List agents in registration order", query=AGENT_FILTER)
+def _agents(call: Call) -> Reply:
+    items, total = call.manager.agents_json(**call.query)
+    return success_list(items, call.query, total)
+
+
+@endpoint("GET", "/api/agents/:id", "Show one agent in detail", allow=(AGENT,))
+def _agent(call: Call) -> Reply:
+    return success(agent_shape(call.manager.agent(call.path["id"]), detail=True))
+
+
+@endpoint("PATCH", "/api/agents/:id", "Replace, add or remove an agent's tags", body=RETAG)
+def _retag(call: Call) -> Reply:
+    return success(agent_shape(call.manager.retag(call.path["id"], **call.body, caller=call.caller), detail=True))
+
+
+@endpoint("POST", "/api/agents/:id/events", "Report threat events, all or nothing", allow=(AGENT,), body=EVENTS,
+          status=201, translate=shipped_event)
+def _report(call: Call) -> Reply:
+    ids = call.manager.report_events(call.path["id"], call.body["events"], caller=call.caller)
+    return success({"received": len(ids), "eventIds": ids}, 201)
+
+
+@endpoint("GET", "/api/threats", "List threat events, newest first", query=THREAT_FILTER)
+def _threats(call: Call) -> Reply:
+    items, total = call.manager.threats_json(**call.query)
+    return success_list(items, call.query, total)
+
+
+@endpoint("GET", "/api/threats/summary", "Sum up the threat events of a period", query=SUMMARY)
+def _threat_summary(call: Call) -> Reply:
+    return success(call.manager.threat_summary(**call.query))
+
+
+@endpoint("POST", "/api/policy", "Issue a policy for all, for an org, or for one agent", body=POLICY, status=201)
+def _create_policy(call: Call) -> Reply:
+    return success(policy_shape(call.manager.create_policy(**call.body, caller=call.caller)), 201)
+
+
+@endpoint("GET", "/api/policy", "List every policy ever issued, newest first", query=PAGE)
+def _policies(call: Call) -> Reply:
+    policies, total = call.manager.policies(**call.query)
+    return success_list(to_json([policy_shape(policy) for policy in policies]).encode(), call.query, total)
+
+
+@endpoint("GET", "/api/policy/active", "Show the policy in force for all, or of an org", query=OF_ORG)
+def _active_policy(call: Call) -> Reply:
+    policy = call.manager.active_policy(**call.query)
+    return success(policy and policy_shape(policy))
+
+
+@endpoint("GET", "/api/policy/agent/:id", "Fetch what an agent must obey, and acknowledge it unless ack=false",
+          allow=(AGENT,), query={"ack": may(switch(), True)})
+def _agent_policy(call: Call) -> Reply:
+    policy = call.manager.agent_policy(call.path["id"], **call.query)
+    shape = {"agentId": policy.agent_id, "policyVersion": version_text(policy.effective.version),
+             "rules": policy.effective.rules}
+    tag = f'"{digest(to_json(shape)).hex()[:16]}"'
+    if {tag, "*"} & {each.strip().removeprefix("W/") for each in call.environ.get("HTTP_IF_NONE_MATCH", "").split(",")}:
+        return Reply(304, b"", (("ETag", tag),))
+    applied = None if policy.applied_ms is None else iso(policy.applied_ms)
+    return success({**shape, "appliedAt": applied}, headers=[("ETag", tag)])
+
+
+@endpoint("GET", "/api/rules/latest", "Fetch the text of the `custom` rules in force, as the shipped agent does",
+          allow=(AGENT,))
+def _latest_rules(call: Call) -> Reply:
+    rules = call.manager.custom_rules(call.caller.agent_id)
+    return success({"rules": rules}, beside={"rules": rules})
+
+
+@endpoint("DELETE", "/api/policy/agent/:id", "Drop the policy of one agent")
+def _drop_override(call: Call) -> Reply:
+    call.manager.drop_override(call.path["id"], caller=call.caller)
+    return success({"message": f"Policy override of agent {call.path['id']} dropped"})
+
+
+@endpoint("GET", "/api/overview", "Show the fleet at a glance", query=OF_ORG)
+def _overview(call: Call) -> Reply:
+    return success(call.manager.overview(**call.query))
+
+
+@endpoint("GET", "/api/events", "Read the journal, which is the audit log, in order", query=ENTRY_FILTER)
+def _entries(call: Call) -> Reply:
+    return success([entry_shape(entry) for entry in call.manager.journal(**call.query)])
+
+
+@endpoint("GET", "/api/events/stream", "Follow the journal as server-sent events; `Last-Event-ID` resumes",
+          query=STREAM_FILTER)
+def _stream(call: Call) -> Reply:
+    if "manager.streams" not in call.environ:
+        raise NoStreams("event streams need the manager's own server; page through GET /api/events here")
+    last = call.environ.get("HTTP_LAST_EVENT_ID", "")
+    if last and not re.fullmatch("[0-9]{1,15}", last):
+        raise Invalid("Last-Event-ID: must be the id of an event")
+    call.environ["manager.stream"] = call.environ["manager.streams"].open(int(last) if last else None, call.query)
+    return Reply(200, b"", (("Content-Type", "text/event-stream; charset=utf-8"),))
+
+
+@endpoint("GET", "/metrics", "Measure the manager, in the Prometheus text format")
+def _metrics(call: Call) -> Reply:
+    return Reply(200, call.api.metrics().encode(), (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),))
+
+
+@endpoint("GET", "/health", "Say whether the manager can do its work; 503 if not", public=True)
+def _health(call: Call) -> Reply:
+    health: dict[str, Any] = {"status": "healthy", "version": __version__,
+                              "uptime": (call.manager.now().tick_ms - call.manager.started.tick_ms) // 1000}
+    try:
+        total, online = call.manager.health()
+    except Unavailable as error:
+        reply = failure(error)
+        return reply._replace(body=to_json({"ok": False, "error": str(error), "data": {
+            **health, "status": "unhealthy"}}).encode())
+    return success({**health, "agents": {"total": total, "online": online}})
+
+
+@endpoint("GET", "/openapi.json", "Describe this API as OpenAPI 3.1", public=True)
+def _openapi(call: Call) -> Reply:
+    return Reply(200, to_json(openapi()).encode())
+
+
+_FAILURES = {"400": "Invalid input; the text names every offending field", "401": "No token, or a wrong one",
+             "403": "A token that does not reach this far", "404": "Not registered", "409": "The fleet is full",
+             "413": "A body over 1 MiB", "415": "A body that is not JSON",
+             "429": "Too many requests or wrong tokens from this address", "503": "The database is not available"}
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI 3.1 document, from the tables that route and validate."""
+    def envelope(ok: bool) -> dict[str, Any]:
+        rest: dict[str, Any] = {"data": {}} if ok else {"error": {"type": "string"}}
+        return {"application/json": {"schema": {
+            "type": "object", "required": ["ok", *rest], "properties": {"ok": {"const": ok}, **rest}}}}
+
+    paths: dict[str, dict[str, Any]] = {}
+    for each in ENDPOINTS:
+        parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                      for name in re.findall(r":(\w+)", each.path)]
+        parameters += [{"name": name, "in": "query", "required": param.required, "schema": param.check.schema}
+                       for name, param in each.query.items()]
+        operation: dict[str, Any] = {
+            "summary": each.summary, "operationId": each.serve.__name__.strip("_"), "parameters": parameters,
+            "responses": {str(each.status): {"description": "Success", "content": envelope(True)}}}
+        if each.status == 201:
+            operation["responses"]["200"] = {"description": "Success, of one known before", "content": envelope(True)}
+        for status, description in _FAILURES.items():
+            operation["responses"][status] = {"description": description, "content": envelope(False)}
+        if each.body is not None:
+            required = [name for name, param in each.body.items() if param.required]
+            operation["requestBody"] = {"required": bool(required), "content": {"application/json": {
+                "schema": table_schema(each.body)}}}
+        operation["security"] = [] if ANYONE in each.allow else [{"bearer": []}]
+        operation["x-callers"] = sorted(each.allow)
+        paths.setdefault(re.sub(r":(\w+)", r"{\1}", each.path), {})[each.method.lower()] = operation
+    return {"openapi": "3.1.0", "info": {"title": "Panguard Manager", "version": __version__},
+            "paths": paths, "components": {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}}
+
+
+########################################################################################################
+# 7  Event streams #####################################################################################
+########################################################################################################
+
+_KEEPALIVE_MS = 15_000
+_BACKLOG = 2**18  # bytes a reader may be behind while it catches up with the past
+_BATCH = 500      # entries read at once
+
+
+class EventStream:
+    """One reader of the journal: what it has had, what it wants, and the connection that it holds."""
+
+    def __init__(self, streams: Streams, after: int, wanted: Mapping[str, Any]) -> None:
+        self.streams = streams
+        self.after = after
+        self.live = False  # has caught up once: from then on only the channel's own bound holds
+        self.sent_ms = 0
+        self.channel: Any = None
+        self._wanted = {name: value for name, value in wanted.items() if value is not None}
+
+    def wants(self, entry: Entry) -> bool:
+        """Whether the entry passes the filters."""
+        return all(getattr(entry, name) == value for name, value in self._wanted.items())
+
+    def start(self, channel: Any) -> None:
+        """Take over a connection whose headers have been sent."""
+        self.channel = channel
+        now = self.streams.manager.now()
+        self.sent_ms = now.tick_ms
+        data = to_json({"at": iso(now.wall_ms), "version": __version__})
+        channel.publish(f"id: {self.after}\nevent: connected\ndata: {data}\n\n".encode())
+        self.streams.join(self)
+
+    def closed(self) -> None:
+        """The connection is gone, or was never handed over."""
+        self.streams.leave(self)
+
+
+class Streams:
+    """All event streams. They hold connections, not threads: one thread runs `pump()` for all of them.
+
+    `count` is how many are open. Whoever wants them served calls `pump()` when the journal has grown and
+    `keep_alive()` now and then.
+    """
+
+    def __init__(self, manager: Manager) -> None:
+        self.manager = manager
+        self.count = 0
+        self.wake = threading.Event()
+        self._lock = threading.Lock()
+        self._joined: list[EventStream] = []
+        manager.store.listeners.append(self.wake.set)
+
+    def open(self, last_seq: int | None, wanted: Mapping[str, Any]) -> EventStream:
+        """A stream of what comes after `last_seq`, or after now. Raises Unavailable when there are too many."""
+        newest = self.manager.last_seq()
+        with self._lock:
+            if self.count >= self.manager.config.max_streams:
+                raise Unavailable(f"{self.count} event streams are open and MANAGER_MAX_STREAMS allows no more",
+                                  retry_after_s=15)
+            self.count += 1
+        return EventStream(self, newest if last_seq is None else min(last_seq, newest), wanted)
+
+    def join(self, stream: EventStream) -> None:
+        """Serve a stream from now on."""
+        with self._lock:
+            self._joined.append(stream)
+        self.wake.set()
+
+    def leave(self, stream: EventStream) -> None:
+        """Serve a stream no more."""
+        with self._lock:
+            self.count -= 1
+            if stream in self._joined:
+                self._joined.remove(stream)
+
+    def pump(self) -> bool:
+        """Send every stream the entries it lacks; whether one of them had to be left behind for now."""
+        with self._lock:
+            streams = tuple(self._joined)
+        ready = [stream for stream in streams if stream.live or stream.channel.backlog <= _BACKLOG]
+        while ready:
+            after = min(stream.after for stream in ready)
+            entries = self.manager.journal(after=after, limit=_BATCH)
+            texts = [(entry, f"id: {entry.seq}\nevent: {entry.type}\ndata: {to_json(entry_shape(entry))}\n\n".encode())
+                     for entry in entries]
+            last = entries[-1].seq if entries else after
+            for stream in ready:
+                data = b"".join(text for entry, text in texts if entry.seq > stream.after and stream.wants(entry))
+                if data and stream.channel.publish(data):
+                    stream.sent_ms = self.manager.now().tick_ms
+                stream.after = max(stream.after, last)
+                stream.live = stream.live or len(entries) < _BATCH
+            if len(entries) < _BATCH:
+                break
+            ready = [stream for stream in ready if stream.live or stream.channel.backlog <= _BACKLOG]
+        return len(ready) < len(streams)
+
+    def keep_alive(self) -> None:
+        """Say something on every stream that has been silent for 15 s."""
+        tick_ms = self.manager.now().tick_ms
+        with self._lock:
+            silent = [stream for stream in self._joined if tick_ms - stream.sent_ms >= _KEEPALIVE_MS]
+        for stream in silent:
+            stream.sent_ms = tick_ms
+            stream.channel.publish(b": keepalive\n\n")
+
+
+########################################################################################################
+# 9  Server ############################################################################################
+########################################################################################################
+
+
+class SystemClock:
+    """The clock of the machine: wall time for what is shown, monotonic time for what is decided."""
+
+    def now(self) -> Moment:
+        return Moment(time.time_ns() // 1_000_000, time.monotonic_ns() // 1_000_000)
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def every(self, interval_s: float, callback: Callable[[float], None]) -> Callable[[], None]:
+        """Repeat `callback(late_s)` in a thread of its own; what it raises is logged and the thread goes on."""
+        over = threading.Event()
+
+        def repeat() -> None:
+            due_s = time.monotonic() + interval_s
+            while not over.wait(max(0, due_s - time.monotonic())):
+                late_s = time.monotonic() - due_s
+                try:
+                    callback(late_s)
+                except Unavailable:
+                    pass  # logged where it arose; the next round tries again
+                except Exception:
+                    log.exception("the timer failed")
+                due_s = time.monotonic() + interval_s
+
+        thread = threading.Thread(target=repeat, name="panguard-timer", daemon=True)
+        thread.start()
+
+        def stop() -> None:
+            over.set()
+            thread.join()
+        return stop
+
+
+class ManualClock:
+    """A clock that moves when told to, for tests. `start` is in s since 1970."""
+
+    def __init__(self, start: float = 1_772_884_800.0) -> None:
+        self._now = Moment(round(start * 1000), 0)
+        self._callbacks: list[Callable[[float], None]] = []
+
+    def now(self) -> Moment:
+        return self._now
+
+    def pause(self, seconds: float) -> None:
+        """Nothing: this clock moves by `advance()` alone."""
+
+    def every(self, interval_s: float, callback: Callable[[float], None]) -> Callable[[], None]:
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and do what fell due meanwhile before returning."""
+        passed_ms = round(seconds * 1000)
+        self._now = Moment(self._now.wall_ms + passed_ms, self._now.tick_ms + passed_ms)
+        for callback in tuple(self._callbacks):
+            callback(0.0)
+
+    def step(self, seconds: float) -> None:
+        """Set the system clock, as an operator or NTP does: the wall time jumps and no time passes."""
+        self._now = self._now._replace(wall_ms=self._now.wall_ms + round(seconds * 1000))
+
+
+Environ = dict[str, Any]
+Answer = tuple[str, list[tuple[str, str]], bytes]  # status line, headers, body
+Application = Callable[[Environ, Any], Iterable[bytes]]
+
+KIB, MIB = 1 << 10, 1 << 20
+MAX_BODY = 1 * MIB
+MAX_HEADERS = 32 * KIB
+SEND_BYTES = 64 * KIB
+STREAM_BACKLOG = 1 * MIB  # a reader further behind than this is dropped
+LINGER_BYTES = 8 * MIB  # what a client may still send after its last answer
+SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that the house is full
+ACCEPTS_PER_TURN = 128
+LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+FRAMING = frozenset({"connection", "content-length", "server"})  # headers that waitress looks at itself
+READ, WRITE = select.POLLIN, select.POLLOUT  # epoll uses the same numbers
+
+http_date = lru_cache(maxsize=2)(build_http_date)
+
+
+class Stream(Protocol):
+    """What a handler leaves in environ["manager.stream"] to keep its connection open.
+
+    start() comes at most once, closed() exactly once and never before start() has returned.
+    """
+
+    def start(self, channel: Channel) -> None: ...
+
+    def closed(self) -> None: ...
+
+
+class UpgradeRequired(Error):  # type: ignore[misc]
+    code, reason = 426, "Upgrade Required"
+    headers = (("Upgrade", "TLS/1.2, HTTP/1.1"), ("Connection", "close, Upgrade"))
+
+
+class HouseFull(Error):  # type: ignore[misc]
+    code, reason = 503, "Service Unavailable"
+    headers = (("Retry-After", "5"),)
+
+
+# The socket map
+
+
+class SocketMap(dict[int, Any]):
+    """The sockets of one loop, over epoll or poll; a socket is looked at only after something happened to it.
+
+    "Something" is an event, or a call that another thread asked for with soon(). Nothing else may change
+    what a socket waits for, so no wake-up is lost and idle connections cost nothing.
+    """
+
+    def __init__(self, use_epoll: bool = True) -> None:
+        super().__init__()
+        self.use_epoll = use_epoll and hasattr(select, "epoll")
+        self._poller: Any = select.epoll() if self.use_epoll else select.poll()
+        self._interest: dict[int, int] = {}
+        self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._asleep = False
+        self._bell, self._rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._rope.setblocking(False)
+        self._poller.register(self._bell.fileno(), READ)
+
+    def __setitem__(self, fd: int, channel: Any) -> None:
+        super().__setitem__(fd, channel)
+        self._interest[fd] = READ
+        self._poller.register(fd, READ)
+
+    def __delitem__(self, fd: int) -> None:
+        super().__delitem__(fd)
+        del self._interest[fd]
+        with contextlib.suppress(OSError, KeyError):
+            self._poller.unregister(fd)
+
+    def soon(self, call: Callable[..., object], *args: Any) -> None:
+        """Have the loop make a call; for every thread, the loop's own included."""
+        self._calls.append((call, args))
+        if self._asleep:  # written before the loop looks at the calls, read after they were added to
+            self._asleep = False
+            with contextlib.suppress(OSError):
+                self._rope.send(b"!")
+
+    def turn(self, timeout: float) -> None:
+        """Wait until something happens, deal with it, then make the calls asked for."""
+        self._asleep = True
+        if self._calls:
+            timeout = 0.0
+        events = self._poller.poll(timeout if self.use_epoll else timeout * 1000)
+        self._asleep = False
+        for fd, flags in events:
+            channel = self.get(fd)
+            if channel is None:
+                if fd == self._bell.fileno():
+                    self._bell.recv(4096)
+            elif channel.accepting:  # after the others: a descriptor freed here must not be reused here
+                self.soon(channel.handle_accept)
+            else:
+                if flags & READ and not channel.readable():
+                    self._watch(fd, self._interest[fd] & ~READ)
+                    flags &= ~READ
+                wasyncore.readwrite(channel, flags)
+                self.settle(channel)
+        while self._calls:
+            call, args = self._calls.popleft()
+            call(*args)
+
+    def settle(self, channel: Any) -> None:
+        """Send what can be sent at once, then wait for what the channel now wants."""
+        fd: int = channel._fileno
+        if fd in self and channel.writable():
+            wasyncore.write(channel)
+        if channel._fileno not in self:  # closed, by this or before
+            return
+        wanted = self._interest[fd] & READ  # withdrawn only if it fires unwanted: saves two calls per request
+        if not wanted and channel.readable():
+            wanted = READ
+        if channel.writable():
+            wanted |= WRITE
+        self._watch(fd, wanted)
+
+    def _watch(self, fd: int, wanted: int) -> None:
+        if wanted != self._interest[fd]:
+            self._interest[fd] = wanted
+            self._poller.modify(fd, wanted)
+
+    def close(self) -> None:
+        for channel in list(self.values()):
+            channel.handle_close() if isinstance(channel, Channel) else channel.close()
+        self._bell.close()
+        self._rope.close()
+        if self.use_epoll:
+            self._poller.close()
+
+
+# Requests and answers
+
+
+class Request(HTTPRequestParser):  # type: ignore[misc]
+    """waitress' parser, with its loose ends tied."""
+
+    answer: Answer | None = None  # the lane's, waiting to be written
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as problem:  # a length of 5,000 digits, a URI of "http://["
+            raise ParsingError(str(problem)) from None
+        if self.body_rcv is None or self.content_length >= self.adj.max_request_body_size:
+            self.expect_continue = False  # else it is told to go on, and its answer forgotten
+
+
+class Task(WSGITask):  # type: ignore[misc]
+    """A request being answered: by the application, or by what the lane has prepared."""
+
+    content_length: int | None = None
+
+    def start(self) -> None:
+        super().start()
+        if self.channel.server.site.stopping:
+            self.request.headers["CONNECTION"] = "close"
+
+    def get_environment(self) -> Environ:
+        environ: Environ = super().get_environment()
+        environ["manager.streams"] = self.channel.server.site.streams
+        return environ
+
+    def service(self) -> None:
+        try:
+            super().service()
+        except (ClientDisconnected, Dropped):
+            if lost := (self.environ or {}).get("manager.lost"):
+                lost()
+            raise ClientDisconnected from None
+        finally:
+            stream = (self.environ or {}).pop("manager.stream", None)
+            if stream is not None:  # not handed over: an error, a HEAD, a client that left
+                stream.closed()
+
+    def execute(self) -> None:
+        if self.request.answer is None:
+            super().execute()
+            return
+        self.status, self.response_headers, body = self.request.answer
+        self.content_length = len(body)
+        head = self.build_response_header()
+        self.complete = self.wrote_header = True
+        self.channel.write_soon(head + body if self.has_body else head)
+
+    def build_response_header(self) -> bytes:
+        """waitress decides about the framing; the rest goes out as it was said, at a fifth of the price."""
+        framing, lines = [("Date", http_date(int(self.start_time)))], []
+        for name, value in self.response_headers:
+            if name.lower() in FRAMING:
+                framing.append((name, value))
+            else:
+                lines.append(f"{name}: {value}\r\n")
+        self.response_headers = framing
+        if "manager.stream" in (self.environ or {}):
+            self.remove_content_length_header()
+            self.content_length = None
+        head: bytes = super().build_response_header()
+        return head[:-2] + "".join(lines).encode("latin-1") + b"\r\n"
+
+    def finish(self) -> None:
+        wanted = "manager.stream" in (self.environ or {})
+        if not wanted or self.request.command == "HEAD" or not self.has_body:
+            super().finish()
+            return
+        if not self.wrote_header:
+            self.write(b"")
+        self.channel.hand_over(self.environ, self.chunked_response)
+        self.close_on_finish = False
+
+
+class ErrorReply(ErrorTask):  # type: ignore[misc]
+    """What waitress or the channel itself refuses, in the application's words."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        self.status, headers, body = self.channel.server.site.error_reply(error.code, error.body)
+        self.response_headers = [*headers, *getattr(error, "headers", ())]
+        self.content_length = len(body)
+        self.set_close_on_finish()
+        self.write(b"" if getattr(self.request, "command", "") == "HEAD" else body)
+
+
+# The channel
+
+
+class Phase(enum.Enum):
+    FIRST_BYTE = enum.auto()  # TLS or plaintext?
+    HANDSHAKE = enum.auto()
+    HTTP = enum.auto()
+    STREAM = enum.auto()  # written to by publish(); what arrives is dropped
+    LINGER = enum.auto()  # all said; what arrives is dropped, lest a reset overtake the last answer
+
+
+class Channel(HTTPChannel):  # type: ignore[misc]
+    """One connection. Only the loop receives and closes; whoever sends holds outbuf_lock."""
+
+    parser_class, task_class, error_task_class = Request, Task, ErrorReply
+    phase = Phase.HTTP
+    refusal: Error | None = None  # the answer to whatever this client asks
+    socket: Any  # a plain one, or the SSLSocket made of it
+    stream: Stream | None = None
+    chunked = False
+    handshake_writes = False
+    tolerance = 0  # bytes that may still be dropped
+    began, taken = 0.0, 0  # the request being received
+
+    def __init__(self, server: Listener, sock: socket.socket, addr: Any, adj: Any, map: SocketMap) -> None:
+        super().__init__(server, sock, addr, adj, map=map)
+        if server.site.tls_context is not None:
+            self.phase = Phase.FIRST_BYTE
+
+    # What the loop asks
+
+    def readable(self) -> bool:
+        return bool(super().readable()) if self.phase is Phase.HTTP else not self.will_close
+
+    def writable(self) -> bool:
+        if self.requests:  # quiet: a worker is writing, and will say when it has finished
+            return bool(self.will_close or self.total_outbufs_len >= self.adj.send_bytes)
+        closing = self.will_close or self.close_when_flushed
+        return bool(self.total_outbufs_len or closing or self.handshake_writes)
+
+    def expires(self) -> float:
+        """When this client will have had its time."""
+        site = self.server.site
+        if self.phase in (Phase.FIRST_BYTE, Phase.HANDSHAKE) or self.refusal:
+            return float(self.creation_time + site.handshake_timeout)
+        if self.phase is Phase.LINGER:
+            return float(self.last_activity + site.handshake_timeout)
+        if self.phase is Phase.STREAM and not self.total_outbufs_len:
+            return math.inf
+        if self.requests and self.total_outbufs_len < self.adj.send_bytes:
+            return math.inf  # it waits for us
+        if self.request is not None and not self.requests:
+            return float(self.began + site.request_timeout + self.taken / site.slowest_upload)
+        return float(self.last_activity + self.adj.channel_timeout)
+
+    # What the loop does
+
+    def handle_read(self) -> None:
+        if self.phase is Phase.FIRST_BYTE:
+            self._choose()
+        if self.phase is Phase.HANDSHAKE:
+            self._handshake()
+        if self.phase in (Phase.FIRST_BYTE, Phase.HANDSHAKE) or not self.connected:
+            return
+        data = self.recv(self.adj.recv_bytes)
+        if not data:
+            return
+        if self.phase is Phase.HTTP:
+            self.last_activity = time.time()
+            self.received(data)
+        else:
+            self.tolerance -= len(data)
+            if self.tolerance < 0:
+                self.handle_close()
+
+    def received(self, data: bytes) -> bool:
+        before = self.request
+        result = bool(super().received(data))
+        if self.request is not before:
+            self.began, self.taken = self.last_activity, 0
+        self.taken += len(data)
+        return result
+
+    def handle_write(self) -> None:
+        if self.phase is Phase.HANDSHAKE:
+            self._handshake()
+        elif not self.requests:
+            self._flush_some()
+        elif self.total_outbufs_len >= self.adj.send_bytes:
+            self._flush_some_if_lockable()
+        if self.will_close:
+            self.handle_close()
+        elif self.close_when_flushed and not self.total_outbufs_len:
+            self._linger()
+
+    def handle_close(self) -> None:
+        with self.outbuf_lock:
+            stream, self.stream = self.stream, None
+            super().handle_close()
+        if stream is not None:
+            stream.closed()
+
+    def _choose(self) -> None:
+        """Look at the first byte: 0x16 opens a TLS handshake, and no HTTP request."""
+        site = self.server.site
+        try:
+            first = self.socket.recv(1, socket.MSG_PEEK)
+            if first == b"\x16":
+                self.socket = site.tls_context.wrap_socket(
+                    self.socket, server_side=True, do_handshake_on_connect=False)
+                self.sendbuf_len = SEND_BYTES  # OpenSSL wants a send that must wait repeated whole
+                self.phase = Phase.HANDSHAKE
+            elif first:
+                self.phase = Phase.HTTP
+                if not site.plaintext_allowed(self.addr[0]):
+                    self.refusal = UpgradeRequired("this port speaks TLS: use https://")
+            else:
+                self.handle_close()
+        except LATER:
+            pass
+        except (OSError, ValueError):
+            self.handle_close()
+
+    def _handshake(self) -> None:
+        self.handshake_writes = False
+        try:
+            self.socket.do_handshake()
+            self.phase = Phase.HTTP
+            self.last_activity = time.time()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLWantWriteError:
+            self.handshake_writes = True
+        except (OSError, ValueError):
+            self.handle_close()
+
+    def _linger(self) -> None:
+        """Close our half and let the client finish its own, within bounds."""
+        self.close_when_flushed = False
+        self.phase, self.tolerance, self.last_activity = Phase.LINGER, LINGER_BYTES, time.time()
+        with self.outbuf_lock:
+            if isinstance(self.socket, ssl.SSLSocket):
+                with contextlib.suppress(OSError, ValueError):
+                    self.socket.unwrap()  # sends close_notify; nobody waits for the client's
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.handle_close()
+
+    # Sending and receiving: never two threads in one SSL object
+
+    def recv(self, size: int) -> bytes:
+        """What has arrived; nothing if there is nothing, or the client is gone and the channel closed."""
+        with self.outbuf_lock:
+            try:
+                data: bytes = self.socket.recv(size)
+            except LATER:
+                return b""
+            except (OSError, ValueError):
+                data = b""
+            if not data:
+                self.handle_close()
+            return data
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        try:
+            return int(self.socket.send(data))
+        except LATER:
+            return 0
+        except (OSError, ValueError):
+            self.will_close = True
+            return 0
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        with self.outbuf_lock:
+            flushed = self.connected and bool(super()._flush_some(do_close))
+            if not do_close and (self.total_outbufs_len or self.will_close):  # a worker needs the loop's help
+                self._map.soon(self._map.settle, self)
+            return flushed
+
+    def service(self) -> None:
+        super().service()
+        self._map.soon(self._map.settle, self)
+
+    # Streams
+
+    def hand_over(self, environ: Environ, chunked: bool) -> None:
+        """Keep the connection for a stream and return the worker that opened it."""
+        with self.requests_lock:
+            for request in self.requests[1:]:
+                request.close()
+            del self.requests[1:]
+        self.chunked = chunked
+        environ["manager.stream"].start(self)
+        with self.outbuf_lock:
+            if not self.connected:
+                raise ClientDisconnected
+            self.stream = environ.pop("manager.stream")
+            self.phase, self.tolerance = Phase.STREAM, 64 * KIB
+
+    @property
+    def backlog(self) -> int:
+        """Bytes published that the client has not taken yet."""
+        return int(self.total_outbufs_len)
+
+    def publish(self, data: bytes) -> bool:
+        """Send on a stream, from any thread and without waiting; false if it is over."""
+        return self._say(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+
+    def end(self) -> None:
+        """End a stream as its reader expects it."""
+        with self.outbuf_lock:
+            self._say(b"0\r\n\r\n" if self.chunked else b"")
+            self.close_when_flushed = True
+
+    def _say(self, data: bytes) -> bool:
+        with self.outbuf_lock:
+            if not self.connected or self.close_when_flushed or self.phase is Phase.LINGER:
+                return False
+            if self.total_outbufs_len + len(data) > STREAM_BACKLOG:
+                self._map.soon(self.handle_close)
+                return False
+            if self.outbufs[-1].buf is not None:  # past 8 KiB waitress' buffers never shrink again
+                self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
+            self.outbufs[-1].append(data)
+            self.total_outbufs_len += len(data)
+        self._map.soon(self._map.settle, self)
+        return True
+
+
+# The loop and its owner
+
+
+class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]
+    """waitress' thread pool, which can be waited for."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.started: list[threading.Thread] = []
+        self.set_thread_count(count)
+
+    def start_new_thread(self, target: Callable[[int], None], thread_no: int) -> None:
+        thread = threading.Thread(target=target, args=(thread_no,), name=f"worker-{thread_no}", daemon=True)
+        self.started.append(thread)
+        thread.start()
+
+    def stop(self, timeout: float) -> None:
+        self.shutdown(timeout=timeout)
+        if not self.threads:
+            for thread in self.started:
+                thread.join(timeout)
+
+
+class Listener(TcpWSGIServer):  # type: ignore[misc]
+    """One listening socket: accepts connections, and says where their requests are served."""
+
+    def __init__(self, site: WebServer, sockinfo: Any) -> None:
+        self.site = site
+        super().__init__(
+            site.application, site.sockets, dispatcher=site.workers, adj=site.settings, sockinfo=sockinfo)
+
+    def pull_trigger(self) -> None:
+        """Nothing: channels tell the socket map themselves, by name."""
+
+    def handle_accept(self) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                connection, address = self.socket.accept()
+            except LATER:
+                return
+            except (OSError, AttributeError) as problem:
+                if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(0.01)  # the process is out of descriptors: do not spin on it
+                return
+            crowd = len(self._map) - self.site.connection_limit
+            if crowd >= SPARE_DESCRIPTORS // 2:
+                connection.close()
+                continue
+            try:
+                self.set_socket_options(connection)
+                channel = Channel(self, connection, address, self.adj, self._map)
+            except OSError:  # gone already; let out, this would close the listener
+                connection.close()
+                continue
+            if crowd >= 0:
+                channel.refusal = HouseFull("too many connections")
+
+    def add_task(self, channel: Channel) -> None:
+        request = channel.requests[0]
+        if channel.refusal is not None:
+            request.error = channel.refusal
+        if isinstance(channel.socket, ssl.SSLSocket):
+            request.url_scheme = "https"
+        if request.error is not None:
+            self._map.soon(channel.service)
+        elif self.site.is_lane(request):
+            self.site.waiting.append(channel)
+            self._map.soon(self.site.serve_lane)
+        else:
+            self.task_dispatcher.add_task(channel)
+
+
+def raise_descriptor_limit() -> int:
+    """Allow as many open files as the system lets us, and say how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 65536 if soft == resource.RLIM_INFINITY else soft
+
+
+class WebServer:
+    """Serves a WSGI application from one loop thread and a few workers, between start() and stop().
+
+    application: for everything that is not in the lane; runs on a worker.
+    error_reply(status, text): what is said when waitress or the connection itself refuses.
+    is_lane(request): whether lane() answers it (waitress' request: `.command`, `.path`).
+    lane(environs): one answer each, in order, once all of them are safe; runs in the loop, so be short.
+    tls_context: replaceable at any time, for the connections that come after; None serves plaintext to all.
+    plaintext_allowed(address): whether that peer may do without TLS where there is a context.
+    Times are in seconds, slowest_upload in bytes per second.
+    """
+
+    def __init__(
+        self, application: Application, *, error_reply: Callable[[int, str], Answer],
+        host: str = "127.0.0.1", port: int = 0, threads: int = 4,
+        is_lane: Callable[[Any], bool] = lambda request: False,
+        lane: Callable[[list[Environ]], Sequence[Answer]] = lambda environs: [],
+        tls_context: ssl.SSLContext | None = None,
+        plaintext_allowed: Callable[[str], bool] = lambda address: False,
+        connection_limit: int | None = None, channel_timeout: float = 120, cleanup_interval: float = 5,
+        streams: Any = None, handshake_timeout: float = 15, request_timeout: float = 30, slowest_upload: float = 4 * KIB,
+        grace: float = 4, use_epoll: bool = True,
+    ) -> None:
+        self.application, self.error_reply, self.is_lane, self.lane = application, error_reply, is_lane, lane
+        self.tls_context, self.plaintext_allowed, self.streams = tls_context, plaintext_allowed, streams
+        self.handshake_timeout, self.request_timeout, self.grace = handshake_timeout, request_timeout, grace
+        self.slowest_upload, self.cleanup_interval = slowest_upload, cleanup_interval
+        self.threads, self.use_epoll, self._limit = threads, use_epoll, connection_limit
+        self.settings = Adjustments(
+            host=host, port=port, threads=threads, ident=None, clear_untrusted_proxy_headers=False,
+            channel_timeout=channel_timeout, max_request_body_size=MAX_BODY + 1,
+            max_request_header_size=MAX_HEADERS, recv_bytes=SEND_BYTES)
+        self.settings.send_bytes = SEND_BYTES  # said here, to be spared the warning that it will go one day
+        self.waiting: deque[Channel] = deque()  # for the lane
+        self.stopping = False
+        self.error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Bind here, so that a taken port is the caller's exception, then serve in a thread."""
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        self.connection_limit = self._limit or max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
+        self.stopping, self.error = False, None
+        self.waiting.clear()
+        self.sockets = SocketMap(self.use_epoll)
+        self.workers = Workers(self.threads)
+        self.listeners: list[Listener] = []
+        try:
+            for family, kind, protocol, address in self.settings.listen:
+                if self.listeners and address[1] == 0:  # "localhost" twice, with one port
+                    address = (address[0], self.port, *address[2:])
+                self.listeners.append(Listener(self, (family, kind, protocol, address)))
+        except BaseException:
+            self.workers.stop(1)
+            self.sockets.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name="server-loop", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self.listeners[0].effective_port)
+
+    def stop(self) -> None:
+        """Finish what is in flight, leave nothing behind, and raise what the loop died of."""
+        if self._thread is not None:
+            self.sockets.soon(self._begin_stop)
+            self._thread.join()
+            self._thread = None
+            self.workers.stop(1)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def __enter__(self) -> WebServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def channels(self) -> list[Channel]:
+        return [channel for listener in self.listeners for channel in listener.active_channels.values()]
+
+    def serve_lane(self) -> None:
+        """Answer all requests now waiting in the lane by one call."""
+        channels = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        if not channels:
+            return
+        try:
+            environs = [Task(channel, channel.requests[0]).get_environment() for channel in channels]
+            answers = self.lane(environs)
+            if len(answers) != len(channels):
+                raise RuntimeError(f"{len(answers)} answers to {len(channels)} requests")
+        except Exception:
+            log.exception("the lane failed")
+            answers = [self.error_reply(500, "internal error")] * len(channels)
+        for channel, answer in zip(channels, answers, strict=True):
+            channel.requests[0].answer = answer
+            channel.service()
+
+    def _run(self) -> None:
+        next_cleanup = time.monotonic() + self.cleanup_interval
+        try:
+            while not self.stopping:
+                self.sockets.turn(max(0.0, next_cleanup - time.monotonic()))
+                if time.monotonic() >= next_cleanup:
+                    next_cleanup = time.monotonic() + self.cleanup_interval
+                    now = time.time()
+                    for channel in self.channels():
+                        if channel.expires() <= now:
+                            channel.handle_close()
+            deadline = time.monotonic() + self.grace
+            while self._in_flight() and time.monotonic() < deadline:
+                self.sockets.turn(max(0.0, deadline - time.monotonic()))
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.stopping = True
+            self.sockets.close()
+
+    def _begin_stop(self) -> None:
+        self.stopping = True
+        for listener in self.listeners:
+            listener.close()
+        for channel in self.channels():
+            if channel.phase is Phase.STREAM:
+                channel.end()
+
+    def _in_flight(self) -> bool:
+        return any(channel.requests or channel.total_outbufs_len for channel in self.channels())
+
+
+class Server:
+    """A manager on a port: `with Server(port=0) as server: …`.
+
+    Takes a Config, or its settings as keywords; without `data_dir` these use a temporary folder and plaintext.
+    Once started it has `url`, `token` (an admin's), `manager`, `clock` and `faults`. It may be started again
+    after a stop. Raises SettingError and StartError; what the serving thread died of is raised by `stop()`.
+    """
+
+    url: str
+    token: str
+    manager: Manager
+    faults: Faults
+
+    def __init__(self, config: Config | None = None, *, clock: Clock | None = None, **settings: Any) -> None:
+        if config and settings:
+            raise SettingError("a Server takes a Config or settings, not both")
+        self.config = config or Config(**{"data_dir": None, **settings})
+        self.clock = clock or SystemClock()
+        self.notes: list[str] = []
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Bind, then serve in threads; the port accepts when this returns."""
+        self.notes.clear()
+        with contextlib.ExitStack() as undo:
+            folder = self.config.data_dir or Path(undo.enter_context(
+                tempfile.TemporaryDirectory(prefix="panguard-manager-")))
+            store = Store(folder)
+            undo.callback(store.close)
+            tokens = self.config.auth_token or (self._own_token(folder),)
+            self.token = tokens[0]
+            self.manager = Manager(self.config, self.clock, store)
+            app = create_app(self.manager, tokens)
+            self._api: Api = app.api
+            self.faults = self._api.faults
+            self._streams = Streams(self.manager)
+            self._api.streams_open = lambda: self._streams.count
+            self._serve(app, folder, undo)
+            interval_s = min(1.0, self.config.heartbeat_timeout_ms / 10_000)
+            undo.callback(self.clock.every(interval_s, self._tick))
+            self._undo = undo.pop_all()
+
+    def stop(self) -> None:
+        """Finish what is in flight, then let go of the port, the threads and the files."""
+        self._undo.close()
+
+    def wait_for(self, *, type: str | None = None, agent_id: str | None = None, after: int = 0,
+                 timeout_s: float = 5.0) -> Entry:
+        """The first journal entry after `after` of that type and agent, as soon as there is one.
+
+        Raises TimeoutError, which lists the entries there were, when `timeout_s` (real seconds) have passed.
+        """
+        grown = threading.Event()
+        listeners = self.manager.store.listeners
+        listeners.append(grown.set)
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while True:
+                grown.clear()
+                if found := self.manager.journal(after=after, limit=1, type=type, agent_id=agent_id):
+                    return found[0]
+                if not grown.wait(max(0.0, deadline_s - time.monotonic())):
+                    seen = "; ".join(f"{entry.seq} {entry.type} {entry.agent_id}"
+                                     for entry in self.manager.journal(after=after))
+                    raise TimeoutError(f"no {type or 'entry'} of {agent_id or 'any agent'} within {timeout_s} s; "
+                                       f"the journal has: {seen or 'nothing'}")
+        finally:
+            listeners.remove(grown.set)
+
+    def reload_certificate(self) -> None:
+        """Use the certificate as it is on the disk now for new connections; keep the old one if it is bad."""
+        if self._web.tls_context is not None:
+            try:
+                self._web.tls_context = tls_context(*self._pair)
+                log.info("the certificate was read again")
+            except StartError as error:
+                log.error("%s; the former one stays in use", error)
+
+    def _tick(self, late_s: float) -> None:
+        if late_s > 5:
+            log.warning("this process stood still for %.0f s; no agent is blamed for it", late_s)
+            self.manager.excuse_silence()
+        self.manager.sweep()
+        self._streams.keep_alive()
+        while self.manager.purge():
+            self.clock.pause(0.005)
+
+    def _own_token(self, folder: Path) -> str:
+        path = folder / "token"
+        try:
+            if path.exists():
+                return str(_TOKEN.parse(path.read_text("ascii").strip()))
+            token = secrets.token_urlsafe(32)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(token + "\n")
+        except (OSError, ValueError) as error:
+            raise StartError(f"the admin's token in {path} cannot be used ({error or 'it is malformed'}); "
+                             "remove the file to get a new one") from None
+        self.notes.append("token made")
+        return token
+
+    def _serve(self, app: bottle.Bottle, folder: Path, undo: contextlib.ExitStack) -> None:
+        config = self.config
+        over = threading.Event()
+
+        def follow() -> None:
+            while not over.is_set():
+                self._streams.wake.clear()
+                try:
+                    behind = self._streams.pump()
+                except Unavailable:
+                    behind = True
+                self._streams.wake.wait(0.2 if behind else None)
+
+        follower = threading.Thread(target=follow, name="panguard-streams", daemon=True)
+
+        def stop_following() -> None:
+            over.set()
+            self._streams.wake.set()
+            follower.join()
+
+        self._web = WebServer(
+            app, error_reply=lambda status, text: _answer(self._api.refuse(status, text, {})),
+            host=config.host, port=config.port, threads=config.threads, is_lane=self._is_lane, lane=self._lane,
+            tls_context=self._tls(folder), plaintext_allowed=self._plaintext_allowed, streams=self._streams)
+        follower.start()
+        undo.callback(stop_following)
+        try:
+            self._web.start()
+        except (OSError, ValueError) as error:
+            raise StartError(f"cannot listen on {config.host} port {config.port} ({error}); "
+                             "choose another with --host or --port") from None
+        undo.callback(self._web.stop)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+        if self._web.tls_context and _is_loopback(host):
+            host = "localhost"
+        self.url = (f"http{'s' * bool(self._web.tls_context)}://" + (f"[{host}]" if ":" in host else host)
+                    + f":{self._web.port}")
+
+    def _is_lane(self, request: Any) -> bool:
+        return request.command == "POST" and not self.faults and _HEARTBEAT_PATH(request.path) is not None
+
+    def _lane(self, environs: list[dict[str, Any]]) -> list[Answer]:
+        """Answer the heartbeats of one pass of the loop: one transaction for all, or one each if that fails."""
+        def answers() -> list[Answer]:
+            return [_answer(self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]}))
+                    for environ in environs]
+        try:
+            with self.manager.store.transaction(durable=False):
+                return answers()
+        except Unavailable:
+            for environ in environs:
+                environ["wsgi.input"].seek(0)
+            return answers()
+
+    def _plaintext_allowed(self, address: str) -> bool:
+        return self.config.tls != "require" and (_is_loopback(address) or self._api.is_proxy(address))
+
+    def _tls(self, folder: Path) -> ssl.SSLContext | None:
+        config = self.config
+        if config.tls == "off" or (config.data_dir is None and config.tls == "auto" and not config.tls_cert):
+            return None
+        if config.tls_cert and config.tls_key:
+            self._pair = (config.tls_cert, config.tls_key)
+        else:
+            self._pair = (folder / "cert.pem", folder / "key.pem")
+            made = all(path.exists() for path in self._pair)
+            if not made and (problem := _make_pair(config.host, *self._pair)):
+                advice = "install openssl, or set MANAGER_TLS_CERT and MANAGER_TLS_KEY"
+                if config.tls == "require":
+                    raise StartError(f"no certificate could be made ({problem}); {advice}")
+                self.notes.append(f"Warning: no certificate could be made ({problem}), so this port speaks plaintext "
+                                  f"to everybody; {advice}")
+                return None
+        if self._pair[1].exists() and self._pair[1].stat().st_mode & 0o077:
+            self.notes.append(f"Warning: {self._pair[1]} can be read by others; chmod 600 it")
+        return tls_context(*self._pair)
+
+    @property
+    def certificate(self) -> tuple[Path, str] | None:
+        """Where the certificate in use is, and its SHA-256 fingerprint; None in plaintext."""
+        if self._web.tls_context is None:
+            return None
+        chain = self._pair[0].read_text()
+        der = ssl.PEM_cert_to_DER_cert(chain[chain.index(ssl.PEM_HEADER):chain.index(ssl.PEM_FOOTER)] + ssl.PEM_FOOTER)
+        return self._pair[0], hashlib.sha256(der).digest().hex(":").upper()
+
+
+_HEARTBEAT_ROUTE = next(each for each in ENDPOINTS if each.serve is _heartbeat)
+_HEARTBEAT_PATH = re.compile(r"/api/agents/[0-9A-Za-z_-]+/heartbeat").fullmatch
+_STATUS_LINES = {each.value: f"{each.value} {each.phrase}" for each in http.HTTPStatus}
+
+
+def _answer(reply: Reply) -> Answer:
+    """A reply as bottle would word it."""
+    return _STATUS_LINES[reply.status], [(name.title(), value) for name, value in reply.headers], reply.body
+
+
+def _make_pair(host: str, certificate: Path, key: Path) -> str | None:
+    """Make a self-signed ECDSA pair for this host, good for ten years; or say why that failed."""
+    names = dict.fromkeys(["localhost", "127.0.0.1", "::1", socket.gethostname(), host])
+    subjects = []
+    for name in names:
+        try:
+            subjects.append(f"IP:{ipaddress.ip_address(name)}")
+        except ValueError:
+            subjects.append(f"DNS:{name}")
+    made = key.with_suffix(".new")
+    with contextlib.suppress(FileNotFoundError):
+        made.unlink()
+    try:
+        with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)):
+            pass
+        done = subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+             "-days", "3650", "-subj", "/CN=Panguard Manager", "-addext", "subjectAltName=" + ",".join(subjects),
+             "-keyout", str(made), "-out", str(certificate)],
+            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    except FileNotFoundError:
+        return "the openssl command is missing"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode:
+        return "openssl says " + (done.stderr.strip().splitlines() or ["nothing"])[-1]
+    made.replace(key)
+    return None
+
+
+def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    """A context that serves a certificate over TLS 1.2 or newer. Raises StartError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        raise StartError(f"the certificate {certificate} with the key {key} cannot be used ({error}); both must be "
+                         "PEM files that belong together, the key without a password") from None
+    return context
+
+
+########################################################################################################
+# 10  Command line #####################################################################################
+########################################################################################################
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a manager until SIGTERM or SIGINT; 0 after a clean stop, 1 if it cannot start, 2 for a bad setting."""
+    try:
+        config = Config.load(sys.argv[1:] if argv is None else argv, os.environ)
+    except SettingError as error:
+        print(f"panguard-manager: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    server = Server(config)
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    try:
+        server.start()
+    except StartError as error:
+        print(f"panguard-manager: {error}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGHUP, lambda *_: server.reload_certificate())
+    for line in _greeting(server):
+        print(line, flush=True)
+    over.wait()
+    server.stop()
+    return 0
+
+
+def _greeting(server: Server) -> Iterator[str]:
+    config = server.config
+    assert config.data_dir is not None
+    trust = ""
+    yield f"Panguard Manager {__version__} listens on {server.url}"
+    yield f"Data directory: {config.data_dir}"
+    if server.certificate:
+        path, fingerprint = server.certificate
+        yield f"Certificate: {path} (SHA-256 {fingerprint})"
+        if not config.tls_cert:
+            trust = f"--cacert {shlex.quote(str(path))} "
+    if config.auth_token:
+        yield f"Admin token: as set\nTry: curl {trust}{server.url}/health"
+    else:
+        path = config.data_dir / "token"
+        shown = f" ({server.token})" if "token made" in server.notes and sys.stdout.isatty() else ""
+        yield f"Admin token: in {path}{shown}"
+        yield f'Try: curl {trust}-H "Authorization: Bearer $(cat {shlex.quote(str(path))})" {server.url}/api/agents'
+    if config.open_enrollment:
+        yield "Open enrolment is on: anyone who reaches this port may register an agent"
+    yield from (note for note in server.notes if note.startswith("Warning"))
+    if not server.certificate and not _is_loopback(config.host):
+        yield "Warning: tokens cross the network in plaintext; set MANAGER_TLS=auto, or put a TLS proxy in front"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
