@@ -948,7 +948,7 @@ MIGRATIONS = (
         hostname TEXT NOT NULL, os TEXT NOT NULL, arch TEXT, ip TEXT NOT NULL, org_id TEXT, machine_id TEXT,
         tags TEXT NOT NULL, registered_ms INTEGER NOT NULL);
     CREATE INDEX agents_os ON agents (os);
-    CREATE INDEX agents_org ON agents (org_id, os);
+    CREATE INDEX agents_org ON agents (org_id);
     CREATE INDEX agents_machine ON agents (machine_id, org_id) WHERE machine_id IS NOT NULL;
     CREATE TABLE contacts (          -- what its heartbeats say: narrow, because it is all that they write
         agent INTEGER PRIMARY KEY REFERENCES agents (key) ON DELETE CASCADE,
@@ -1001,6 +1001,8 @@ MIGRATIONS = (
 )
 
 _LEAST_SQLITE = (3, 35)
+_FOLD_CHANGES = 2000
+_LONG_LOG_BYTES = 2**24
 _APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
 _FAULTS = (
     ("disk is full", "there is no room left in {folder}; free some"),
@@ -1044,6 +1046,9 @@ class Store:
             self._check_file()
             self._writer = self._connect()
             self._migrate()
+            self._writer.executescript("PRAGMA temp_store = MEMORY; PRAGMA wal_autocheckpoint = 20000; "
+                                       "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
+            self._folded_changes = 0
         except sqlite3.Error as error:
             self._guard.close()
             raise StartError(self._sentence(error) or f"{self._path} cannot be used ({error})") from error
@@ -1168,13 +1173,32 @@ class Store:
         except sqlite3.Error as error:
             self._reraise(error)
 
+    def note_entries(self) -> None:
+        """Tell the listeners, once this transaction is committed, that it added entries."""
+        self._journaled = True
+
     def journal(self, at_ms: int, type: str, caller: Caller, agent_id: str | None, org_id: str | None,
                 data: Mapping[str, Any]) -> None:
         """Add an entry within the transaction of the change that it reports."""
-        self._journaled = True
+        self.note_entries()
         self._writer.execute(
             "INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) VALUES (?, ?, ?, ?, ?, ?)",
             (at_ms, type, to_json(caller.actor()), org_id, agent_id, to_json(data)))
+
+    def fold(self) -> None:
+        """Copy the write-ahead log into the file, if it has grown, while others go on writing.
+
+        SQLite would do it within a commit, and let a heartbeat wait for the disk.
+        """
+        if self._writer.total_changes - self._folded_changes < _FOLD_CHANGES:
+            return
+        self._folded_changes = self._writer.total_changes
+        with self.read() as db:
+            db.execute("ROLLBACK")
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        if (self._path.with_name("manager.db-wal")).stat().st_size > _LONG_LOG_BYTES:
+            with self._lock:  # what was written meanwhile is little: now all of it, so that the log starts anew
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
@@ -1228,10 +1252,7 @@ _OF_STATUS = {
     Status.ONLINE: "c.announced = 'online' AND c.seen_ms >= :online_from",
     Status.STALE: "c.announced IN ('online', 'stale') AND c.seen_ms >= :stale_from AND c.seen_ms < :online_from",
     Status.OFFLINE: "c.announced IN ('online', 'stale', 'offline') AND c.seen_ms < :stale_from"}
-_AGENT = f"""
-    SELECT a.*, c.*, {_STATUS} AS status,
-        (SELECT count(*) FROM threats WHERE agent_id = a.id AND received_ms >= :threats_from) AS recent_threats
-    FROM agents a JOIN contacts c ON c.agent = a.key"""
+_AGENT = f"SELECT a.*, c.*, {_STATUS} AS status FROM agents a JOIN contacts c ON c.agent = a.key WHERE a.id = :id"
 _AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'version', c.version, 'ip', a.ip,
     'status', {_STATUS}, 'tags', json(a.tags), 'lastHeartbeat', {sql_iso('c.heartbeat_ms')},
     'registeredAt', {sql_iso('a.registered_ms')})"""
@@ -1249,6 +1270,13 @@ _IN_FORCE = """
         (SELECT version FROM policies_in_force WHERE scope = 'agent:' || id)
     FROM agents JOIN contacts ON agent = key WHERE id = ?"""
 _SWEEP_STEP = 500  # agents announced in one transaction: a few ms, so that no heartbeat waits long
+_DUE = f"""
+    SELECT * FROM (SELECT agent, 'stale' AS status, seen_ms + :stale_after_ms AS due_ms FROM contacts
+                   WHERE announced = 'online' AND seen_ms < :online_from ORDER BY seen_ms LIMIT {_SWEEP_STEP})
+    UNION ALL
+    SELECT * FROM (SELECT agent, 'offline', seen_ms + :offline_after_ms FROM contacts
+                   WHERE announced = 'stale' AND seen_ms < :stale_from ORDER BY seen_ms LIMIT {_SWEEP_STEP})
+    ORDER BY due_ms, agent LIMIT {_SWEEP_STEP}"""
 _PURGE_STEP = 100  # rows removed in one transaction, for the same reason
 _LISTED = 100      # events that one event lists as correlated with it, at most
 _LOOKED_AT = 2000  # events of one indicator within the window that are looked at, the latest first
@@ -1318,31 +1346,27 @@ class Manager:
         return announced
 
     def _sweep_step(self) -> int:
+        """Announce the next changes of status, in one short transaction written by SQLite alone; their number."""
         now = self.now()
+        given = {**self.liveness.cutoffs(now.tick_ms), **self.liveness._asdict(), "now_ms": now.wall_ms - now.tick_ms,
+                 "actor": to_json(THE_MANAGER.actor()),
+                 # An agent made stale here may be due to go offline before a later one of these: stop before that.
+                 "gap_ms": self.liveness.offline_after_ms - self.liveness.stale_after_ms}
         with self.store.read() as db:
-            due = self._due(db, now)
-        if not due:
-            return 0
+            if not db.execute(f"SELECT 1 FROM ({_DUE})", given).fetchone():
+                return 0
         with self.store.transaction(durable=False) as db:
-            due = self._due(db, now)
-            for due_ms, status, key, agent_id, org_id, hostname in due:
-                self._announce(db, now.wall_of(due_ms), status, key, agent_id, org_id, hostname)
-        return len(due)
-
-    def _due(self, db: sqlite3.Connection, now: Moment) -> list[tuple[int, Status, int, str, str | None, str]]:
-        """The next changes of status to announce, oldest first, in the order they fell due."""
-        due: list[tuple[int, Status, int, str, str | None, str]] = []
-        for before, after, age_ms in ((Status.ONLINE, Status.STALE, self.liveness.stale_after_ms),
-                                      (Status.STALE, Status.OFFLINE, self.liveness.offline_after_ms)):
-            due += [(row["seen_ms"] + age_ms, after, row["agent"], row["id"], row["org_id"], row["hostname"])
-                    for row in db.execute(
-                        "SELECT c.seen_ms, c.agent, a.id, a.org_id, a.hostname FROM contacts c "
-                        "JOIN agents a ON a.key = c.agent WHERE c.announced = ? AND c.seen_ms < ? "
-                        "ORDER BY c.seen_ms LIMIT ?", (before, now.tick_ms - age_ms, _SWEEP_STEP))]
-        due.sort(key=lambda change: change[0])
-        # An agent made stale in this step may go offline in the next: stop before that would be out of order.
-        gap_ms = self.liveness.offline_after_ms - self.liveness.stale_after_ms
-        return [change for change in due[:_SWEEP_STEP] if change[0] < due[0][0] + gap_ms]
+            db.execute(f"INSERT INTO temp.due SELECT * FROM ({_DUE})", given)
+            db.execute("DELETE FROM temp.due WHERE due_ms >= (SELECT min(due_ms) FROM temp.due) + :gap_ms", given)
+            step = db.execute(
+                "INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) "
+                "SELECT :now_ms + due_ms, 'agent_' || status, :actor, org_id, id, json_object('hostname', hostname) "
+                "FROM temp.due CROSS JOIN agents ON key = agent ORDER BY due_ms, agent", given).rowcount
+            db.execute("UPDATE contacts SET announced = (SELECT status FROM temp.due WHERE due.agent = contacts.agent) "
+                       "WHERE agent IN (SELECT agent FROM temp.due)")
+            db.execute("DELETE FROM temp.due")
+            self.store.note_entries()
+        return step
 
     def _announce(self, db: sqlite3.Connection, at_ms: int, status: Status, key: int, agent_id: str,
                   org_id: str | None, hostname: str) -> None:
@@ -1390,10 +1414,7 @@ class Manager:
                 agent_id, org_id, key = row["id"], org_id or row["org_id"], row["key"]
                 db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, key))
             else:
-                (count,) = db.execute("SELECT count(*) FROM agents").fetchone()
-                if count >= self.config.max_agents:
-                    raise Conflict(f"the fleet is full: {count} agents are registered and MANAGER_MAX_AGENTS "
-                                   f"is {self.config.max_agents}")
+                self._find_room(db)
                 agent_id = self._new_id(db)
                 told |= {"id": agent_id, "registered_ms": now.wall_ms, "ip": told["ip"] or "127.0.0.1",
                          "tags": told["tags"] or "[]"}
@@ -1428,6 +1449,13 @@ class Manager:
         if silent:
             return silent[0], None
         return None, rows[0]["id"] if rows else None
+
+    def _find_room(self, db: sqlite3.Connection) -> None:
+        most = self.config.max_agents
+        (newest,) = db.execute("SELECT coalesce(max(key), 0) FROM agents").fetchone()
+        # There are never more agents than keys, so until these run out nothing need be counted.
+        if newest >= most and db.execute("SELECT count(*) FROM agents").fetchone()[0] >= most:
+            raise Conflict(f"the fleet is full: MANAGER_MAX_AGENTS allows {most} agents")
 
     def _new_id(self, db: sqlite3.Connection) -> str:
         """An id that no agent has, and none had whose threats or entries are still kept."""
@@ -1478,8 +1506,7 @@ class Manager:
             return self._agent(db, self.now(), agent_id)
 
     def _row(self, db: sqlite3.Connection, now: Moment, agent_id: str) -> sqlite3.Row:
-        row = db.execute(_AGENT + " WHERE a.id = :id", {
-            "id": agent_id, "threats_from": now.wall_ms - _DAY_MS, **self.liveness.cutoffs(now.tick_ms)}).fetchone()
+        row = db.execute(_AGENT, {"id": agent_id, **self.liveness.cutoffs(now.tick_ms)}).fetchone()
         if row is None:
             raise NotFound(f"agent {agent_id} is not registered")
         found: sqlite3.Row = row
@@ -1487,12 +1514,14 @@ class Manager:
 
     def _agent(self, db: sqlite3.Connection, now: Moment, agent_id: str) -> Agent:
         row = self._row(db, now, agent_id)
+        (recent,) = db.execute("SELECT count(*) FROM threats WHERE agent_id = ? AND received_ms >= ?",
+                               (agent_id, now.wall_ms - _DAY_MS)).fetchone()
         return Agent(
             id=row["id"], hostname=row["hostname"], os=row["os"], version=row["version"], ip=row["ip"],
             org_id=row["org_id"], machine_id=row["machine_id"], arch=row["arch"], tags=tuple(json.loads(row["tags"])),
             status=Status(row["status"]), cpu=row["cpu"], memory=row["memory"], uptime=row["uptime"],
             last_heartbeat_ms=row["heartbeat_ms"], registered_ms=row["registered_ms"],
-            acknowledged=row["acknowledged"], recent_threats=row["recent_threats"])
+            acknowledged=row["acknowledged"], recent_threats=recent)
 
     def agents_json(self, *, status: str | None = None, org_id: str | None = None, tag: Sequence[str] | None = None,
                     page: int | None = None, limit: int | None = None) -> tuple[bytes, int | None]:
@@ -1501,33 +1530,48 @@ class Manager:
         SQLite writes the JSON, so that a list of the whole fleet is made outside Python's lock.
         """
         now = self.now()
-        given: dict[str, Any] = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id}
-        where = ["TRUE"]
-        if status:
-            where.append(_OF_STATUS[Status(status)])
-        if org_id:
-            where.append("a.org_id = :org_id")
-        for number, each in enumerate(dict.fromkeys(tag or ())):
-            given[f"tag{number}"] = each
-            where.append(f"EXISTS (SELECT 1 FROM agent_tags t WHERE t.tag = :tag{number} AND t.agent = a.key)")
-        source = "FROM agents a JOIN contacts c ON c.agent = a.key WHERE " + " AND ".join(where)
+        tags = {f"tag{number}": each for number, each in enumerate(dict.fromkeys(tag or ()))}
+        given = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id, **tags}
+        where = ["first.tag = :tag0"] * bool(tags) + ["a.org_id = :org_id"] * bool(org_id)
+        where += [f"EXISTS (SELECT 1 FROM agent_tags t WHERE t.tag = :{name} AND t.agent = first.agent)"
+                  for name in list(tags)[1:]]
+        # CROSS JOIN keeps SQLite to an order of tables that gives registration order without sorting.
+        key, source = ("first.agent", "agent_tags first") if tags else ("a.key", "agents a")
+        counted = source
+        if tags:
+            source += " CROSS JOIN agents a ON a.key = first.agent"
+            counted = source if org_id or status else counted
+        contacts = " CROSS JOIN contacts c ON c.agent = a.key"
+        total = None
         with self.store.read() as db:
-            return self._list(db, _AGENT_LIST, source, "a.key", given, page, limit)
+            if status:
+                counts = self._counts(db, now)
+                if not where:
+                    # A rare status is found by its index; a common one soonest by walking along.
+                    total = counts[Status(status)]
+                    walk = "NOT INDEXED" if 2 * total > sum(counts.values()) else ""
+                    key, source, contacts = "c.agent", f"contacts c {walk}", " CROSS JOIN agents a ON a.key = c.agent"
+                where.append(_OF_STATUS[Status(status)])
+                counted += contacts
+            return self._list(db, _AGENT_LIST, source + contacts, where, key, given, page, limit, counted=counted,
+                              total=total)
 
     @staticmethod
-    def _list(db: sqlite3.Connection, item: str, source: str, order: str, given: Mapping[str, Any],
-              page: int | None, limit: int | None, default_limit: int = -1) -> tuple[bytes, int | None]:
-        """A JSON array of the items of `source`, and, if a page is asked for, how many there are in all."""
-        total = None
-        if page is not None or limit is not None:
-            limit = limit or 50
-            (total,) = db.execute("SELECT count(*) " + source, given).fetchone()
-        size = default_limit if limit is None else limit
+    def _list(db: sqlite3.Connection, item: str, source: str, where: Sequence[str], order: str,
+              given: Mapping[str, Any], page: int | None, limit: int | None, *, default_limit: int = -1,
+              counted: str | None = None, total: int | None = None) -> tuple[bytes, int | None]:
+        """A JSON array of the items of `source`, and, if a page is asked for, how many there are in all:
+        `total` if that is known, else as many as `counted`, the tables that count, has rows."""
+        matching = "WHERE " + " AND ".join(where) if where else ""
+        paged = page is not None or limit is not None
+        if paged and total is None:
+            (total,) = db.execute(f"SELECT count(*) FROM {counted or source} {matching}", given).fetchone()
+        size = (limit or 50) if paged else default_limit
         (body,) = db.execute(
-            f"SELECT CAST(json_group_array(json(item)) AS BLOB) FROM (SELECT {item} AS item {source} "
-            f"ORDER BY {order} LIMIT :limit OFFSET :offset)",
+            f"SELECT CAST(json_group_array(json(item)) AS BLOB) FROM (SELECT {item} AS item FROM {source} "
+            f"{matching} ORDER BY {order} LIMIT :limit OFFSET :offset)",
             {**given, "limit": size, "offset": ((page or 1) - 1) * size}).fetchone()
-        return body, total
+        return body, total if paged else None
 
     def retag(self, agent_id: str, *, tags: Sequence[str] | None = None, add_tags: Sequence[str] | None = None,
               remove_tags: Sequence[str] | None = None, caller: Caller = LOCAL) -> Agent:
@@ -1636,8 +1680,8 @@ class Manager:
         where += [f"t.{name} = :{name}" for name in ("org_id", "agent_id", "severity", "type", "source_ip")
                   if given[name] is not None]
         with self.store.read() as db:
-            return self._list(db, _THREAT, "FROM threats t WHERE " + " AND ".join(where),
-                              "t.received_ms DESC, t.key DESC", given, page, limit, default_limit=50)
+            return self._list(db, _THREAT, "threats t", where, "t.received_ms DESC, t.key DESC", given, page, limit,
+                              default_limit=50)
 
     def threat_summary(self, *, period: str = "24h", org_id: str | None = None) -> dict[str, Any]:
         """How many events of which kinds, agents and sources were received within a period up to now."""
@@ -3463,6 +3507,7 @@ class Server:
             self.manager.excuse_silence()
         self.manager.sweep()
         self._streams.keep_alive()
+        self.manager.store.fold()
         while self.manager.purge():
             self.clock.pause(0.005)
 

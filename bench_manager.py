@@ -1,0 +1,470 @@
+"""Measure Panguard Manager against bare waitress and against itself: `python bench_manager.py [--quick] [NAME …]`.
+
+Needs wrk (Debian: apt-get install wrk), Linux, and an open-file limit of 8,000. Every contender is a process of
+its own that this script starts; contenders take turns, and what is printed are medians of the rounds and ratios
+within this run. wrk gets one core to itself, the contenders share the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import platform
+import re
+import resource
+import selectors
+import shutil
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import manager
+
+TOKEN = "bench-admin-token"
+CORES = sorted(os.sched_getaffinity(0))
+BODY = '{"uptime": 12345, "cpu": 12.5, "memory": 40.25, "version": "1.2.0"}'
+LUA = f"""
+local agents = {{}}
+for line in io.lines(os.getenv("BENCH_AGENTS")) do
+  local id, token = line:match("(%S+) (%S+)")
+  agents[#agents + 1] = wrk.format("POST", "/api/agents/" .. id .. "/heartbeat",
+    {{["Authorization"] = "Bearer " .. token, ["Content-Type"] = "application/json"}}, [[{BODY}]])
+end
+math.randomseed(7)
+function request() return agents[math.random(#agents)] end
+"""
+
+
+# Contenders: each runs in a process of its own and obeys commands on its standard input
+
+
+def serve(kind: str, folder: Path) -> None:
+    """Run a contender: say the port, then answer a line to each command."""
+    logging.disable(logging.ERROR)
+    os.sched_setaffinity(0, CORES[:-1] or CORES)
+    if kind == "bare":
+        serve_bare()
+        return
+    clock = manager.ManualClock(time.time()) if kind == "manual" else manager.SystemClock()
+    began_s = time.perf_counter()
+    with manager.Server(clock=clock, port=0, data_dir=folder, auth_token=TOKEN, max_agents=10**6,
+                        heartbeat_timeout_ms=60_000 if kind == "manual" else 86_400_000,
+                        tls="auto" if kind == "tls" else "off") as server:
+        print(server.url.rpartition(":")[2], f"{time.perf_counter() - began_s:.3f}", flush=True)
+        for line in sys.stdin:
+            command, *words = line.split()
+            began_s = time.perf_counter()
+            if command == "advance":
+                clock.advance(float(words[0]))  # type: ignore[union-attr]
+            print(f"{time.perf_counter() - began_s:.4f} {resident_mb():.1f} {time.process_time():.4f}", flush=True)
+
+
+def serve_bare() -> None:
+    """waitress with the same settings and as quiet a channel, answering a constant."""
+    from waitress.channel import HTTPChannel
+    from waitress.server import create_server
+
+    class Quiet(HTTPChannel):  # type: ignore[misc]
+        def writable(self) -> bool:
+            if self.requests:
+                return bool(self.will_close or self.total_outbufs_len >= self.adj.send_bytes)
+            return bool(super().writable())
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", "11")])
+        return [b'{"ok":true}']
+
+    server = create_server(app, host="127.0.0.1", port=0, threads=4, ident=None, asyncore_use_poll=True,
+                           send_bytes=65536, connection_limit=20_000, channel_timeout=120, cleanup_interval=5,
+                           clear_untrusted_proxy_headers=False, max_request_body_size=2**20)
+    server.channel_class = Quiet
+    print(server.effective_port, 0, flush=True)
+    server.run()
+
+
+def resident_mb() -> float:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+class Contender:
+    """A process that serves."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        self.process = subprocess.Popen([sys.executable, __file__, "--serve", kind, str(folder)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdout
+        port, ready_s = self.process.stdout.readline().split()
+        self.port, self.ready_s = int(port), float(ready_s)
+        self.agents = folder / "agents.txt"
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def tell(self, command: str) -> tuple[float, float, float]:
+        """Have it do something: seconds taken, its resident MB, its CPU seconds so far."""
+        assert self.process.stdin and self.process.stdout
+        print(command, file=self.process.stdin, flush=True)
+        seconds, mb, cpu_s = self.process.stdout.readline().split()
+        return float(seconds), float(mb), float(cpu_s)
+
+    def beat(self, connections: int, seconds: float) -> tuple[float, float, float, str]:
+        """Heartbeats for a while: rate, 99th percentile and maximum in ms, complaints."""
+        return self.wrk(connections, seconds, "-s", str(self.agents.with_name("beat.lua")))
+
+    def wrk(self, connections: int, seconds: float, *options: str, path: str = "") -> tuple[float, float, float, str]:
+        scheme = "https" if self.kind == "tls" else "http"
+        out = subprocess.run(
+            ["taskset", "-c", str(CORES[-1]), "wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s",
+             "--latency", *options, f"{scheme}://127.0.0.1:{self.port}{path}"],
+            capture_output=True, text=True, env={**os.environ, "BENCH_AGENTS": str(self.agents)}, check=True).stdout
+        rate = float(found(r"Requests/sec:\s+([\d.]+)", out))
+        p99_ms = milliseconds(found(r"99%\s+(\S+)", out))
+        most_ms = milliseconds(found(r"Latency\s+\S+\s+\S+\s+(\S+)", out))
+        return rate, p99_ms, most_ms, " ".join(re.findall(r"Socket errors.*|Non-2xx.*", out))
+
+    def ask(self, path: str, body: bytes | None = None) -> bytes:
+        """The body of a GET, or of a POST."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data=body,
+            headers={"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return bytes(answer.read())
+
+
+def found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if not match:
+        raise SystemExit(f"wrk did not say {pattern!r}:\n{text}")
+    return match[1]
+
+
+def milliseconds(text: str) -> float:
+    """wrk's '1.23ms' as a number of ms."""
+    number, unit = re.fullmatch(r"([\d.]+)(us|ms|s|m)", text).groups()  # type: ignore[union-attr]
+    return float(number) * {"us": 0.001, "ms": 1, "s": 1000, "m": 60_000}[unit]
+
+
+# Files to serve from
+
+
+def fleet(folder: Path, agents: int, events: int = 0, age_ms: int = 0) -> Path:
+    """A data folder with a fleet, its tokens beside it, and threat events received `age_ms` ago and before."""
+    folder.mkdir()
+    store = manager.Store(folder)
+    fleet = manager.Manager(manager.Config(max_agents=10**6), manager.SystemClock(), store)
+    made = []
+    for start in range(0, agents, 10_000):
+        with store.transaction():
+            made += [fleet.register(f"host-{number}", "linux", "1.2.0", ip="192.0.2.1",
+                                    tags=["production", f"rack-{number // 10}"])
+                     for number in range(start, min(start + 10_000, agents))]
+    (folder / "agents.txt").write_text("".join(f"{each.agent.id} {each.token}\n" for each in made))
+    (folder / "beat.lua").write_text(LUA)
+    store.close()
+    if events:
+        now_ms = time.time_ns() // 1_000_000 - age_ms
+        ids = [each.agent.id for each in made]
+        with contextlib.closing(sqlite3.connect(folder / "manager.db")) as db:
+            db.executemany(
+                "INSERT INTO threats (agent_id, hostname, type, severity, received_ms, source_ip, details) "
+                "VALUES (?, 'host', ?, ?, ?, ?, '{\"port\": 22}')",
+                ((ids[number % len(ids)], f"type-{number % 20}", manager.SEVERITIES[number % 4],
+                  now_ms - (events - number) * (30 * 86_400_000 // events),
+                  f"203.0.{number * 7919 // 256 % 256}.{number * 7919 % 256}") for number in range(events)))
+            db.commit()
+    return folder
+
+
+# What is measured
+
+
+class Bench:
+    """The measurements; each public method is one that can be named on the command line."""
+
+    def __init__(self, home: Path, quick: bool) -> None:
+        self.home = home
+        self.quick = quick
+        self.rounds = 1 if quick else 3
+        self.seconds = 1.0 if quick else 2.0
+
+    def row(self, label: str, *values: str) -> None:
+        print(f"  {label:<44}" + "".join(f"{value:>16}" for value in values), flush=True)
+
+    def duel(self, label: str, one: Contender, other: Contender, connections: int,
+             around: Callable[[Contender], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
+        """Heartbeats of two contenders in turn; the ratio is the other's to the first one's."""
+        results: dict[Contender, list[tuple[float, float, float, str]]] = {one: [], other: []}
+        for _ in range(self.rounds):
+            for contender, runs in results.items():
+                with around(contender):
+                    runs.append(contender.beat(connections, self.seconds))
+        (rate, p99_ms), (other_rate, other_p99_ms) = (
+            (statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs))
+            for runs in results.values())
+        complaints = {run[3] for runs in results.values() for run in runs if run[3]}
+        self.row(label, f"{rate:.0f}/s", f"{other_rate:.0f}/s", f"{other_rate / rate:.2f}",
+                 f"{p99_ms:.1f} ms", f"{other_p99_ms:.1f} ms", *complaints)
+
+    def heartbeats(self) -> None:
+        """durable heartbeats against bare waitress answering a constant: rates, ratio, 99th percentiles"""
+        folder = fleet(self.home / "heartbeats", 1000)
+        with Contender("bare", folder) as bare, Contender("manager", folder) as ours:
+            for connections in (8, 64, 256, 1000):
+                self.duel(f"{connections} connections, bare | ours", bare, ours, connections)
+
+    def idle_connections(self) -> None:
+        """heartbeats on 64 connections without and with 5,000 idle ones"""
+        folder = fleet(self.home / "idle_connections", 1000)
+        with Contender("manager", folder) as ours:
+            before, after = [], []
+            for _ in range(self.rounds):
+                before.append(ours.beat(64, self.seconds)[0])
+                with held(ours, 1000 if self.quick else 5000):
+                    after.append(ours.beat(64, self.seconds)[0])
+            self.row("without | with", f"{statistics.median(before):.0f}/s", f"{statistics.median(after):.0f}/s",
+                     f"{statistics.median(after) / statistics.median(before):.2f}")
+
+    def large_fleet(self) -> None:
+        """1,000 agents against 100,000: heartbeats, memory, start, and a sweep that expires all of them"""
+        small = fleet(self.home / "small_fleet", 1000)
+        many = 10_000 if self.quick else 100_000
+        large = fleet(self.home / "large_fleet", many)
+        with Contender("manager", small) as one, Contender("manager", large) as other:
+            self.duel(f"1,000 | {many:,} agents", one, other, 64)
+            _, mb, _ = other.tell("measure")
+            self.row(f"{many:,} agents: resident, start", f"{mb:.0f} MB", f"{other.ready_s:.2f} s")
+        # The agents that beat meanwhile are few, so that nearly all expire while they do.
+        with Contender("manual", large) as other:
+            other.agents.write_text("".join(other.agents.read_text().splitlines(keepends=True)[:100]))
+            taken: list[float] = []
+            beats: list[tuple[float, float, float, str]] = []
+            beating = threading.Thread(target=lambda: beats.append(other.beat(16, 5)))
+            beating.start()
+            time.sleep(1)
+            taken.append(other.tell("advance 67")[0])
+            beating.join()
+            self.row("all expire: sweep, longest heartbeat", f"{taken[0]:.2f} s", f"{beats[0][2]:.0f} ms")
+
+    def busy_pool(self) -> None:
+        """heartbeats while events are purged and the full list and a summary are asked for all the time"""
+        many = 100_000 if self.quick else 1_000_000
+        folder = fleet(self.home / "busy_pool", 10_000 if self.quick else 100_000, many, age_ms=31 * 86_400_000)
+        with Contender("manager", folder) as ours:
+            over = threading.Event()
+
+            def ask(path: str) -> None:
+                while not over.is_set():
+                    ours.ask(path)
+
+            threads = [threading.Thread(target=ask, args=(path,))
+                       for path in ("/api/agents", "/api/threats/summary?period=30d")]
+            for thread in threads:
+                thread.start()
+            rate, p99_ms, most_ms, complaint = ours.beat(64, 10 if not self.quick else 3)
+            over.set()
+            for thread in threads:
+                thread.join()
+            left = int(found(r"panguard_threat_events_stored (\d+)", ours.ask("/metrics").decode()))
+            self.row("rate, 99th percentile, longest", f"{rate:.0f}/s", f"{p99_ms:.0f} ms", f"{most_ms:.0f} ms",
+                     f"{many - left:,} purged", complaint)
+
+    def streams(self) -> None:
+        """500 event streams open: GET /health meanwhile, and how soon an event has reached them all"""
+        folder = fleet(self.home / "streams", 1000)
+        with Contender("manager", folder) as ours, readers(ours, 500) as wait_for_all:
+            rate, p99_ms, _, complaint = ours.wrk(8, self.seconds, path="/health")
+            self.row("GET /health: rate, 99th percentile", f"{rate:.0f}/s", f"{p99_ms:.1f} ms", complaint)
+            taken_ms = []
+            for number in range(20):
+                began_s = time.perf_counter()
+                ours.ask("/api/policy", b'{"name": "p", "rules": [{"type": "custom", "config": {}}]}')
+                wait_for_all(f'"version":"v{number + 1}"'.encode())
+                taken_ms.append((time.perf_counter() - began_s) * 1000)
+            self.row("an event reaches all: median, longest", f"{statistics.median(taken_ms):.0f} ms",
+                     f"{max(taken_ms):.0f} ms")
+
+    def tls(self) -> None:
+        """heartbeats in plaintext against TLS, on 64 connections"""
+        folder, other = fleet(self.home / "plain", 1000), fleet(self.home / "tls", 1000)
+        with Contender("manager", folder) as plain, Contender("tls", other) as tls:
+            self.duel("plaintext | TLS", plain, tls, 64)
+
+    def dripping(self) -> None:
+        """heartbeats without and with 1,000 clients that send a byte a second"""
+        folder = fleet(self.home / "dripping", 1000)
+        with Contender("manager", folder) as ours:
+            alone = statistics.median(ours.beat(64, self.seconds)[0] for _ in range(self.rounds))
+            with dripping(ours, 1000):
+                beset = statistics.median(ours.beat(64, self.seconds)[0] for _ in range(self.rounds))
+            self.row("without | with", f"{alone:.0f}/s", f"{beset:.0f}/s", f"{beset / alone:.2f}")
+
+    def idle(self) -> None:
+        """1,000 agents and nothing to do: memory and processor"""
+        folder = fleet(self.home / "idle", 1000)
+        with Contender("manager", folder) as ours:
+            time.sleep(1)
+            _, _, before_s = ours.tell("measure")
+            seconds = 5 if self.quick else 20
+            time.sleep(seconds)
+            _, mb, after_s = ours.tell("measure")
+            self.row("resident, share of a core", f"{mb:.0f} MB", f"{100 * (after_s - before_s) / seconds:.2f} %")
+
+    def fleet_size(self) -> None:
+        """100 agents against 10,000, in one process: a heartbeat, lists with a limit, a sweep that finds nothing"""
+        fleets = [self._open(fleet(self.home / f"size-{agents}", agents)) for agents in (100, 10_000)]
+        ids = [[line.split()[0] for line in (each.store.folder / "agents.txt").read_text().splitlines()]
+               for each in fleets]
+        acts: dict[str, Callable[[int], object]] = {
+            "heartbeat": lambda which: fleets[which].heartbeat(ids[which][42], uptime=5, cpu=1.5, memory=3.0),
+            "list: status=online&limit=50": lambda which: fleets[which].agents_json(status="online", limit=50),
+            "list: tag=rack-3&limit=50": lambda which: fleets[which].agents_json(tag=["rack-3"], limit=50),
+            "list: limit=50": lambda which: fleets[which].agents_json(limit=50),
+            "sweep that finds nothing": lambda which: fleets[which].sweep()}
+        for label, act in acts.items():
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in range(200 if self.quick else 2000):
+                for which in (0, 1):
+                    began_s = time.perf_counter()
+                    act(which)
+                    times[which].append(time.perf_counter() - began_s)
+            few, many = statistics.median(times[0]) * 1e6, statistics.median(times[1]) * 1e6
+            self.row(label, f"{few:.0f} µs", f"{many:.0f} µs", f"{many / few:.2f}")
+        for each in fleets:
+            each.store.close()
+
+    def many_events(self) -> None:
+        """a million threat events in the file: what the questions about them cost, over HTTP"""
+        many = 100_000 if self.quick else 1_000_000
+        folder = fleet(self.home / "many_events", 1000, many)
+        with Contender("manager", folder) as ours:
+            for path in ("/api/threats/summary", "/api/threats", "/api/threats?limit=50&page=3&severity=high",
+                         "/api/threats?source_ip=203.0.113.9", "/api/overview"):
+                times = []
+                for _ in range(20):
+                    began_s = time.perf_counter()
+                    ours.ask(path)
+                    times.append((time.perf_counter() - began_s) * 1000)
+                self.row(path, f"{statistics.median(times):.1f} ms", f"{max(times):.1f} ms")
+            rate, p99_ms, _, complaint = ours.beat(8, self.seconds)
+            self.row("heartbeats: rate, 99th percentile", f"{rate:.0f}/s", f"{p99_ms:.1f} ms", complaint)
+
+    @staticmethod
+    def _open(folder: Path) -> manager.Manager:
+        return manager.Manager(manager.Config(max_agents=10**6), manager.SystemClock(), manager.Store(folder))
+
+
+# Crowds
+
+
+@contextlib.contextmanager
+def held(contender: Contender, count: int) -> Iterator[list[socket.socket]]:
+    """Keep-alive connections that have been served once and stay open."""
+    with contextlib.ExitStack() as crowd:
+        sockets = [crowd.enter_context(socket.create_connection(("127.0.0.1", contender.port))) for _ in range(count)]
+        for each in sockets:
+            each.sendall(b"GET /health HTTP/1.1\r\nHost: bench\r\n\r\n")
+        for each in sockets:
+            each.recv(4096)
+        yield sockets
+
+
+@contextlib.contextmanager
+def dripping(contender: Contender, count: int) -> Iterator[None]:
+    """Clients that send their request a byte a second."""
+    over = threading.Event()
+    with contextlib.ExitStack() as crowd:
+        sockets = [crowd.enter_context(socket.create_connection(("127.0.0.1", contender.port))) for _ in range(count)]
+
+        def drip() -> None:
+            text = b"POST /api/agents/register HTTP/1.1\r\nHost: bench\r\nX-Padding: " + b"x" * 600
+            for byte in text:
+                for each in sockets:
+                    with contextlib.suppress(OSError):
+                        each.send(bytes([byte]))
+                if over.wait(1):
+                    return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+@contextlib.contextmanager
+def readers(contender: Contender, count: int) -> Iterator[Callable[[bytes], None]]:
+    """Event streams; the function given waits until each of them has received some text."""
+    with contextlib.ExitStack() as crowd, selectors.DefaultSelector() as selector:
+        for _ in range(count):
+            each = crowd.enter_context(socket.create_connection(("127.0.0.1", contender.port)))
+            each.sendall(b"GET /api/events/stream HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer %b\r\n\r\n"
+                         % TOKEN.encode())
+            selector.register(each, selectors.EVENT_READ)
+        texts = dict.fromkeys((key.fileobj for key in selector.get_map().values()), b"")
+
+        def wait_for_all(text: bytes) -> None:
+            missing = set(texts)
+            deadline_s = time.monotonic() + 30
+            while missing:
+                if time.monotonic() > deadline_s:
+                    raise SystemExit(f"{len(missing)} of {count} streams never got {text!r}")
+                for key, _ in selector.select(1):
+                    each = key.fileobj
+                    assert isinstance(each, socket.socket)
+                    texts[each] = (texts[each] + each.recv(65536))[-4096:]
+                    if text in texts[each]:
+                        missing.discard(each)
+
+        wait_for_all(b"event: connected")
+        yield wait_for_all
+
+
+def main() -> int:
+    names = [name for name, value in vars(Bench).items() if not name.startswith("_") and value.__doc__
+             and name not in ("row", "duel")]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="one of " + ", ".join(names) + "; all if none given")
+    parser.add_argument("--quick", action="store_true", help="one short round on smaller files: under a minute")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve[0], Path(options.serve[1]))
+        return 0
+    if unknown := set(options.names) - set(names):
+        parser.error(f"no measurement is called {', '.join(sorted(unknown))}")
+    if not shutil.which("wrk"):
+        print("bench_manager.py needs wrk: apt-get install wrk", file=sys.stderr)
+        return 1
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
+    print(f"Panguard Manager {manager.__version__}, Python {platform.python_version()}, SQLite "
+          f"{sqlite3.sqlite_version}, {platform.system()} {platform.machine()}, {len(CORES)} cores, one of them wrk's")
+    with tempfile.TemporaryDirectory(prefix="panguard-bench-") as home:
+        bench = Bench(Path(home), options.quick)
+        for name in options.names or names:
+            print(f"{name}: {getattr(Bench, name).__doc__}")
+            getattr(bench, name)()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
