@@ -629,7 +629,7 @@ def _check(accept: Callable[[Any], Any], must: str, schema: Mapping[str, Any]) -
     def clean(value: Any, path: str, problems: list[str]) -> Any:
         try:
             return accept(value)
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             problems.append(f"{path}: must be {must}")
             return None
     return Check(clean, schema)
@@ -697,14 +697,13 @@ def policy_version() -> Check:
     return _check(accept, "a policy version such as v2", {"type": "string", "pattern": "^v[1-9][0-9]{0,14}$"})
 
 
-def list_of(item: Check, most: int, *, least: int = 0, unique: bool = False) -> Check:
-    """A list of `least` to `most` values that each pass `item`; `unique` drops repetitions, keeping the order."""
+def list_of(item: Check, most: int, *, least: int = 0) -> Check:
+    """A list of `least` to `most` values that each pass `item`."""
     def clean(value: Any, path: str, problems: list[str]) -> Any:
         if not isinstance(value, list) or not least <= len(value) <= most:
             problems.append(f"{path}: must be a list of {least} to {most} values")
             return None
-        cleaned = [item.clean(each, f"{path}[{index}]", problems) for index, each in enumerate(value)]
-        return list(dict.fromkeys(cleaned)) if unique else cleaned
+        return [item.clean(each, f"{path}[{index}]", problems) for index, each in enumerate(value)]
     return Check(clean, {"type": "array", "items": item.schema, "minItems": least, "maxItems": most})
 
 
@@ -867,7 +866,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 _NAME = text(255)
 _KEY = text(128)
-_TAGS = list_of(text(64), 64, unique=True)
+_TAGS = list_of(text(64), 64)
 _EXACT = 2**53 - 1
 
 REGISTER: Table = {
@@ -1046,8 +1045,10 @@ class Store:
             self._check_file()
             self._writer = self._connect()
             self._migrate()
-            self._writer.executescript("PRAGMA temp_store = MEMORY; PRAGMA wal_autocheckpoint = 20000; "
-                                       "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
+            self._writer.executescript(
+                f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 20000; "
+                f"PRAGMA journal_size_limit = {_LONG_LOG_BYTES}; "
+                "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
             self._folded_changes = 0
         except sqlite3.Error as error:
             self._guard.close()
@@ -1197,8 +1198,8 @@ class Store:
             db.execute("ROLLBACK")
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
         if (self._path.with_name("manager.db-wal")).stat().st_size > _LONG_LOG_BYTES:
-            with self._lock:  # what was written meanwhile is little: now all of it, so that the log starts anew
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with self._lock:  # what was written meanwhile is little: with all of it copied the log starts anew
+                self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
@@ -1277,7 +1278,7 @@ _DUE = f"""
     SELECT * FROM (SELECT agent, 'offline', seen_ms + :offline_after_ms FROM contacts
                    WHERE announced = 'stale' AND seen_ms < :stale_from ORDER BY seen_ms LIMIT {_SWEEP_STEP})
     ORDER BY due_ms, agent LIMIT {_SWEEP_STEP}"""
-_PURGE_STEP = 100  # rows removed in one transaction, for the same reason
+_PURGE_STEP = 25    # rows removed in one transaction: each is a page in every index
 _LISTED = 100      # events that one event lists as correlated with it, at most
 _LOOKED_AT = 2000  # events of one indicator within the window that are looked at, the latest first
 
@@ -1673,10 +1674,10 @@ class Manager:
                      limit: int | None = None) -> tuple[bytes, int | None]:
         """A JSON array of threat events, newest first, received at or after `since` and before `until` (ms
         since 1970), and, if paged, how many match in all."""
-        given = {"since": since or 0, "until": until, "org_id": org_id, "agent_id": agent_id, "severity": severity,
+        given = {"since": since, "until": until, "org_id": org_id, "agent_id": agent_id, "severity": severity,
                  "type": type, "source_ip": source_ip and source_address({"sourceIp": source_ip}),
                  "window_ms": self.config.correlation_window_ms}
-        where = ["t.received_ms >= :since"] + ["t.received_ms < :until"] * (until is not None)
+        where = ["t.received_ms >= :since"] * (since is not None) + ["t.received_ms < :until"] * (until is not None)
         where += [f"t.{name} = :{name}" for name in ("org_id", "agent_id", "severity", "type", "source_ip")
                   if given[name] is not None]
         with self.store.read() as db:
@@ -1685,33 +1686,36 @@ class Manager:
 
     def threat_summary(self, *, period: str = "24h", org_id: str | None = None) -> dict[str, Any]:
         """How many events of which kinds, agents and sources were received within a period up to now."""
-        where, given = self._threats_since(PERIODS_MS[period], org_id)
+        source, given = self._threats_since(PERIODS_MS[period], org_id)
         with self.store.read() as db:
-            severities = self._counted(db, "severity", where, given)
+            severities = self._counted(db, "severity", source, given)
             return {
                 "period": period, "total": sum(severities.values()),
                 "bySeverity": {severity: severities.get(severity, 0) for severity in SEVERITIES},
-                "byType": self._counted(db, "type", where, given),
+                "byType": self._counted(db, "type", source, given),
                 "topAgents": [dict(row) for row in db.execute(
                     f"SELECT agent_id AS agentId, (SELECT hostname FROM threats WHERE agent_id = counted.agent_id "
                     f"ORDER BY received_ms DESC LIMIT 1) AS hostname, count FROM (SELECT agent_id, count(*) AS count "
-                    f"FROM threats WHERE {where} GROUP BY agent_id ORDER BY count DESC, agent_id LIMIT 10) counted",
+                    f"FROM {source} GROUP BY agent_id ORDER BY count DESC, agent_id LIMIT 10) counted",
                     given)],
                 "topSourceIps": [dict(row) for row in db.execute(
-                    f"SELECT source_ip AS ip, count(*) AS count FROM threats WHERE {where} AND source_ip IS NOT NULL "
+                    f"SELECT source_ip AS ip, count(*) AS count FROM {source} AND source_ip IS NOT NULL "
                     f"GROUP BY source_ip ORDER BY count DESC, source_ip LIMIT 10", given)]}
 
     def _threats_since(self, period_ms: int, org_id: str | None) -> tuple[str, dict[str, Any]]:
-        where = "received_ms >= :since" + (" AND org_id = :org_id" if org_id else "")
-        return where, {"since": self.now().wall_ms - period_ms, "org_id": org_id}
+        """The threat events of a period up to now, as the FROM and WHERE of a query and what these are given."""
+        # Left to choose, SQLite reads another index from end to end, for the order that GROUP BY wants.
+        source = ("threats INDEXED BY threats_org WHERE org_id = :org_id AND received_ms >= :since" if org_id else
+                  "threats INDEXED BY threats_time WHERE received_ms >= :since")
+        return source, {"since": self.now().wall_ms - period_ms, "org_id": org_id}
 
     @staticmethod
-    def _counted(db: sqlite3.Connection, column: str, where: str, given: Mapping[str, Any],
+    def _counted(db: sqlite3.Connection, column: str, source: str, given: Mapping[str, Any],
                  most: int = -1) -> dict[str, int]:
         """How many threat events there are of each value of a column, the most frequent first."""
         return {row[0]: row[1] for row in db.execute(
-            f"SELECT {column}, count(*) FROM threats WHERE {where} GROUP BY {column} "
-            f"ORDER BY count(*) DESC, {column} LIMIT {most}", given)}
+            f"SELECT {column}, count(*) FROM {source} GROUP BY {column} ORDER BY count(*) DESC, {column} LIMIT {most}",
+            given)}
 
     # Policies
 
@@ -1815,18 +1819,18 @@ class Manager:
                 counts = self._counts(db, now)
             summaries = {}
             for name, period in (("last24h", "24h"), ("last7d", "7d")):
-                where, since = self._threats_since(PERIODS_MS[period], org_id)
-                by_severity = self._counted(db, "severity", where, since)
+                source, since = self._threats_since(PERIODS_MS[period], org_id)
+                by_severity = self._counted(db, "severity", source, since)
                 summaries[name] = {"total": sum(by_severity.values()),
                                    **{severity: by_severity.get(severity, 0) for severity in SEVERITIES}}
-            where, since = self._threats_since(_DAY_MS, org_id)
+            source, since = self._threats_since(_DAY_MS, org_id)
             in_force = [(policy.version, ()) for policy in self._in_force(db, _scopes(org_id, None))]
             return {
                 "totalAgents": sum(counts.values()),
                 **{f"{status}Agents": counts[status] for status in Status},
                 "threatSummary": summaries, "activePolicyVersion": version_text(resolve(in_force, 0).version),
                 "topThreats": [{"type": type, "count": count}
-                               for type, count in self._counted(db, "type", where, since, 10).items()],
+                               for type, count in self._counted(db, "type", source, since, 10).items()],
                 "agentsByOs": {row[0]: row[1] for row in db.execute(
                     f"SELECT os, count(*) FROM agents a WHERE TRUE{of_org} GROUP BY os ORDER BY count(*) DESC, os",
                     given)},
@@ -1939,6 +1943,7 @@ class Call(NamedTuple):
 
     manager: Manager
     api: Api
+    route: Endpoint
     caller: Caller
     path: Mapping[str, str]
     query: dict[str, Any]
@@ -1956,6 +1961,8 @@ class Endpoint(NamedTuple):
     query: Table
     body: Table | None
     status: int
+    media: str
+    etag: bool
     translate: Callable[[dict[str, Any]], dict[str, Any]] | None
     serve: Callable[[Call], Reply]
 
@@ -1964,14 +1971,17 @@ ENDPOINTS: list[Endpoint] = []
 
 
 def endpoint(method: str, path: str, summary: str, *, allow: Iterable[str] = (), public: bool = False,
-             query: Table | None = None, body: Table | None = None, status: int = 200,
+             query: Table | None = None, body: Table | None = None, status: int = 200, media: str = "",
+             etag: bool = False,
              translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
              ) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
     """Add a route. It is the admin's alone unless `allow` names others or it is `public`; `NEWCOMER` there
-    stands for anyone while enrolment is open. `translate` turns the shipped agent's body into ours."""
+    stands for anyone while enrolment is open. It answers the JSON envelope unless `media` names another type, and
+    304 if it has an `etag`. `translate` turns the shipped agent's body into ours."""
     def add(serve: Callable[[Call], Reply]) -> Callable[[Call], Reply]:
         allowed = frozenset({ADMIN, *allow, *({ENROLLER, AGENT, ANYONE} if public else ())})
-        ENDPOINTS.append(Endpoint(method, path, allowed, summary, query or {}, body, status, translate, serve))
+        ENDPOINTS.append(Endpoint(method, path, allowed, summary, query or {}, body, status, media, etag,
+                                  translate, serve))
         return serve
     return add
 
@@ -2176,7 +2186,7 @@ class Api:
             translate = route.translate if self.manager.config.open_enrollment else None
             body = clean_body(route.body, self._read(environ), translate) if route.body is not None else {}
             query = clean_query(route.query, environ.get("QUERY_STRING", "")) if route.query else {}
-            reply = route.serve(Call(self.manager, self, caller, path, query, body, environ))
+            reply = route.serve(Call(self.manager, self, route, caller, path, query, body, environ))
             if fault and fault.drop == "after":
                 if reply.lost:
                     reply.lost()
@@ -2225,17 +2235,20 @@ class Api:
 
     def refuse(self, status: int, text: str, environ: dict[str, Any], headers: Iterable[tuple[str, str]] = ()) -> Reply:
         """Word a refusal of what has no route, or never became a request."""
-        # One name for all of them: made-up paths must not become labels.
-        self.latencies.observe("-", "none", status, 0.0)
         refusal = ManagerError(text, headers=headers)
         refusal.status = status
+        if environ:
+            try:
+                self._limit(environ)
+            except Throttled as error:
+                refusal = error
+        # One name for all of them: made-up paths must not become labels.
+        self.latencies.observe("-", "none", refusal.status, 0.0)
         return self.finish(failure(refusal), environ)
 
     def _admit(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str]) -> Caller:
         """Who calls, if they may. A credential is judged even where none is needed, never the other way round."""
-        address = self.client_address(environ)
-        if self._requests:
-            self._requests.count(address, self.manager.now().tick_ms)
+        address = self._limit(environ)
         newcomer = NEWCOMER in route.allow and self.manager.config.open_enrollment
         if ANYONE in route.allow or (newcomer and "HTTP_AUTHORIZATION" not in environ):
             if newcomer:
@@ -2265,6 +2278,13 @@ class Api:
         agent_id = self.manager.holder(token_digest)
         return Caller(AGENT, address, agent_id) if agent_id else None
 
+    def _limit(self, environ: Mapping[str, Any]) -> str:
+        """The client's address, having counted its request. Raises Throttled."""
+        address = self.client_address(environ)
+        if self._requests:
+            self._requests.count(address, self.manager.now().tick_ms)
+        return address
+
     def client_address(self, environ: Mapping[str, Any]) -> str:
         """The address of the client, taken from X-Forwarded-For as far back as trusted proxies wrote it."""
         address: str = environ.get("REMOTE_ADDR") or "127.0.0.1"
@@ -2272,15 +2292,15 @@ class Api:
             for hop in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
                 if not self.is_proxy(address):
                     break
-                try:
-                    address = str(ipaddress.ip_address(hop.strip()))
-                except ValueError:
+                if "%" in hop or not (hop := _as_address(hop)):  # an address of one link means nothing here
                     break
+                address = hop
         return address
 
     def is_proxy(self, address: str) -> bool:
         """Whether `address` is one of the trusted proxies."""
-        return any(ipaddress.ip_address(address) in network for network in self.manager.config.trusted_proxy)
+        return bool(_as_address(address)) and any(
+            ipaddress.ip_address(address) in network for network in self.manager.config.trusted_proxy)
 
     def _is_https(self, environ: Mapping[str, Any]) -> bool:
         return environ.get("wsgi.url_scheme") == "https" or (
@@ -2299,6 +2319,14 @@ class Api:
         if raw and kind and kind != "application/json" and not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
             raise NotJson("Content-Type: must be application/json")
         return raw
+
+
+def _as_address(text: str) -> str:
+    """An IP address in canonical form, or nothing if it is none."""
+    try:
+        return str(ipaddress.ip_address(text.strip()))
+    except ValueError:
+        return ""
 
 
 def request_id(environ: Mapping[str, Any]) -> str:
@@ -2345,6 +2373,7 @@ def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bott
         allow = [("Allow", error.headers["Allow"])] if "Allow" in error.headers else []
         reply = api.refuse(error.status_code, wording.get(error.status_code, "the request is malformed"),
                            bottle.request.environ, allow)
+        bottle.response.status = reply.status
         for name, value in reply.headers:
             bottle.response.set_header(name, value)
         return reply.body.decode()
@@ -2461,7 +2490,7 @@ def _active_policy(call: Call) -> Reply:
 
 
 @endpoint("GET", "/api/policy/agent/:id", "Fetch what an agent must obey, and acknowledge it unless ack=false",
-          allow=(AGENT,), query={"ack": may(switch(), True)})
+          allow=(AGENT,), query={"ack": may(switch(), True)}, etag=True)
 def _agent_policy(call: Call) -> Reply:
     policy = call.manager.agent_policy(call.path["id"], **call.query)
     shape = {"agentId": policy.agent_id, "policyVersion": version_text(policy.effective.version),
@@ -2497,7 +2526,7 @@ def _entries(call: Call) -> Reply:
 
 
 @endpoint("GET", "/api/events/stream", "Follow the journal as server-sent events; `Last-Event-ID` resumes",
-          query=STREAM_FILTER)
+          query=STREAM_FILTER, media="text/event-stream; charset=utf-8")
 def _stream(call: Call) -> Reply:
     if "manager.streams" not in call.environ:
         raise NoStreams("event streams need the manager's own server; page through GET /api/events here")
@@ -2505,12 +2534,13 @@ def _stream(call: Call) -> Reply:
     if last and not re.fullmatch("[0-9]{1,15}", last):
         raise Invalid("Last-Event-ID: must be the id of an event")
     call.environ["manager.stream"] = call.environ["manager.streams"].open(int(last) if last else None, call.query)
-    return Reply(200, b"", (("Content-Type", "text/event-stream; charset=utf-8"),))
+    return Reply(200, b"", (("Content-Type", call.route.media),))
 
 
-@endpoint("GET", "/metrics", "Measure the manager, in the Prometheus text format")
+@endpoint("GET", "/metrics", "Measure the manager, in the Prometheus text format",
+          media="text/plain; version=0.0.4; charset=utf-8")
 def _metrics(call: Call) -> Reply:
-    return Reply(200, call.api.metrics().encode(), (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),))
+    return Reply(200, call.api.metrics().encode(), (("Content-Type", call.route.media),))
 
 
 @endpoint("GET", "/health", "Say whether the manager can do its work; 503 if not", public=True)
@@ -2526,7 +2556,7 @@ def _health(call: Call) -> Reply:
     return success({**health, "agents": {"total": total, "online": online}})
 
 
-@endpoint("GET", "/openapi.json", "Describe this API as OpenAPI 3.1", public=True)
+@endpoint("GET", "/openapi.json", "Describe this API as OpenAPI 3.1", public=True, media="application/json")
 def _openapi(call: Call) -> Reply:
     return Reply(200, to_json(openapi()).encode())
 
@@ -2552,7 +2582,10 @@ def openapi() -> dict[str, Any]:
                        for name, param in each.query.items()]
         operation: dict[str, Any] = {
             "summary": each.summary, "operationId": each.serve.__name__.strip("_"), "parameters": parameters,
-            "responses": {str(each.status): {"description": "Success", "content": envelope(True)}}}
+            "responses": {str(each.status): {"description": "Success", "content": (
+                {each.media.partition(";")[0]: {"schema": {}}} if each.media else envelope(True))}}}
+        if each.etag:
+            operation["responses"]["304"] = {"description": "What If-None-Match names is still so"}
         if each.status == 201:
             operation["responses"]["200"] = {"description": "Success, of one known before", "content": envelope(True)}
         for status, description in _FAILURES.items():
@@ -2890,6 +2923,11 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as problem:  # a length of 5,000 digits, a URI of "http://["
             raise ParsingError(str(problem)) from None
+        hosts = self.headers.get("HOST")
+        if (self.version == "1.1" and hosts is None) or "," in (hosts or ""):
+            raise ParsingError("there must be one Host header")
+        if self.chunked and "CONTENT_LENGTH" in self.headers:  # RFC 9112, 6.1: two lengths are an attack
+            raise ParsingError("there must not be both Content-Length and Transfer-Encoding")
         if self.body_rcv is None or self.content_length >= self.adj.max_request_body_size:
             self.expect_continue = False  # else it is told to go on, and its answer forgotten
 
