@@ -75,7 +75,7 @@ from waitress.utilities import Error, build_http_date  # type: ignore[import-unt
 
 __version__ = "1.0.0"
 __all__ = ["Agent", "Caller", "Clock", "Config", "Entry", "Manager", "ManagerError", "ManualClock",
-           "Moment", "Server", "Status", "SystemClock", "create_app", "main"]
+           "Moment", "Server", "Status", "Store", "SystemClock", "create_app", "main"]
 
 log = logging.getLogger("panguard")
 
@@ -191,9 +191,11 @@ class Config:
     cors_allowed_origins: tuple[str, ...] = _setting(
         (), "CORS_ALLOWED_ORIGINS", _ORIGINS, "web origins that may call from a browser", shown="none")
     threat_retention_ms: int = _setting(
-        30 * _DAY_MS, "MANAGER_THREAT_RETENTION_MS", _MS, "age at which a threat event is removed", unit="ms")
+        30 * _DAY_MS, "MANAGER_THREAT_RETENTION_MS", _MS, "age at which a threat event is removed", unit="ms",
+        shown="2592000000, 30 days")
     journal_retention_ms: int = _setting(
-        30 * _DAY_MS, "MANAGER_JOURNAL_RETENTION_MS", _MS, "age at which a journal entry is removed", unit="ms")
+        30 * _DAY_MS, "MANAGER_JOURNAL_RETENTION_MS", _MS, "age at which a journal entry is removed", unit="ms",
+        shown="2592000000, 30 days")
     correlation_window_ms: int = _setting(
         300_000, "MANAGER_CORRELATION_WINDOW_MS", _MS,
         "time within which events of several agents are taken for one attack", unit="ms")
@@ -400,7 +402,8 @@ class Moment(NamedTuple):
 class Clock(Protocol):
     """What the manager asks of a clock: SystemClock outside, ManualClock in tests."""
 
-    def now(self) -> Moment: ...
+    def now(self) -> Moment:
+        """One reading."""
 
     def pause(self, seconds: float) -> None:
         """Let others go first."""
@@ -643,8 +646,9 @@ def text(longest: int, *, lines: bool = False) -> Check:
         if not isinstance(value, str) or not 0 < len(value) <= longest or value.isspace() or control.search(value):
             raise ValueError
         return value
+    allowed = (_CONTROL_BUT_LINES if lines else _CONTROL).pattern.replace("[", "[^", 1)
     return _check(accept, f"text of 1 to {longest} characters without control characters",
-                  {"type": "string", "minLength": 1, "maxLength": longest})
+                  {"type": "string", "minLength": 1, "maxLength": longest, "pattern": rf"^{allowed}*$"})
 
 
 def number(low: float, high: float, *, whole: bool = False) -> Check:
@@ -988,6 +992,7 @@ MIGRATIONS = (
     CREATE INDEX threats_type ON threats (type, received_ms);
     CREATE INDEX threats_source ON threats (source_ip, received_ms, org_id, agent_id) WHERE source_ip IS NOT NULL;
     CREATE INDEX threats_file ON threats (file_hash, received_ms, org_id, agent_id) WHERE file_hash IS NOT NULL;
+    CREATE TABLE probe (padding BLOB);
     CREATE TABLE correlations (      -- when an indicator was last announced, so that it is once per window
         org_id TEXT NOT NULL, indicator TEXT NOT NULL, announced_ms INTEGER NOT NULL,
         PRIMARY KEY (org_id, indicator)) WITHOUT ROWID;
@@ -1033,6 +1038,8 @@ class Store:
         self._journaled = False
         self._readers: list[sqlite3.Connection] = []
         self._closed = False
+        self._failed = False  # a write has, and none of some size has succeeded since
+        self._folded_changes = 0
         if sqlite3.sqlite_version_info < _LEAST_SQLITE:
             raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: Python needs one of at least 3.35")
         try:
@@ -1041,21 +1048,16 @@ class Store:
             raise StartError(f"the data folder {folder} cannot be made ({error.strerror}); choose another") from None
         self._path = folder / "manager.db"
         self._guard = self._take_folder()
-        try:
-            self._check_file()
-            self._writer = self._connect()
-            self._migrate()
-            self._writer.executescript(
-                f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 20000; "
-                f"PRAGMA journal_size_limit = {_LONG_LOG_BYTES}; "
-                "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
-            self._folded_changes = 0
-        except sqlite3.Error as error:
-            self._guard.close()
-            raise StartError(self._sentence(error) or f"{self._path} cannot be used ({error})") from error
-        except BaseException:
-            self._guard.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._guard.close)
+            try:
+                self._check_file()
+                self._writer = self._connect()
+                undo.callback(self._writer.close)
+                self._migrate()
+            except sqlite3.Error as error:
+                raise StartError(self._sentence(error) or f"{self._path} cannot be used ({error})") from error
+            undo.pop_all()
 
     def _take_folder(self) -> sqlite3.Connection:
         """A lock on the folder that ends with the process, however it ends."""
@@ -1086,7 +1088,10 @@ class Store:
                     raise StartError(f"{self._path} is not a database; move it away")
         except OSError as error:
             raise StartError(f"{self._path} cannot be read ({error.strerror}); change its owner") from None
-        with contextlib.closing(sqlite3.connect(self._path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
+        # Where no log is waiting, not even the reader's own files need be made beside the database.
+        log_waits = self._path.with_name("manager.db-wal").exists()
+        mode = "?mode=ro" if log_waits else "?immutable=1"
+        with contextlib.closing(sqlite3.connect(self._path.absolute().as_uri() + mode, uri=True)) as db:
             (version,), (owner,) = db.execute("PRAGMA user_version").fetchone(), \
                 db.execute("PRAGMA application_id").fetchone()
             if owner != _APPLICATION_ID and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -1096,7 +1101,7 @@ class Store:
                                  f"{len(MIGRATIONS)}); run that one, or restore a backup")
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, timeout=1, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self._path, timeout=0.25, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA foreign_keys = ON")
         return db
@@ -1110,6 +1115,10 @@ class Store:
         for number, statements in enumerate(MIGRATIONS[version:], version + 1):
             db.executescript(f"BEGIN IMMEDIATE; {statements}; PRAGMA application_id = {_APPLICATION_ID}; "
                              f"PRAGMA user_version = {number}; COMMIT;")
+        db.executescript(
+            f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 20000; "
+            f"PRAGMA journal_size_limit = {_LONG_LOG_BYTES}; "
+            "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -1141,6 +1150,7 @@ class Store:
                 db.execute("COMMIT")
             except BaseException as error:
                 self._journaled = False
+                self._failed = self._failed or isinstance(error, sqlite3.Error)
                 with contextlib.suppress(sqlite3.Error):
                     if db.in_transaction:
                         db.execute("ROLLBACK")
@@ -1185,6 +1195,17 @@ class Store:
         self._writer.execute(
             "INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) VALUES (?, ?, ?, ?, ?, ?)",
             (at_ms, type, to_json(caller.actor()), org_id, agent_id, to_json(data)))
+
+    def probe(self) -> None:
+        """Write something. Raises Unavailable when that fails.
+
+        After a fault it must be more than the room left in the write-ahead log may hold.
+        """
+        with self.transaction(durable=False) as db:
+            db.execute("INSERT INTO probe VALUES (zeroblob(?))", (2**17 if self._failed else 0,))
+        with self.transaction(durable=False) as db:
+            db.execute("DELETE FROM probe")
+        self._failed = False
 
     def fold(self) -> None:
         """Copy the write-ahead log into the file, if it has grown, while others go on writing.
@@ -1878,8 +1899,7 @@ class Manager:
         Raises Unavailable when it cannot be written.
         """
         now = self.now()
-        with self.store.transaction(durable=False) as db:
-            db.execute("UPDATE sqlite_sequence SET seq = seq WHERE name = 'journal'")
+        self.store.probe()
         with self.store.read() as db:
             counts = self._counts(db, now)
         return sum(counts.values()), counts[Status.ONLINE]
@@ -2718,9 +2738,11 @@ class SystemClock:
     """The clock of the machine: wall time for what is shown, monotonic time for what is decided."""
 
     def now(self) -> Moment:
+        """One reading of the machine's two clocks."""
         return Moment(time.time_ns() // 1_000_000, time.monotonic_ns() // 1_000_000)
 
     def pause(self, seconds: float) -> None:
+        """Let others go first."""
         time.sleep(seconds)
 
     def every(self, interval_s: float, callback: Callable[[float], None]) -> Callable[[], None]:
@@ -2756,12 +2778,14 @@ class ManualClock:
         self._callbacks: list[Callable[[float], None]] = []
 
     def now(self) -> Moment:
+        """Where the clock stands."""
         return self._now
 
     def pause(self, seconds: float) -> None:
         """Nothing: this clock moves by `advance()` alone."""
 
     def every(self, interval_s: float, callback: Callable[[float], None]) -> Callable[[], None]:
+        """Call `callback(0.0)` at the end of every `advance()`, whatever the interval."""
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
@@ -2782,7 +2806,12 @@ Answer = tuple[str, list[tuple[str, str]], bytes]  # status line, headers, body
 Application = Callable[[Environ, Any], Iterable[bytes]]
 
 KIB, MIB = 1 << 10, 1 << 20
-MAX_BODY = 1 * MIB
+HANDSHAKE_S = 15.0  # for the first byte and a TLS handshake
+REQUEST_S = 30.0  # for a request to arrive, and a second more for each
+SLOWEST_UPLOAD_BYTES_PER_S = 4 * KIB
+IDLE_S = 120.0
+CLEANUP_S = 5.0  # between two looks at who has had their time
+GRACE_S = 4.0  # at the stop, for what is in flight
 MAX_HEADERS = 32 * KIB
 SEND_BYTES = 64 * KIB
 STREAM_BACKLOG = 1 * MIB  # a reader further behind than this is dropped
@@ -2827,9 +2856,9 @@ class SocketMap(dict[int, Any]):
     what a socket waits for, so no wake-up is lost and idle connections cost nothing.
     """
 
-    def __init__(self, use_epoll: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.use_epoll = use_epoll and hasattr(select, "epoll")
+        self.use_epoll = hasattr(select, "epoll")
         self._poller: Any = select.epoll() if self.use_epoll else select.poll()
         self._interest: dict[int, int] = {}
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
@@ -2937,11 +2966,6 @@ class Task(WSGITask):  # type: ignore[misc]
 
     content_length: int | None = None
 
-    def start(self) -> None:
-        super().start()
-        if self.channel.server.site.stopping:
-            self.request.headers["CONNECTION"] = "close"
-
     def get_environment(self) -> Environ:
         environ: Environ = super().get_environment()
         environ["manager.streams"] = self.channel.server.site.streams
@@ -2967,10 +2991,12 @@ class Task(WSGITask):  # type: ignore[misc]
         self.content_length = len(body)
         head = self.build_response_header()
         self.complete = self.wrote_header = True
-        self.channel.write_soon(head + body if self.has_body else head)
+        self.channel.write_now(head + body if self.has_body else head)
 
     def build_response_header(self) -> bytes:
         """waitress decides about the framing; the rest goes out as it was said, at a fifth of the price."""
+        if self.channel.server.site.stopping:
+            self.request.headers["CONNECTION"] = "close"
         framing, lines = [("Date", http_date(int(self.start_time)))], []
         for name, value in self.response_headers:
             if name.lower() in FRAMING:
@@ -3049,17 +3075,16 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def expires(self) -> float:
         """When this client will have had its time."""
-        site = self.server.site
         if self.phase in (Phase.FIRST_BYTE, Phase.HANDSHAKE) or self.refusal:
-            return float(self.creation_time + site.handshake_timeout)
+            return float(self.creation_time + HANDSHAKE_S)
         if self.phase is Phase.LINGER:
-            return float(self.last_activity + site.handshake_timeout)
+            return float(self.last_activity + HANDSHAKE_S)
         if self.phase is Phase.STREAM and not self.total_outbufs_len:
             return math.inf
         if self.requests and self.total_outbufs_len < self.adj.send_bytes:
             return math.inf  # it waits for us
         if self.request is not None and not self.requests:
-            return float(self.began + site.request_timeout + self.taken / site.slowest_upload)
+            return float(self.began + REQUEST_S + self.taken / SLOWEST_UPLOAD_BYTES_PER_S)
         return float(self.last_activity + self.adj.channel_timeout)
 
     # What the loop does
@@ -3179,6 +3204,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         except (OSError, ValueError):
             self.will_close = True
             return 0
+
+    def write_now(self, data: bytes) -> None:
+        """Send in the loop, keeping only what the client cannot take yet."""
+        with self.outbuf_lock:
+            sent = self.send(data) if self.connected and not self.total_outbufs_len else 0
+            if sent < len(data):
+                self.write_soon(data[sent:])
 
     def _flush_some(self, do_close: bool = True) -> bool:
         with self.outbuf_lock:
@@ -3329,31 +3361,22 @@ class WebServer:
     lane(environs): one answer each, in order, once all of them are safe; runs in the loop, so be short.
     tls_context: replaceable at any time, for the connections that come after; None serves plaintext to all.
     plaintext_allowed(address): whether that peer may do without TLS where there is a context.
-    Times are in seconds, slowest_upload in bytes per second.
+    streams: what environ["manager.streams"] is to be.
     """
 
     def __init__(
-        self, application: Application, *, error_reply: Callable[[int, str], Answer],
-        host: str = "127.0.0.1", port: int = 0, threads: int = 4,
-        is_lane: Callable[[Any], bool] = lambda request: False,
-        lane: Callable[[list[Environ]], Sequence[Answer]] = lambda environs: [],
-        tls_context: ssl.SSLContext | None = None,
-        plaintext_allowed: Callable[[str], bool] = lambda address: False,
-        connection_limit: int | None = None, channel_timeout: float = 120, cleanup_interval: float = 5,
-        streams: Any = None,
-        handshake_timeout: float = 15, request_timeout: float = 30, slowest_upload: float = 4 * KIB,
-        grace: float = 4, use_epoll: bool = True,
+        self, application: Application, config: Config, *, error_reply: Callable[[int, str], Answer],
+        is_lane: Callable[[Any], bool], lane: Callable[[list[Environ]], Sequence[Answer]],
+        tls_context: ssl.SSLContext | None, plaintext_allowed: Callable[[str], bool], streams: Streams,
     ) -> None:
         self.application, self.error_reply, self.is_lane, self.lane = application, error_reply, is_lane, lane
         self.tls_context, self.plaintext_allowed, self.streams = tls_context, plaintext_allowed, streams
-        self.handshake_timeout, self.request_timeout, self.grace = handshake_timeout, request_timeout, grace
-        self.slowest_upload, self.cleanup_interval = slowest_upload, cleanup_interval
-        self.threads, self.use_epoll, self._limit = threads, use_epoll, connection_limit
         self.settings = Adjustments(
-            host=host, port=port, threads=threads, ident=None, clear_untrusted_proxy_headers=False,
-            channel_timeout=channel_timeout, max_request_body_size=MAX_BODY + 1,
+            host=config.host, port=config.port, threads=config.threads, ident=None,
+            clear_untrusted_proxy_headers=False, max_request_body_size=_MOST_BYTES + 1,
             max_request_header_size=MAX_HEADERS, recv_bytes=SEND_BYTES)
-        self.settings.send_bytes = SEND_BYTES  # said here, to be spared the warning that it will go one day
+        self.settings.channel_timeout = IDLE_S  # there it would be cut to whole seconds,
+        self.settings.send_bytes = SEND_BYTES  # and this would warn
         self.waiting: deque[Channel] = deque()  # for the lane
         self.stopping = False
         self.error: BaseException | None = None
@@ -3362,11 +3385,11 @@ class WebServer:
     def start(self) -> None:
         """Bind here, so that a taken port is the caller's exception, then serve in a thread."""
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-        self.connection_limit = self._limit or max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
+        self.connection_limit = max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
         self.stopping, self.error = False, None
         self.waiting.clear()
-        self.sockets = SocketMap(self.use_epoll)
-        self.workers = Workers(self.threads)
+        self.sockets = SocketMap()
+        self.workers = Workers(self.settings.threads)
         self.listeners: list[Listener] = []
         try:
             for family, kind, protocol, address in self.settings.listen:
@@ -3395,13 +3418,6 @@ class WebServer:
             error, self.error = self.error, None
             raise error
 
-    def __enter__(self) -> WebServer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     def channels(self) -> list[Channel]:
         return [channel for listener in self.listeners for channel in listener.active_channels.values()]
 
@@ -3423,17 +3439,17 @@ class WebServer:
             channel.service()
 
     def _run(self) -> None:
-        next_cleanup = time.monotonic() + self.cleanup_interval
+        next_cleanup = time.monotonic() + CLEANUP_S
         try:
             while not self.stopping:
                 self.sockets.turn(max(0.0, next_cleanup - time.monotonic()))
                 if time.monotonic() >= next_cleanup:
-                    next_cleanup = time.monotonic() + self.cleanup_interval
+                    next_cleanup = time.monotonic() + CLEANUP_S
                     now = time.time()
                     for channel in self.channels():
                         if channel.expires() <= now:
                             channel.handle_close()
-            deadline = time.monotonic() + self.grace
+            deadline = time.monotonic() + GRACE_S
             while self._in_flight() and time.monotonic() < deadline:
                 self.sockets.turn(max(0.0, deadline - time.monotonic()))
         except BaseException as error:
@@ -3492,7 +3508,10 @@ class Server:
             undo.callback(store.close)
             tokens = self.config.auth_token or (self._own_token(folder),)
             self.token = tokens[0]
-            self.manager = Manager(self.config, self.clock, store)
+            try:
+                self.manager = Manager(self.config, self.clock, store)
+            except Unavailable as error:
+                raise StartError(str(error)) from error
             app = create_app(self.manager, tokens)
             self._api: Api = app.api
             self.faults = self._api.faults
@@ -3584,9 +3603,9 @@ class Server:
             follower.join()
 
         self._web = WebServer(
-            app, error_reply=lambda status, text: _answer(self._api.refuse(status, text, {})),
-            host=config.host, port=config.port, threads=config.threads, is_lane=self._is_lane, lane=self._lane,
-            tls_context=self._tls(folder), plaintext_allowed=self._plaintext_allowed, streams=self._streams)
+            app, config, error_reply=lambda status, text: _answer(self._api.refuse(status, text, {})),
+            is_lane=self._is_lane, lane=self._lane, tls_context=self._tls(folder),
+            plaintext_allowed=self._plaintext_allowed, streams=self._streams)
         follower.start()
         undo.callback(stop_following)
         try:
@@ -3602,20 +3621,19 @@ class Server:
                     + f":{self._web.port}")
 
     def _is_lane(self, request: Any) -> bool:
-        return request.command == "POST" and not self.faults and _HEARTBEAT_PATH(request.path) is not None
+        short = request.body_bytes_received <= 4 * KIB  # a long body is a worker's to parse
+        return (short and request.command == "POST" and not self.faults
+                and _HEARTBEAT_PATH(request.path) is not None)
 
     def _lane(self, environs: list[dict[str, Any]]) -> list[Answer]:
-        """Answer the heartbeats of one pass of the loop: one transaction for all, or one each if that fails."""
-        def answers() -> list[Answer]:
-            return [_answer(self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]}))
-                    for environ in environs]
+        """Answer the heartbeats of one pass of the loop, all in one transaction."""
         try:
             with self.manager.store.transaction(durable=False):
-                return answers()
-        except Unavailable:
-            for environ in environs:
-                environ["wsgi.input"].seek(0)
-            return answers()
+                replies = [self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]})
+                           for environ in environs]
+        except Unavailable as error:
+            replies = [self._api.finish(failure(error), environ) for environ in environs]
+        return [_answer(reply) for reply in replies]
 
     def _plaintext_allowed(self, address: str) -> bool:
         return self.config.tls != "require" and (_is_loopback(address) or self._api.is_proxy(address))
@@ -3718,18 +3736,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     server = Server(config)
-    over = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
+    # Waited for, not handled: a handler may interrupt itself and then wait for its own lock.
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         server.start()
     except StartError as error:
         print(f"panguard-manager: {error}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGHUP, lambda *_: server.reload_certificate())
     for line in _greeting(server):
         print(line, flush=True)
-    over.wait()
+    while signal.sigwait(signals) == signal.SIGHUP:
+        server.reload_certificate()
     server.stop()
     return 0
 
