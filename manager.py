@@ -3738,17 +3738,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     server = Server(config)
     # Waited for, not handled: a handler may interrupt itself and then wait for its own lock.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         server.start()
+        for line in _greeting(server):
+            print(line, flush=True)
+        while signal.sigwait(signals) == signal.SIGHUP:
+            server.reload_certificate()
+        server.stop()
     except StartError as error:
         print(f"panguard-manager: {error}", file=sys.stderr)
         return 1
-    for line in _greeting(server):
-        print(line, flush=True)
-    while signal.sigwait(signals) == signal.SIGHUP:
-        server.reload_certificate()
-    server.stop()
+    finally:
+        while again := signal.sigpending() & signals:  # asked twice is not asked to die
+            signal.sigwait(again)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return 0
 
 
