@@ -1788,7 +1788,7 @@ class Manager:
         else:
             rules = policy.rules if (policy := self.active_policy()) else []
         return [first_text(rule["config"], ("text",)) or to_json(rule["config"])
-                for rule in rules if rule["type"] == "custom" and rule["enabled"]]
+                for rule in rules if rule["type"] == "custom" and rule.get("enabled", True)]
 
     def drop_override(self, agent_id: str, *, caller: Caller = LOCAL) -> None:
         """Put an agent back under the policies of its org and of all. Raises NotFound."""

@@ -1438,13 +1438,16 @@ def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
             enough = sum(each.acknowledged for each in ledgers) + random.Random(round_number).randint(80, 250)
             with ThreadPoolExecutor(len(ledgers)) as pool:
                 working = [pool.submit(each.work, running) for each in ledgers]
-                until(lambda enough=enough, working=working: sum(each.acknowledged for each in ledgers) >= enough
-                      or any(each.done() for each in working), "enough traffic")
-                running.process.kill()
+                try:
+                    until(lambda enough=enough, working=working: sum(each.acknowledged for each in ledgers) >= enough
+                          or any(each.done() for each in working), "enough traffic", 60)
+                finally:
+                    running.process.kill()
                 for each in working:
                     each.result()
     assert pragma(folder / "manager.db", "integrity_check") == "ok"
-    assert all(each.tokens and each.gone and each.events for each in ledgers), "the traffic was mixed"
+    for kind in ("tokens", "uptimes", "gone", "events", "policies"):
+        assert any(getattr(each, kind) for each in ledgers), f"the traffic was mixed, {kind} included"
 
 
 
@@ -1788,34 +1791,6 @@ def test_no_json_is_a_fault_and_only_what_openapi_allows_is_taken(
     assert taken[True] and taken[False]
     assert not faults(caplog)
     assert api.get("/health")["agents"]["total"] >= 1
-
-
-def test_schemathesis_finds_no_fault_behind_the_description(caplog: pytest.LogCaptureFixture) -> None:
-    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install .[fuzz]")
-    with fleet() as api:
-        agent = api.register()
-        schema = schemathesis.openapi.from_wsgi("/openapi.json", manager.create_app(api.server.manager,
-                                                                                    (api.server.token,)))
-        operations = [each.ok() for each in schema.get_all_operations()]
-        assert len(operations) >= len(ROUTES) - 1, "all but the description itself"
-        seen = Counter[int]()
-
-        def answers(operation: Any, case: Any, known: bool) -> None:
-            if known and "id" in (case.path_parameters or {}) and operation.method.upper() != "DELETE":
-                case.path_parameters["id"] = agent["id"]
-            answer = case.call(headers={"Authorization": f"Bearer {api.server.token}"})
-            seen[answer.status_code] += 1
-            assert answer.status_code < 500, (case, answer.content)
-            assert str(answer.status_code) in operation.definition.raw["responses"], (case, answer.status_code)
-            if "json" in answer.headers.get("content-type", [""])[0]:
-                assert json.loads(answer.content)["ok"] is (answer.status_code < 400)
-
-        for operation in operations:
-            if operation.path != "/api/events/stream":  # which does not end
-                settings(EXAMPLES, max_examples=25, suppress_health_check=list(HealthCheck))(
-                    given(st.just(operation), operation.as_strategy(), st.booleans())(answers))()
-        assert {200, 201, 400, 404} <= set(seen)
-    assert not faults(caplog)
 
 
 ########################################################################################################
@@ -3777,6 +3752,17 @@ def test_readme_is_dated() -> None:
 def test_ci_runs_the_readme_test_line() -> None:
     (pattern,) = re.findall(r"grep -E '(.+)' README\.md", (PROJECT / ".ci" / "run").read_text("utf-8"))
     assert re.findall(pattern, README, re.MULTILINE) == [readme_line("pytest")]
+
+
+def test_readme_in_your_tests(tmp_path: Path) -> None:
+    """The conftest and the example tests run as a stranger would run them."""
+    conftest, examples = blocks(section("In your tests"), "python")
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_examples.py").write_text(examples)
+    assert len(conftest.split("\n\n\n", 1)[1].splitlines()) <= 10
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 
 # The file and its packaging
