@@ -39,7 +39,7 @@ local agents = {{}}
 for line in io.lines(os.getenv("BENCH_AGENTS")) do
   local id, token = line:match("(%S+) (%S+)")
   agents[#agents + 1] = wrk.format("POST", "/api/agents/" .. id .. "/heartbeat",
-    {{["Authorization"] = "Bearer " .. token, ["Content-Type"] = "application/json"}}, [[{BODY}]])
+    {{["Host"] = "bench", ["Authorization"] = "Bearer " .. token, ["Content-Type"] = "application/json"}}, [[{BODY}]])
 end
 math.randomseed(7)
 function request() return agents[math.random(#agents)] end
@@ -157,8 +157,8 @@ def found(pattern: str, text: str) -> str:
 
 def milliseconds(text: str) -> float:
     """wrk's '1.23ms' as a number of ms."""
-    number, unit = re.fullmatch(r"([\d.]+)(us|ms|s|m)", text).groups()  # type: ignore[union-attr]
-    return float(number) * {"us": 0.001, "ms": 1, "s": 1000, "m": 60_000}[unit]
+    number, unit = re.fullmatch(r"(-?nan|[\d.]+)(us|ms|s|m|h)?", text).groups()  # type: ignore[union-attr]
+    return float(number) * {"us": 0.001, "ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}[unit or "s"]
 
 
 # Files to serve from

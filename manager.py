@@ -41,6 +41,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import resource
 import secrets
@@ -70,7 +71,12 @@ from waitress.buffers import OverflowableBuffer  # type: ignore[import-untyped]
 from waitress.channel import ClientDisconnected, HTTPChannel  # type: ignore[import-untyped]
 from waitress.parser import HTTPRequestParser, ParsingError  # type: ignore[import-untyped]
 from waitress.server import TcpWSGIServer  # type: ignore[import-untyped]
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask  # type: ignore[import-untyped]
+from waitress.task import (  # type: ignore[import-untyped]
+    ErrorTask,
+    ThreadedTaskDispatcher,
+    WSGITask,
+    rename_headers,
+)
 from waitress.utilities import Error, build_http_date  # type: ignore[import-untyped]
 
 __version__ = "1.0.0"
@@ -140,7 +146,7 @@ _HOST = _matching(r"[0-9A-Za-z.:_-]{1,255}", "a host name or an address")
 _NETWORKS = _several(ipaddress.ip_network, 64, "addresses or networks such as 10.0.0.0/8, with commas between")
 _ORIGINS = _several(_matching(r"https?://[0-9A-Za-z.:\[\]_-]+", "").parse, 64,
                     "origins such as https://console.example.org, with commas between")
-_SWITCH = Parser({"1": True, "true": True, "0": False, "false": False}.__getitem__, "1 or 0")
+_SWITCH = Parser({"1": True, "true": True, "0": False, "false": False}.__getitem__, "1 or 0, true or false")
 _TLS = _matching("auto|require|off", "auto, require or off")
 _LEVEL = _matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
 
@@ -176,10 +182,10 @@ class Config:
         None, "MANAGER_ENROLL_TOKEN", _TOKEN, "a token that may register agents and nothing else")
     heartbeat_timeout_ms: int = _setting(
         60_000, "MANAGER_HEARTBEAT_TIMEOUT_MS", _MS, "silence allowed before an agent is stale", unit="ms")
-    heartbeat_grace_ms: int | None = _setting(
+    heartbeat_grace_ms: int = _setting(
         None, "MANAGER_HEARTBEAT_GRACE_MS", _whole(0, 1000 * _DAY_MS),
         "lateness forgiven on top of the timeout", unit="ms", shown="a tenth of the timeout")
-    offline_timeout_ms: int | None = _setting(
+    offline_timeout_ms: int = _setting(
         None, "MANAGER_OFFLINE_TIMEOUT_MS", _MS, "silence after which a stale agent is offline", unit="ms",
         shown="five timeouts")
     max_agents: int = _setting(
@@ -224,33 +230,25 @@ class Config:
                 continue
             text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
             if isinstance(value, bool):
+                if not isinstance(each.default, bool):
+                    raise SettingError(_refusal(each, text))
                 text = text.lower()
             object.__setattr__(self, each.name, _parsed(each, text))
         timeout = self.heartbeat_timeout_ms
         if self.heartbeat_grace_ms is None:
             object.__setattr__(self, "heartbeat_grace_ms", timeout // 10)
         if self.offline_timeout_ms is None:
-            object.__setattr__(self, "offline_timeout_ms", max(5 * timeout, timeout + self.grace_ms + 1))
-        elif self.offline_timeout_ms <= timeout + self.grace_ms:
+            object.__setattr__(self, "offline_timeout_ms", max(5 * timeout, timeout + self.heartbeat_grace_ms + 1))
+        elif self.offline_timeout_ms <= timeout + self.heartbeat_grace_ms:
             raise SettingError(f"MANAGER_OFFLINE_TIMEOUT_MS is '{self.offline_timeout_ms}' and must be more than "
-                               f"the heartbeat timeout and its grace together, {timeout + self.grace_ms}")
+                               f"the heartbeat timeout and its grace together, {timeout + self.heartbeat_grace_ms}")
 
+        if self.enroll_token in self.auth_token:
+            raise SettingError("MANAGER_ENROLL_TOKEN must differ from MANAGER_AUTH_TOKEN")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingError("MANAGER_TLS_CERT and MANAGER_TLS_KEY must be given together")
         if self.tls_cert and self.tls == "off":
             raise SettingError("MANAGER_TLS_CERT has no use with MANAGER_TLS 'off'; it must be auto or require")
-
-    @property
-    def grace_ms(self) -> int:
-        """The grace in force: as set, or a tenth of the timeout."""
-        assert self.heartbeat_grace_ms is not None
-        return self.heartbeat_grace_ms
-
-    @property
-    def liveness(self) -> Liveness:
-        """The two ages at which an agent changes status."""
-        assert self.offline_timeout_ms is not None
-        return Liveness(self.heartbeat_timeout_ms + self.grace_ms, self.offline_timeout_ms)
 
     @classmethod
     def load(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Config:
@@ -303,8 +301,10 @@ class ManagerError(Exception):
 
     status = 500
 
-    def __init__(self, text: str, *, retry_after_s: int | None = None, headers: Iterable[tuple[str, str]] = ()):
+    def __init__(self, text: str, *, status: int | None = None, retry_after_s: int | None = None,
+                 headers: Iterable[tuple[str, str]] = ()):
         super().__init__(text)
+        self.status = status or self.status
         self.retry_after_s = retry_after_s
         self.headers = tuple(headers)
 
@@ -339,18 +339,6 @@ class Conflict(ManagerError):
     status = 409
 
 
-class TooLarge(ManagerError):
-    """A body over the limit."""
-
-    status = 413
-
-
-class NotJson(ManagerError):
-    """A body of another content type."""
-
-    status = 415
-
-
 class Throttled(ManagerError):
     """Too many requests of a kind from one address; `retry_after_s` says when to come back."""
 
@@ -361,12 +349,6 @@ class Unavailable(ManagerError):
     """A fault of the manager's surroundings; the text says what to do about it."""
 
     status = 503
-
-
-class NoStreams(ManagerError):
-    """Another server than ours runs the application, and cannot hold streams."""
-
-    status = 501
 
 
 class Dropped(ConnectionAbortedError):
@@ -405,11 +387,9 @@ class Clock(Protocol):
     def now(self) -> Moment:
         """One reading."""
 
-    def pause(self, seconds: float) -> None:
-        """Let others go first."""
-
-    def every(self, interval_s: float, callback: Callable[[float], None]) -> Callable[[], None]:
-        """Call `callback(late_s)` every interval until the function returned is called."""
+    def every(self, interval_s: float, callback: Callable[[float], bool]) -> Callable[[], None]:
+        """Call `callback(late_s)` every interval, or at once while it is true, until the function returned is
+        called."""
 
 
 class Liveness(NamedTuple):
@@ -417,6 +397,11 @@ class Liveness(NamedTuple):
 
     stale_after_ms: int
     offline_after_ms: int
+
+    @classmethod
+    def of(cls, config: Config) -> Liveness:
+        """As an operator has set them."""
+        return cls(config.heartbeat_timeout_ms + config.heartbeat_grace_ms, config.offline_timeout_ms)
 
     def status(self, seen_ms: int, tick_ms: int) -> Status:
         """The status at `tick_ms` of an agent last in contact at `seen_ms`, both on the tick."""
@@ -479,8 +464,7 @@ class Registration:
     created: bool
 
 
-@dataclass(frozen=True)
-class Beat:
+class Beat(NamedTuple):
     """What a heartbeat is answered: `at_ms` since 1970, and how many policies wait to be fetched."""
 
     id: str
@@ -646,22 +630,18 @@ def text(longest: int, *, lines: bool = False) -> Check:
         if not isinstance(value, str) or not 0 < len(value) <= longest or value.isspace() or control.search(value):
             raise ValueError
         return value
-    allowed = (_CONTROL_BUT_LINES if lines else _CONTROL).pattern.replace("[", "[^", 1)
-    return _check(accept, f"text of 1 to {longest} characters without control characters",
-                  {"type": "string", "minLength": 1, "maxLength": longest, "pattern": rf"^{allowed}*$"})
+    return _check(accept, f"text of 1 to {longest} characters without control characters", {
+        "type": "string", "minLength": 1, "maxLength": longest,
+        "pattern": f"^{control.pattern.replace('[', '[^')}*$"})
 
 
-def number(low: float, high: float, *, whole: bool = False) -> Check:
+def number(low: float, high: float) -> Check:
     """A finite number from `low` to `high`; `true` is none."""
     def accept(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise ValueError
-        if not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError
         return value
-    kind = "whole number" if whole else "number"
-    return _check(accept, f"a {kind} from {low} to {high}",
-                  {"type": "integer" if whole else "number", "minimum": low, "maximum": high})
+    return _check(accept, f"a number from {low} to {high}", {"type": "number", "minimum": low, "maximum": high})
 
 
 def digits(low: int, high: int) -> Check:
@@ -675,11 +655,8 @@ def digits(low: int, high: int) -> Check:
 
 def one_of(*values: str) -> Check:
     """One of a few words."""
-    def accept(value: Any) -> str:
-        if not isinstance(value, str) or value not in values:
-            raise ValueError
-        return value
-    return _check(accept, "one of " + ", ".join(values), {"type": "string", "enum": list(values)})
+    return _check({str(value): value for value in values}.__getitem__, "one of " + ", ".join(values),
+                  {"type": "string", "enum": list(values)})
 
 
 def address() -> Check:
@@ -851,6 +828,14 @@ def _no_constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON; text stays UTF-8. Raises ValueError for what JSON has no word for."""
+    return _ENCODER.encode(value)
+
+
 def parse_object(raw: bytes) -> dict[str, Any]:
     """A JSON object in strict UTF-8. Raises Invalid."""
     try:
@@ -993,9 +978,10 @@ MIGRATIONS = (
     CREATE INDEX threats_source ON threats (source_ip, received_ms, org_id, agent_id) WHERE source_ip IS NOT NULL;
     CREATE INDEX threats_file ON threats (file_hash, received_ms, org_id, agent_id) WHERE file_hash IS NOT NULL;
     CREATE TABLE probe (padding BLOB);
-    CREATE TABLE correlations (      -- when an indicator was last announced, so that it is once per window
-        org_id TEXT NOT NULL, indicator TEXT NOT NULL, announced_ms INTEGER NOT NULL,
-        PRIMARY KEY (org_id, indicator)) WITHOUT ROWID;
+    CREATE TABLE sightings (         -- when an agent last reported an indicator; agent '' is when it was announced
+        org_id TEXT NOT NULL, indicator TEXT NOT NULL, agent_id TEXT NOT NULL, at_ms INTEGER NOT NULL,
+        PRIMARY KEY (org_id, indicator, agent_id)) WITHOUT ROWID;
+    CREATE INDEX sightings_time ON sightings (at_ms);
     CREATE TABLE policies (          -- every version of every scope
         version INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, description TEXT,
         rules TEXT NOT NULL, org_id TEXT, agent_id TEXT, broadcasted_to INTEGER NOT NULL, created_ms INTEGER NOT NULL);
@@ -1010,7 +996,6 @@ _LONG_LOG_BYTES = 2**24
 _APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
 _FAULTS = (
     ("disk is full", "there is no room left in {folder}; free some"),
-    ("database or disk is full", "there is no room left in {folder}; free some"),
     ("locked", "another program holds {folder}/manager.db locked; end it"),
     ("readonly", "{folder}/manager.db cannot be written; give this user the right to write it"),
     ("malformed", "{folder}/manager.db is damaged; stop the manager and restore it from a backup"),
@@ -1018,6 +1003,22 @@ _FAULTS = (
     ("disk I/O error", "the disk under {folder} fails to read or write; check it"),
     ("unable to open", "{folder}/manager.db cannot be opened; check that the folder is there and can be written"),
 )
+
+
+class _Joined(contextlib.AbstractContextManager[sqlite3.Connection]):
+    """Use of a transaction that this thread is within already; what fails here fails the whole of it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.error: sqlite3.Error | None = None
+
+    def __enter__(self) -> sqlite3.Connection:
+        return self._store._writer
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, sqlite3.Error):
+            self.error = error
+            self._store._reraise(error)
 
 
 class Store:
@@ -1030,18 +1031,17 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listeners: list[Callable[[], None]] = []
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._owner: int | None = None
-        self._broken: sqlite3.Error | None = None  # by a transaction that had joined another
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread within a transaction
+        self._joined = _Joined(self)
         self._synchronous = ""
         self._journaled = False
         self._readers: list[sqlite3.Connection] = []
         self._closed = False
-        self._failed = False  # a write has, and none of some size has succeeded since
+        self.failed = False  # a write has, and none of some size has succeeded since
         self._folded_changes = 0
         if sqlite3.sqlite_version_info < _LEAST_SQLITE:
-            raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: Python needs one of at least 3.35")
+            raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: this manager needs 3.35 or later")
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -1076,6 +1076,7 @@ class Store:
                 if "locked" in str(error) else
                 f"the data folder {self.folder} cannot be written ({error}); choose another or change its owner"
             ) from None
+        (self.folder / "lock").chmod(0o600)  # whoever can open it can hold it
         return guard
 
     def _check_file(self) -> None:
@@ -1120,21 +1121,17 @@ class Store:
             f"PRAGMA journal_size_limit = {_LONG_LOG_BYTES}; "
             "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
 
-    @contextlib.contextmanager
-    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+    def transaction(self, *, durable: bool = True) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """All or nothing; a durable one is on the disk when it returns, another one after the next that is.
 
         Within a transaction of the same thread it joins that one, which then decides for both.
         Raises Unavailable, with nothing changed, when the file cannot be written.
         """
+        return self._joined if self._owner == threading.get_ident() else self._transaction(durable)
+
+    @contextlib.contextmanager
+    def _transaction(self, durable: bool) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            if self._depth:
-                try:
-                    yield self._writer
-                except sqlite3.Error as error:
-                    self._broken = error
-                    self._reraise(error)
-                return
             if self._closed:
                 raise Unavailable("the manager is stopping", retry_after_s=1)
             db = self._writer
@@ -1143,35 +1140,41 @@ class Store:
                     db.execute(f"PRAGMA synchronous = {synchronous}")
                     self._synchronous = synchronous
                 db.execute("BEGIN IMMEDIATE")
-                self._depth, self._owner = 1, threading.get_ident()
+                self._owner = threading.get_ident()
                 yield db
-                if self._broken:
-                    raise self._broken
+                if self._joined.error:
+                    raise self._joined.error
                 db.execute("COMMIT")
             except BaseException as error:
                 self._journaled = False
-                self._failed = self._failed or isinstance(error, sqlite3.Error)
+                self.failed = self.failed or isinstance(error, sqlite3.Error)
                 with contextlib.suppress(sqlite3.Error):
                     if db.in_transaction:
                         db.execute("ROLLBACK")
                 self._reraise(error)
             finally:
-                self._depth, self._owner, self._broken = 0, None, None
+                self._owner, self._joined.error = None, None
             journaled, self._journaled = self._journaled, False
         if journaled:
             for listener in tuple(self.listeners):
                 listener()
 
+    def read(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        """A view of one instant, which no writer waits for; within a transaction of the same thread, of that.
+
+        Raises Unavailable when the file cannot be read.
+        """
+        return self._joined if self._owner == threading.get_ident() else self._read()
+
     @contextlib.contextmanager
-    def read(self) -> Iterator[sqlite3.Connection]:
-        """A view of one instant, which no writer waits for. Raises Unavailable when the file cannot be read."""
-        if self._owner == threading.get_ident():
-            yield self._writer
-            return
+    def _read(self) -> Iterator[sqlite3.Connection]:
         if self._closed:
             raise Unavailable("the manager is stopping", retry_after_s=1)
         try:
-            db = self._readers.pop() if self._readers else self._connect()
+            try:
+                db = self._readers.pop()
+            except IndexError:
+                db = self._connect()
             try:
                 db.execute("BEGIN")
                 yield db
@@ -1202,10 +1205,10 @@ class Store:
         After a fault it must be more than the room left in the write-ahead log may hold.
         """
         with self.transaction(durable=False) as db:
-            db.execute("INSERT INTO probe VALUES (zeroblob(?))", (2**17 if self._failed else 0,))
+            db.execute("INSERT INTO probe VALUES (zeroblob(?))", (2**17 if self.failed else 0,))
         with self.transaction(durable=False) as db:
             db.execute("DELETE FROM probe")
-        self._failed = False
+        self.failed = False
 
     def fold(self) -> None:
         """Copy the write-ahead log into the file, if it has grown, while others go on writing.
@@ -1250,14 +1253,6 @@ class Store:
         raise Unavailable("the database is not available: " + sentence, retry_after_s=5) from error
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
-def to_json(value: Any) -> str:
-    """Compact JSON; text stays UTF-8. Raises ValueError for what JSON has no word for."""
-    return _ENCODER.encode(value)
-
-
 def sql_iso(column: str) -> str:
     """SQL for `iso(column)`."""
     return f"strftime('%Y-%m-%dT%H:%M:%fZ', {column} / 1000.0, 'unixepoch')"
@@ -1281,8 +1276,8 @@ _AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'v
 # The heartbeat of an agent of whom there is nothing new to tell: one statement. Any other takes the longer way.
 # Places, not names: binding nine names costs more than all the rest.
 _BEAT = """
-    UPDATE contacts SET seen_ms = ?, heartbeat_ms = ?, uptime = coalesce(?, uptime), cpu = coalesce(?, cpu),
-        memory = coalesce(?, memory)
+    UPDATE contacts SET seen_ms = max(seen_ms, ?), heartbeat_ms = ?, uptime = coalesce(?, uptime),
+        cpu = coalesce(?, cpu), memory = coalesce(?, memory)
     WHERE agent = (SELECT key FROM agents WHERE id = ?) AND announced = 'online' AND seen_ms >= ?
         AND coalesce(?, version) = version AND coalesce(?, 0) <= acknowledged"""
 _IN_FORCE = """
@@ -1291,6 +1286,8 @@ _IN_FORCE = """
         (SELECT version FROM policies_in_force WHERE scope = 'org:' || org_id),
         (SELECT version FROM policies_in_force WHERE scope = 'agent:' || id)
     FROM agents JOIN contacts ON agent = key WHERE id = ?"""
+_TIMER_MS = 1000  # the timer runs at least as often
+_STILL_MS = 500  # lateness of the timer that is no more than the machine's being busy
 _SWEEP_STEP = 500  # agents announced in one transaction: a few ms, so that no heartbeat waits long
 _DUE = f"""
     SELECT * FROM (SELECT agent, 'stale' AS status, seen_ms + :stale_after_ms AS due_ms FROM contacts
@@ -1336,10 +1333,12 @@ class Manager:
         self.config = config
         self.clock = clock
         self.store = store
-        self.liveness = config.liveness
+        self.liveness = Liveness.of(config)
         self.started = clock.now()
         self.heartbeats = 0
         self.events_reported: Counter[str] = Counter()
+        self._probed_ms = self.started.tick_ms - 1000
+        self._watched_ms: int | None = None  # on the tick: when the timer, if there is one, last ran
         self.excuse_silence()
 
     def now(self) -> Moment:
@@ -1359,6 +1358,17 @@ class Manager:
             for status, age_ms in ((Status.ONLINE, 0), (Status.STALE, self.liveness.stale_after_ms + 1),
                                    (Status.OFFLINE, self.liveness.offline_after_ms + 1)):
                 db.execute("UPDATE contacts SET seen_ms = ? WHERE announced = ?", (now.tick_ms - age_ms, status))
+
+    def keep_watch(self, late_ms: int = 0) -> None:
+        """Called by the timer, `late_ms` after it should have been: forgive the silence while this process stood
+        still."""
+        now = self.now()
+        with self.store.transaction(durable=False) if late_ms > _STILL_MS else contextlib.nullcontext() as db:
+            still_ms = now.tick_ms - (now.tick_ms if self._watched_ms is None else self._watched_ms)
+            if db and still_ms > _STILL_MS:
+                log.warning("this process stood still for %.1f s; no agent is blamed for it", still_ms / 1000)
+                db.execute("UPDATE contacts SET seen_ms = min(seen_ms + ?, ?)", (still_ms, now.tick_ms))
+        self._watched_ms = now.tick_ms
 
     def sweep(self) -> int:
         """Announce every change of status that has fallen due, in the order it fell due; their number."""
@@ -1428,6 +1438,8 @@ class Manager:
             row, clone = self._known(db, now, org_id, machine_id, caller)
             if row:
                 known = dict(row)
+                if caller.role == "agent":  # its token reaches itself only: not another org, nor another's machine
+                    told |= {name: known[name] for name in ("org_id", "machine_id")}
                 db.execute(
                     "UPDATE agents SET " + ", ".join(f"{name} = :{name}" for name in told) + " WHERE key = :key",
                     {**{name: known[name] if value is None else value for name, value in told.items()},
@@ -1451,17 +1463,20 @@ class Manager:
                     "hostname": hostname, "machineId": machine_id, "otherAgentId": clone})
             return Registration(self._agent(db, now, agent_id), token, row is None)
 
-    def forget_token(self, agent_id: str) -> None:
+    def forget_token(self, token: str) -> None:
         """Void a token that never reached its agent, so that the machine may register again at once."""
         with self.store.transaction() as db:
-            db.execute("UPDATE agents SET token_digest = NULL WHERE id = ?", (agent_id,))
+            db.execute("UPDATE agents SET token_digest = NULL WHERE token_digest = ?", (digest(token),))
 
     def _known(self, db: sqlite3.Connection, now: Moment, org_id: str | None, machine_id: str | None,
                caller: Caller) -> tuple[sqlite3.Row | None, str | None]:
         """The agent that a registration is for, if known, and the id of one it would be a clone of."""
         both = "SELECT * FROM agents a JOIN contacts c ON c.agent = a.key "
         if caller.role == "agent":
-            return db.execute(both + "WHERE a.id = ?", (caller.agent_id,)).fetchone(), None
+            row = db.execute(both + "WHERE a.id = ?", (caller.agent_id,)).fetchone()
+            if row is None:
+                raise Unauthorized("the token is wrong, or its agent was deregistered")
+            return row, None
         if machine_id is None or caller.role not in ("admin", "enroller"):
             return None, None
         rows = db.execute(both + "WHERE a.machine_id = ? AND a.org_id IS ? ORDER BY c.seen_ms DESC",
@@ -1502,10 +1517,12 @@ class Manager:
             row = db.execute(_IN_FORCE, (agent_id,)).fetchone()
             self.heartbeats += 1
         in_force = [(version, ()) for version in row[1:] if version]
-        return Beat(agent_id, Status.ONLINE, now.wall_ms, resolve(in_force, row[0]).pending)
+        return Beat(agent_id, Status.ONLINE, now.wall_ms, resolve(in_force, row[0]).pending if in_force else 0)
 
     def _hear_news(self, db: sqlite3.Connection, now: Moment, agent_id: str, version: str | None,
                    policy_version: int | None) -> None:
+        if self._watched_ms is not None:  # the timer may not have woken yet after a sleep
+            self.keep_watch(now.tick_ms - self._watched_ms - _TIMER_MS)
         row = self._row(db, now, agent_id)
         self._contact(db, now, row)
         if version not in (None, row["version"]):
@@ -1538,12 +1555,9 @@ class Manager:
         row = self._row(db, now, agent_id)
         (recent,) = db.execute("SELECT count(*) FROM threats WHERE agent_id = ? AND received_ms >= ?",
                                (agent_id, now.wall_ms - _DAY_MS)).fetchone()
-        return Agent(
-            id=row["id"], hostname=row["hostname"], os=row["os"], version=row["version"], ip=row["ip"],
-            org_id=row["org_id"], machine_id=row["machine_id"], arch=row["arch"], tags=tuple(json.loads(row["tags"])),
-            status=Status(row["status"]), cpu=row["cpu"], memory=row["memory"], uptime=row["uptime"],
-            last_heartbeat_ms=row["heartbeat_ms"], registered_ms=row["registered_ms"],
-            acknowledged=row["acknowledged"], recent_threats=recent)
+        return Agent(**{**{each.name: row[each.name] for each in fields(Agent) if each.name in set(row.keys())},
+                        "tags": tuple(json.loads(row["tags"])), "status": Status(row["status"]),
+                        "last_heartbeat_ms": row["heartbeat_ms"], "recent_threats": recent})
 
     def agents_json(self, *, status: str | None = None, org_id: str | None = None, tag: Sequence[str] | None = None,
                     page: int | None = None, limit: int | None = None) -> tuple[bytes, int | None]:
@@ -1665,27 +1679,22 @@ class Manager:
                 self.store.journal(now.wall_ms, "threats_reported", caller, agent_id, agent["org_id"], {
                     "agentId": agent_id, "hostname": agent["hostname"], "count": len(stored), "maxSeverity": worst})
                 self.events_reported.update(event["severity"] for event in stored)
-                for column, name, extract in (("source_ip", "sourceIp", source_address),
-                                              ("file_hash", "fileHash", file_hash)):
+                for name, extract in (("sourceIp", source_address), ("fileHash", file_hash)):
                     for value in dict.fromkeys(filter(None, (extract(event["details"]) for event in stored))):
-                        self._correlate(db, now, agent["org_id"], column, name, value)
+                        self._correlate(db, now, agent_id, agent["org_id"], name, value)
         return ids
 
-    def _correlate(self, db: sqlite3.Connection, now: Moment, org_id: str | None, column: str, name: str,
+    def _correlate(self, db: sqlite3.Connection, now: Moment, agent_id: str, org_id: str | None, name: str,
                    value: str) -> None:
         """Announce an indicator that three or more agents of an org have seen, once per window."""
-        window_ms = self.config.correlation_window_ms
+        given = {"org": org_id or "", "indicator": f"{name}:{value}", "agent": agent_id, "at": now.wall_ms,
+                 "since": now.wall_ms - self.config.correlation_window_ms}
+        seen = "INSERT INTO sightings VALUES (:org, :indicator, {}, :at) ON CONFLICT DO UPDATE SET at_ms = :at"
+        db.execute(seen.format(":agent"), given)
         agents = [row[0] for row in db.execute(
-            f"SELECT DISTINCT agent_id FROM (SELECT agent_id FROM threats WHERE {column} = ? AND org_id IS ? "
-            f"AND received_ms >= ? ORDER BY received_ms DESC LIMIT {_LOOKED_AT}) ORDER BY agent_id",
-            (value, org_id, now.wall_ms - window_ms))]
-        if len(agents) < 3:
-            return
-        announced = db.execute(
-            "INSERT INTO correlations (org_id, indicator, announced_ms) VALUES (:org, :indicator, :at) "
-            "ON CONFLICT DO UPDATE SET announced_ms = :at WHERE announced_ms <= :at - :window",
-            {"org": org_id or "", "indicator": f"{name}:{value}", "at": now.wall_ms, "window": window_ms}).rowcount
-        if announced:
+            "SELECT agent_id FROM sightings WHERE org_id = :org AND indicator = :indicator AND agent_id != '' "
+            "AND at_ms >= :since ORDER BY agent_id", given)]
+        if len(agents) >= 3 and db.execute(seen.format("''") + " WHERE at_ms <= :since", given).rowcount:
             self.store.journal(now.wall_ms, "threats_correlated", THE_MANAGER, None, org_id, {
                 "indicator": {name: value}, "agentIds": agents[:_LISTED], "count": len(agents)})
 
@@ -1707,7 +1716,7 @@ class Manager:
 
     def threat_summary(self, *, period: str = "24h", org_id: str | None = None) -> dict[str, Any]:
         """How many events of which kinds, agents and sources were received within a period up to now."""
-        source, given = self._threats_since(PERIODS_MS[period], org_id)
+        source, given = self._threats_since(self.now(), PERIODS_MS[period], org_id)
         with self.store.read() as db:
             severities = self._counted(db, "severity", source, given)
             return {
@@ -1723,12 +1732,13 @@ class Manager:
                     f"SELECT source_ip AS ip, count(*) AS count FROM {source} AND source_ip IS NOT NULL "
                     f"GROUP BY source_ip ORDER BY count DESC, source_ip LIMIT 10", given)]}
 
-    def _threats_since(self, period_ms: int, org_id: str | None) -> tuple[str, dict[str, Any]]:
+    @staticmethod
+    def _threats_since(now: Moment, period_ms: int, org_id: str | None) -> tuple[str, dict[str, Any]]:
         """The threat events of a period up to now, as the FROM and WHERE of a query and what these are given."""
         # Left to choose, SQLite reads another index from end to end, for the order that GROUP BY wants.
         source = ("threats INDEXED BY threats_org WHERE org_id = :org_id AND received_ms >= :since" if org_id else
                   "threats INDEXED BY threats_time WHERE received_ms >= :since")
-        return source, {"since": self.now().wall_ms - period_ms, "org_id": org_id}
+        return source, {"since": now.wall_ms - period_ms, "org_id": org_id}
 
     @staticmethod
     def _counted(db: sqlite3.Connection, column: str, source: str, given: Mapping[str, Any],
@@ -1840,11 +1850,11 @@ class Manager:
                 counts = self._counts(db, now)
             summaries = {}
             for name, period in (("last24h", "24h"), ("last7d", "7d")):
-                source, since = self._threats_since(PERIODS_MS[period], org_id)
+                source, since = self._threats_since(now, PERIODS_MS[period], org_id)
                 by_severity = self._counted(db, "severity", source, since)
                 summaries[name] = {"total": sum(by_severity.values()),
                                    **{severity: by_severity.get(severity, 0) for severity in SEVERITIES}}
-            source, since = self._threats_since(_DAY_MS, org_id)
+            source, since = self._threats_since(now, _DAY_MS, org_id)
             in_force = [(policy.version, ()) for policy in self._in_force(db, _scopes(org_id, None))]
             return {
                 "totalAgents": sum(counts.values()),
@@ -1861,17 +1871,17 @@ class Manager:
         """Remove a little of what is past its retention; whether there may be more."""
         now = self.now()
         removed = 0
-        for table, column, kept_ms in (("threats", "received_ms", self.config.threat_retention_ms),
-                                       ("journal", "at_ms", self.config.journal_retention_ms)):
-            key = "key" if table == "threats" else "seq"
-            old = f"SELECT {key} FROM {table} WHERE {column} < ? ORDER BY {column} LIMIT {_PURGE_STEP}"
+        for table, key, column, kept_ms in (("threats", "key", "received_ms", self.config.threat_retention_ms),
+                                            ("journal", "seq", "at_ms", self.config.journal_retention_ms),
+                                            ("sightings", "(org_id, indicator, agent_id)", "at_ms",
+                                             self.config.correlation_window_ms + 1)):
+            old = (f"SELECT {key.strip('()')} FROM {table} WHERE {column} < ? ORDER BY {column} LIMIT {_PURGE_STEP}",
+                   (now.wall_ms - kept_ms,))
             with self.store.read() as db:
-                if not db.execute(old, (now.wall_ms - kept_ms,)).fetchone():
+                if not db.execute(*old).fetchone():
                     continue
             with self.store.transaction(durable=False) as db:
-                removed += db.execute(f"DELETE FROM {table} WHERE {key} IN ({old})", (now.wall_ms - kept_ms,)).rowcount
-                if table == "threats":
-                    db.execute("DELETE FROM correlations WHERE announced_ms < ?", (now.wall_ms - kept_ms,))
+                removed += db.execute(f"DELETE FROM {table} WHERE {key} IN ({old[0]})", old[1]).rowcount
         return removed > 0
 
     # Journal and health
@@ -1899,7 +1909,12 @@ class Manager:
         Raises Unavailable when it cannot be written.
         """
         now = self.now()
-        self.store.probe()
+        if now.tick_ms - self._probed_ms >= 1000 or self.store.failed:  # nobody is to wear out the disk by asking
+            self.store.probe()
+            self._probed_ms = now.tick_ms
+        else:
+            with self.store.transaction(durable=False):
+                pass
         with self.store.read() as db:
             counts = self._counts(db, now)
         return sum(counts.values()), counts[Status.ONLINE]
@@ -1971,37 +1986,38 @@ class Call(NamedTuple):
     environ: dict[str, Any]
 
 
-class Endpoint(NamedTuple):
-    """One row of the API: what bottle routes, what OpenAPI and the README's table say."""
+_NOTHING: Table = {}
 
+
+class Endpoint(NamedTuple):
+    """One row of the API: what bottle routes, what OpenAPI and the README's table say.
+
+    It answers the JSON envelope unless `media` names another type, and 304 if it has an `etag`. `translate` turns
+    the shipped agent's body into ours."""
+
+    serve: Callable[[Call], Reply]
     method: str
     path: str
-    allow: frozenset[str]
     summary: str
-    query: Table
-    body: Table | None
-    status: int
-    media: str
-    etag: bool
-    translate: Callable[[dict[str, Any]], dict[str, Any]] | None
-    serve: Callable[[Call], Reply]
+    allow: frozenset[str]
+    query: Table = _NOTHING
+    body: Table | None = None
+    status: int = 200
+    media: str = ""
+    etag: bool = False
+    translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 ENDPOINTS: list[Endpoint] = []
 
 
 def endpoint(method: str, path: str, summary: str, *, allow: Iterable[str] = (), public: bool = False,
-             query: Table | None = None, body: Table | None = None, status: int = 200, media: str = "",
-             etag: bool = False,
-             translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-             ) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
+             **rest: Any) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
     """Add a route. It is the admin's alone unless `allow` names others or it is `public`; `NEWCOMER` there
-    stands for anyone while enrolment is open. It answers the JSON envelope unless `media` names another type, and
-    304 if it has an `etag`. `translate` turns the shipped agent's body into ours."""
+    stands for anyone while enrolment is open."""
     def add(serve: Callable[[Call], Reply]) -> Callable[[Call], Reply]:
         allowed = frozenset({ADMIN, *allow, *({ENROLLER, AGENT, ANYONE} if public else ())})
-        ENDPOINTS.append(Endpoint(method, path, allowed, summary, query or {}, body, status, media, etag,
-                                  translate, serve))
+        ENDPOINTS.append(Endpoint(serve, method, path, summary, allowed, **rest))
         return serve
     return add
 
@@ -2133,9 +2149,7 @@ class Fault:
         if self.drop == "before":
             raise Dropped
         if self.status is not None:
-            error = ManagerError("a fault that was asked for")
-            error.status = self.status
-            raise error
+            raise ManagerError("a fault that was asked for", status=self.status)
 
 
 class Faults:
@@ -2186,6 +2200,7 @@ class Api:
         self.manager = manager
         self.hsts = manager.config.tls_cert is not None  # a self-signed one must never be insisted on
         config = manager.config
+        self.beat_headers = (("X-Heartbeat-Interval", f"{round(config.heartbeat_timeout_ms / 3000, 3):.12g}"),)
         self._admins = [digest(token) for token in auth_tokens]
         self._enroller = digest(config.enroll_token) if config.enroll_token else None
         self._failed_logins = Throttle("wrong tokens", _FAILED_LOGINS_PER_MINUTE)
@@ -2251,13 +2266,12 @@ class Api:
             headers += (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), *_CORS_HEADERS)
         if self.hsts and self._is_https(environ):
             headers += (("Strict-Transport-Security", "max-age=31536000"),)
-        return reply._replace(headers=headers)
+        return Reply(reply.status, reply.body, headers, reply.lost)
 
     def refuse(self, status: int, text: str, environ: dict[str, Any], headers: Iterable[tuple[str, str]] = ()) -> Reply:
         """Word a refusal of what has no route, or never became a request."""
-        refusal = ManagerError(text, headers=headers)
-        refusal.status = status
-        if environ:
+        refusal = ManagerError(text, status=status, headers=headers)
+        if "PATH_INFO" in environ:
             try:
                 self._limit(environ)
             except Throttled as error:
@@ -2267,7 +2281,7 @@ class Api:
         return self.finish(failure(refusal), environ)
 
     def _admit(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str]) -> Caller:
-        """Who calls, if they may. A credential is judged even where none is needed, never the other way round."""
+        """Who calls, if they may. Where anyone may, a credential is not looked at."""
         address = self._limit(environ)
         newcomer = NEWCOMER in route.allow and self.manager.config.open_enrollment
         if ANYONE in route.allow or (newcomer and "HTTP_AUTHORIZATION" not in environ):
@@ -2333,20 +2347,21 @@ class Api:
         except ValueError:
             raise Invalid("Content-Length: must be a whole number") from None
         if length > _MOST_BYTES:
-            raise TooLarge(f"body: must be at most {_MOST_BYTES} bytes")
+            raise ManagerError(f"body: must be at most {_MOST_BYTES} bytes", status=413)
         raw: bytes = environ["wsgi.input"].read(length) if length > 0 else b""
         kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-        if raw and kind and kind != "application/json" and not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
-            raise NotJson("Content-Type: must be application/json")
+        if raw and kind and not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
+            raise ManagerError("Content-Type: must be application/json", status=415)
         return raw
 
 
 def _as_address(text: str) -> str:
     """An IP address in canonical form, or nothing if it is none."""
     try:
-        return str(ipaddress.ip_address(text.strip()))
+        address = ipaddress.ip_address(text.strip())
     except ValueError:
         return ""
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def request_id(environ: Mapping[str, Any]) -> str:
@@ -2362,7 +2377,7 @@ def request_id(environ: Mapping[str, Any]) -> str:
 
 def _uuid4() -> str:
     """What str(uuid.uuid4()) gives, at a quarter of its price; every answer without an id of its own pays it."""
-    bits = secrets.token_hex(16)
+    bits = f"{random.getrandbits(128):032x}"
     return f"{bits[:8]}-{bits[8:12]}-4{bits[13:16]}-{'89ab'[int(bits[16], 16) & 3]}{bits[17:20]}-{bits[20:]}"
 
 
@@ -2390,7 +2405,7 @@ def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bott
 
     def refuse(error: bottle.HTTPError) -> str:
         wording = {404: "there is nothing at this path", 405: "this path does not take that method"}
-        allow = [("Allow", error.headers["Allow"])] if "Allow" in error.headers else []
+        allow = [("Allow", re.sub(r"\bGET\b", "GET,HEAD", error.headers["Allow"]))] if "Allow" in error.headers else []
         reply = api.refuse(error.status_code, wording.get(error.status_code, "the request is malformed"),
                            bottle.request.environ, allow)
         bottle.response.status = reply.status
@@ -2440,7 +2455,7 @@ def _register(call: Call) -> Reply:
     beside = {"agentId": made.agent.id, "token": made.token} if call.caller.role == ANYONE else {}
     reply = success({**agent_shape(made.agent, detail=False), "token": made.token}, 201 if made.created else 200,
                     beside=beside)
-    return reply._replace(lost=lambda: call.manager.forget_token(made.agent.id))
+    return reply._replace(lost=lambda: call.manager.forget_token(made.token))
 
 
 @endpoint("POST", "/api/agents/:id/heartbeat", "Say that an agent is alive", allow=(AGENT,), body=HEARTBEAT,
@@ -2448,8 +2463,7 @@ def _register(call: Call) -> Reply:
 def _heartbeat(call: Call) -> Reply:
     beat = call.manager.heartbeat(call.path["id"], **call.body)
     return success({"id": beat.id, "status": beat.status, "lastHeartbeat": iso(beat.at_ms),
-                    "pendingPolicies": beat.pending_policies},
-                   headers=[("X-Heartbeat-Interval", f"{call.manager.config.heartbeat_timeout_ms / 3000:g}")])
+                    "pendingPolicies": beat.pending_policies}, headers=call.api.beat_headers)
 
 
 @endpoint("DELETE", "/api/agents/:id", "Deregister an agent; its threat events stay", allow=(AGENT,))
@@ -2549,7 +2563,7 @@ def _entries(call: Call) -> Reply:
           query=STREAM_FILTER, media="text/event-stream; charset=utf-8")
 def _stream(call: Call) -> Reply:
     if "manager.streams" not in call.environ:
-        raise NoStreams("event streams need the manager's own server; page through GET /api/events here")
+        raise ManagerError("event streams need the manager's own server; page through GET /api/events here", status=501)
     last = call.environ.get("HTTP_LAST_EVENT_ID", "")
     if last and not re.fullmatch("[0-9]{1,15}", last):
         raise Invalid("Last-Event-ID: must be the id of an event")
@@ -2606,7 +2620,7 @@ def openapi() -> dict[str, Any]:
                 {each.media.partition(";")[0]: {"schema": {}}} if each.media else envelope(True))}}}
         if each.etag:
             operation["responses"]["304"] = {"description": "What If-None-Match names is still so"}
-        if each.status == 201:
+        if each.serve is _register:
             operation["responses"]["200"] = {"description": "Success, of one known before", "content": envelope(True)}
         for status, description in _FAILURES.items():
             operation["responses"][status] = {"description": description, "content": envelope(False)}
@@ -2698,26 +2712,25 @@ class Streams:
                 self._joined.remove(stream)
 
     def pump(self) -> bool:
-        """Send every stream the entries it lacks; whether one of them had to be left behind for now."""
+        """Send the streams one batch of the entries they lack; whether one of them has been left behind.
+
+        Live ones share a batch; each that catches up has its own, and so delays the others by no more.
+        """
         with self._lock:
             streams = tuple(self._joined)
-        ready = [stream for stream in streams if stream.live or stream.channel.backlog <= _BACKLOG]
-        while ready:
-            after = min(stream.after for stream in ready)
-            entries = self.manager.journal(after=after, limit=_BATCH)
+        groups = [[stream for stream in streams if stream.live]]
+        groups += [[stream] for stream in streams if not stream.live and stream.channel.backlog <= _BACKLOG]
+        for group in filter(None, groups):
+            entries = self.manager.journal(after=min(stream.after for stream in group), limit=_BATCH)
             texts = [(entry, f"id: {entry.seq}\nevent: {entry.type}\ndata: {to_json(entry_shape(entry))}\n\n".encode())
                      for entry in entries]
-            last = entries[-1].seq if entries else after
-            for stream in ready:
+            for stream in group:
                 data = b"".join(text for entry, text in texts if entry.seq > stream.after and stream.wants(entry))
                 if data and stream.channel.publish(data):
                     stream.sent_ms = self.manager.now().tick_ms
-                stream.after = max(stream.after, last)
-                stream.live = stream.live or len(entries) < _BATCH
-            if len(entries) < _BATCH:
-                break
-            ready = [stream for stream in ready if stream.live or stream.channel.backlog <= _BACKLOG]
-        return len(ready) < len(streams)
+                stream.after = max(stream.after, entries[-1].seq if entries else 0)
+                stream.live = len(entries) < _BATCH
+        return not all(stream.live for stream in streams)
 
     def keep_alive(self) -> None:
         """Say something on every stream that has been silent for 15 s."""
@@ -2741,25 +2754,22 @@ class SystemClock:
         """One reading of the machine's two clocks."""
         return Moment(time.time_ns() // 1_000_000, time.monotonic_ns() // 1_000_000)
 
-    def pause(self, seconds: float) -> None:
-        """Let others go first."""
-        time.sleep(seconds)
-
-    def every(self, interval_s: float, callback: Callable[[float], None]) -> Callable[[], None]:
+    def every(self, interval_s: float, callback: Callable[[float], bool]) -> Callable[[], None]:
         """Repeat `callback(late_s)` in a thread of its own; what it raises is logged and the thread goes on."""
         over = threading.Event()
 
         def repeat() -> None:
-            due_s = time.monotonic() + interval_s
-            while not over.wait(max(0, due_s - time.monotonic())):
-                late_s = time.monotonic() - due_s
+            wait_s, began_s = interval_s, time.monotonic()
+            while not over.wait(wait_s):
+                late_s = time.monotonic() - began_s - wait_s
+                wait_s, began_s = interval_s, time.monotonic()
                 try:
-                    callback(late_s)
+                    if callback(late_s):
+                        wait_s = 0.005  # others go first
                 except Unavailable:
                     pass  # logged where it arose; the next round tries again
                 except Exception:
                     log.exception("the timer failed")
-                due_s = time.monotonic() + interval_s
 
         thread = threading.Thread(target=repeat, name="panguard-timer", daemon=True)
         thread.start()
@@ -2775,16 +2785,13 @@ class ManualClock:
 
     def __init__(self, start: float = 1_772_884_800.0) -> None:
         self._now = Moment(round(start * 1000), 0)
-        self._callbacks: list[Callable[[float], None]] = []
+        self._callbacks: list[Callable[[float], bool]] = []
 
     def now(self) -> Moment:
         """Where the clock stands."""
         return self._now
 
-    def pause(self, seconds: float) -> None:
-        """Nothing: this clock moves by `advance()` alone."""
-
-    def every(self, interval_s: float, callback: Callable[[float], None]) -> Callable[[], None]:
+    def every(self, interval_s: float, callback: Callable[[float], bool]) -> Callable[[], None]:
         """Call `callback(0.0)` at the end of every `advance()`, whatever the interval."""
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
@@ -2794,7 +2801,8 @@ class ManualClock:
         passed_ms = round(seconds * 1000)
         self._now = Moment(self._now.wall_ms + passed_ms, self._now.tick_ms + passed_ms)
         for callback in tuple(self._callbacks):
-            callback(0.0)
+            while callback(0.0):
+                pass
 
     def step(self, seconds: float) -> None:
         """Set the system clock, as an operator or NTP does: the wall time jumps and no time passes."""
@@ -2955,10 +2963,22 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
         hosts = self.headers.get("HOST")
         if (self.version == "1.1" and hosts is None) or "," in (hosts or ""):
             raise ParsingError("there must be one Host header")
+        if "TRANSFER_ENCODING" in self.headers:  # waitress has taken out that of HTTP/1.1; another's is an attack
+            raise ParsingError("Transfer-Encoding needs HTTP/1.1")
         if self.chunked and "CONTENT_LENGTH" in self.headers:  # RFC 9112, 6.1: two lengths are an attack
             raise ParsingError("there must not be both Content-Length and Transfer-Encoding")
         if self.body_rcv is None or self.content_length >= self.adj.max_request_body_size:
             self.expect_continue = False  # else it is told to go on, and its answer forgotten
+
+
+def lane_environ(channel: Channel) -> Environ:
+    """As much of the WSGI environment as the lane's application looks at."""
+    request = channel.requests[0]
+    environ: Environ = {rename_headers.get(name) or "HTTP_" + name: text for name, text in request.headers.items()}
+    environ.update({
+        "REQUEST_METHOD": request.command, "PATH_INFO": request.path, "QUERY_STRING": request.query,
+        "REMOTE_ADDR": channel.addr[0], "wsgi.url_scheme": request.url_scheme, "wsgi.input": request.get_body_stream()})
+    return environ
 
 
 class Task(WSGITask):  # type: ignore[misc]
@@ -2989,9 +3009,18 @@ class Task(WSGITask):  # type: ignore[misc]
             return
         self.status, self.response_headers, body = self.request.answer
         self.content_length = len(body)
-        head = self.build_response_header()
+        if self.version == "1.1" and "CONNECTION" not in self.request.headers and not self.channel.server.site.stopping:
+            head = self.render([("Content-Length", str(len(body))), ("Date", http_date(int(self.start_time))),
+                                *self.response_headers])
+        else:
+            head = self.build_response_header()
         self.complete = self.wrote_header = True
-        self.channel.write_now(head + body if self.has_body else head)
+        self.channel.write_now(head + body)
+
+    def render(self, headers: Iterable[tuple[str, str]]) -> bytes:
+        """What build_response_header() gives where the connection stays open and nothing is to be decided."""
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        return f"HTTP/1.1 {self.status}\r\n{lines}\r\n".encode("latin-1")
 
     def build_response_header(self) -> bytes:
         """waitress decides about the framing; the rest goes out as it was said, at a fifth of the price."""
@@ -3025,8 +3054,13 @@ class ErrorReply(ErrorTask):  # type: ignore[misc]
     """What waitress or the channel itself refuses, in the application's words."""
 
     def execute(self) -> None:
-        error = self.request.error
-        self.status, headers, body = self.channel.server.site.error_reply(error.code, error.body)
+        self.request.headers["CONNECTION"] = "close"
+        error, sent = self.request.error, getattr(self.request, "headers", {})
+        if error.code == 413:
+            error.body = f"body: must be at most {_MOST_BYTES} bytes"
+        self.status, headers, body = self.channel.server.site.error_reply(error.code, error.body, {
+            "wsgi.url_scheme": getattr(self.request, "url_scheme", "http"), "REMOTE_ADDR": self.channel.addr[0],
+            **{f"HTTP_{name}": sent.get(name, "") for name in ("X_REQUEST_ID", "ORIGIN", "X_FORWARDED_PROTO")}})
         self.response_headers = [*headers, *getattr(error, "headers", ())]
         self.content_length = len(body)
         self.set_close_on_finish()
@@ -3356,7 +3390,7 @@ class WebServer:
     """Serves a WSGI application from one loop thread and a few workers, between start() and stop().
 
     application: for everything that is not in the lane; runs on a worker.
-    error_reply(status, text): what is said when waitress or the connection itself refuses.
+    error_reply(status, text, environ): what is said when waitress or the connection itself refuses.
     is_lane(request): whether lane() answers it (waitress' request: `.command`, `.path`).
     lane(environs): one answer each, in order, once all of them are safe; runs in the loop, so be short.
     tls_context: replaceable at any time, for the connections that come after; None serves plaintext to all.
@@ -3365,12 +3399,14 @@ class WebServer:
     """
 
     def __init__(
-        self, application: Application, config: Config, *, error_reply: Callable[[int, str], Answer],
+        self, application: Application, config: Config, *, error_reply: Callable[[int, str, Environ], Answer],
         is_lane: Callable[[Any], bool], lane: Callable[[list[Environ]], Sequence[Answer]],
         tls_context: ssl.SSLContext | None, plaintext_allowed: Callable[[str], bool], streams: Streams,
+        on_death: Callable[[], None],
     ) -> None:
         self.application, self.error_reply, self.is_lane, self.lane = application, error_reply, is_lane, lane
         self.tls_context, self.plaintext_allowed, self.streams = tls_context, plaintext_allowed, streams
+        self.on_death = on_death
         self.settings = Adjustments(
             host=config.host, port=config.port, threads=config.threads, ident=None,
             clear_untrusted_proxy_headers=False, max_request_body_size=_MOST_BYTES + 1,
@@ -3427,13 +3463,13 @@ class WebServer:
         if not channels:
             return
         try:
-            environs = [Task(channel, channel.requests[0]).get_environment() for channel in channels]
+            environs = [lane_environ(channel) for channel in channels]
             answers = self.lane(environs)
             if len(answers) != len(channels):
                 raise RuntimeError(f"{len(answers)} answers to {len(channels)} requests")
         except Exception:
             log.exception("the lane failed")
-            answers = [self.error_reply(500, "internal error")] * len(channels)
+            answers = [self.error_reply(500, "internal error", {})] * len(channels)
         for channel, answer in zip(channels, answers, strict=True):
             channel.requests[0].answer = answer
             channel.service()
@@ -3454,6 +3490,8 @@ class WebServer:
                 self.sockets.turn(max(0.0, deadline - time.monotonic()))
         except BaseException as error:
             self.error = error
+            log.critical("the serving thread died", exc_info=True)
+            self.on_death()
         finally:
             self.stopping = True
             self.sockets.close()
@@ -3475,7 +3513,8 @@ class Server:
 
     Takes a Config, or its settings as keywords; without `data_dir` these use a temporary folder and plaintext.
     Once started it has `url`, `token` (an admin's), `manager`, `clock` and `faults`. It may be started again
-    after a stop. Raises SettingError and StartError; what the serving thread died of is raised by `stop()`.
+    after a stop. Raises SettingError and StartError. If the serving thread dies, `on_death` is called and what it
+    died of is raised by `stop()`.
     """
 
     url: str
@@ -3489,7 +3528,9 @@ class Server:
         self.config = config or Config(**{"data_dir": None, **settings})
         self.clock = clock or SystemClock()
         self.notes: list[str] = []
+        self.on_death: Callable[[], None] = lambda: None
         self._undo = contextlib.ExitStack()
+        self._running = False
 
     def __enter__(self) -> Server:
         self.start()
@@ -3500,6 +3541,8 @@ class Server:
 
     def start(self) -> None:
         """Bind, then serve in threads; the port accepts when this returns."""
+        if self._running:
+            raise StartError("this server has been started already; stop it first")
         self.notes.clear()
         with contextlib.ExitStack() as undo:
             folder = self.config.data_dir or Path(undo.enter_context(
@@ -3518,12 +3561,15 @@ class Server:
             self._streams = Streams(self.manager)
             self._api.streams_open = lambda: self._streams.count
             self._serve(app, folder, undo)
-            interval_s = min(1.0, self.config.heartbeat_timeout_ms / 10_000)
+            interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
+            self.manager.keep_watch()
             undo.callback(self.clock.every(interval_s, self._tick))
             self._undo = undo.pop_all()
+        self._running = True
 
     def stop(self) -> None:
         """Finish what is in flight, then let go of the port, the threads and the files."""
+        self._running = False
         self._undo.close()
 
     def wait_for(self, *, type: str | None = None, agent_id: str | None = None, after: int = 0,
@@ -3558,26 +3604,33 @@ class Server:
             except StartError as error:
                 log.error("%s; the former one stays in use", error)
 
-    def _tick(self, late_s: float) -> None:
-        if late_s > 5:
-            log.warning("this process stood still for %.0f s; no agent is blamed for it", late_s)
-            self.manager.excuse_silence()
+    def _tick(self, late_s: float) -> bool:
+        self.manager.keep_watch(round(late_s * 1000))
         self.manager.sweep()
         self._streams.keep_alive()
         self.manager.store.fold()
-        while self.manager.purge():
-            self.clock.pause(0.005)
+        return self.manager.purge()
+
+    def _warn_of_readers(self, path: Path) -> None:
+        if path.exists() and path.stat().st_mode & 0o077:
+            self.notes.append(f"Warning: {path} can be read by others; chmod 600 it")
 
     def _own_token(self, folder: Path) -> str:
         path = folder / "token"
         try:
             if path.exists():
+                self._warn_of_readers(path)
                 return str(_TOKEN.parse(path.read_text("ascii").strip()))
             token = secrets.token_urlsafe(32)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            new = path.with_suffix(".new")
+            new.unlink(missing_ok=True)
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(token + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
         except (OSError, ValueError) as error:
-            raise StartError(f"the admin's token in {path} cannot be used ({error or 'it is malformed'}); "
+            raise StartError(f"the admin's token in {path} cannot be used ({str(error) or 'it is malformed'}); "
                              "remove the file to get a new one") from None
         self.notes.append("token made")
         return token
@@ -3593,7 +3646,7 @@ class Server:
                     behind = self._streams.pump()
                 except Unavailable:
                     behind = True
-                self._streams.wake.wait(0.2 if behind else None)
+                self._streams.wake.wait(0.01 if behind else None)
 
         follower = threading.Thread(target=follow, name="panguard-streams", daemon=True)
 
@@ -3603,9 +3656,9 @@ class Server:
             follower.join()
 
         self._web = WebServer(
-            app, config, error_reply=lambda status, text: _answer(self._api.refuse(status, text, {})),
+            app, config, error_reply=lambda *refusal: _answer(self._api.refuse(*refusal)),
             is_lane=self._is_lane, lane=self._lane, tls_context=self._tls(folder),
-            plaintext_allowed=self._plaintext_allowed, streams=self._streams)
+            plaintext_allowed=self._plaintext_allowed, streams=self._streams, on_death=lambda: self.on_death())
         follower.start()
         undo.callback(stop_following)
         try:
@@ -3654,8 +3707,7 @@ class Server:
                 self.notes.append(f"Warning: no certificate could be made ({problem}), so this port speaks plaintext "
                                   f"to everybody; {advice}")
                 return None
-        if self._pair[1].exists() and self._pair[1].stat().st_mode & 0o077:
-            self.notes.append(f"Warning: {self._pair[1]} can be read by others; chmod 600 it")
+        self._warn_of_readers(self._pair[1])
         return tls_context(*self._pair)
 
     @property
@@ -3676,6 +3728,13 @@ _STATUS_LINES = {each.value: f"{each.value} {each.phrase}" for each in http.HTTP
 def _answer(reply: Reply) -> Answer:
     """A reply as bottle would word it."""
     return _STATUS_LINES[reply.status], list(reply.headers), reply.body
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _make_pair(host: str, certificate: Path, key: Path) -> str | None:
@@ -3736,13 +3795,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     server = Server(config)
+    server.on_death = lambda: os.kill(os.getpid(), signal.SIGTERM)
     # Waited for, not handled: a handler may interrupt itself and then wait for its own lock.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         server.start()
-        for line in _greeting(server):
-            print(line, flush=True)
+        with contextlib.suppress(OSError):  # nobody need be reading
+            for line in _greeting(server):
+                print(line, flush=True)
         while signal.sigwait(signals) == signal.SIGHUP:
             server.reload_certificate()
         server.stop()
@@ -3779,13 +3840,6 @@ def _greeting(server: Server) -> Iterator[str]:
     yield from (note for note in server.notes if note.startswith("Warning"))
     if not server.certificate and not _is_loopback(config.host):
         yield "Warning: tokens cross the network in plaintext; set MANAGER_TLS=auto, or put a TLS proxy in front"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":
