@@ -2722,14 +2722,20 @@ class Streams:
         groups += [[stream] for stream in streams if not stream.live and stream.channel.backlog <= _BACKLOG]
         for group in filter(None, groups):
             entries = self.manager.journal(after=min(stream.after for stream in group), limit=_BATCH)
-            texts = [(entry, f"id: {entry.seq}\nevent: {entry.type}\ndata: {to_json(entry_shape(entry))}\n\n".encode())
-                     for entry in entries]
+            texts: list[tuple[Entry, bytes]] = []
+            size = 0
+            for entry in entries:
+                text = f"id: {entry.seq}\nevent: {entry.type}\ndata: {to_json(entry_shape(entry))}\n\n".encode()
+                if size and size + len(text) > _BACKLOG:  # the rest at the next call
+                    break
+                texts.append((entry, text))
+                size += len(text)
             for stream in group:
                 data = b"".join(text for entry, text in texts if entry.seq > stream.after and stream.wants(entry))
                 if data and stream.channel.publish(data):
                     stream.sent_ms = self.manager.now().tick_ms
-                stream.after = max(stream.after, entries[-1].seq if entries else 0)
-                stream.live = len(entries) < _BATCH
+                stream.after = max(stream.after, texts[-1][0].seq if texts else 0)
+                stream.live = len(texts) == len(entries) < _BATCH
         return not all(stream.live for stream in streams)
 
     def keep_alive(self) -> None:
@@ -3041,11 +3047,13 @@ class Task(WSGITask):  # type: ignore[misc]
 
     def finish(self) -> None:
         wanted = "manager.stream" in (self.environ or {})
+        if not self.wrote_header:
+            self.write(b"")
+        if self.request.command == "HEAD":
+            self.chunked_response = False  # and so no last chunk
         if not wanted or self.request.command == "HEAD" or not self.has_body:
             super().finish()
             return
-        if not self.wrote_header:
-            self.write(b"")
         self.channel.hand_over(self.environ, self.chunked_response)
         self.close_on_finish = False
 
@@ -3088,6 +3096,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     stream: Stream | None = None
     chunked = False
     handshake_writes = False
+    postponed = False  # its next request waits until the client has taken the answers before
     tolerance = 0  # bytes that may still be dropped
     began, taken = 0.0, 0  # the request being received
 
@@ -3102,7 +3111,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return bool(super().readable()) if self.phase is Phase.HTTP else not self.will_close
 
     def writable(self) -> bool:
-        if self.requests:  # quiet: a worker is writing, and will say when it has finished
+        if self.requests and not self.postponed:  # quiet: a worker is writing, and will say when it has finished
             return bool(self.will_close or self.total_outbufs_len >= self.adj.send_bytes)
         closing = self.will_close or self.close_when_flushed
         return bool(self.total_outbufs_len or closing or self.handshake_writes)
@@ -3152,8 +3161,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def handle_write(self) -> None:
         if self.phase is Phase.HANDSHAKE:
             self._handshake()
-        elif not self.requests:
+        elif not self.requests or self.postponed:
             self._flush_some()
+            if self.postponed and not self.total_outbufs_len and not self.will_close:
+                self.postponed = False
+                self.server.add_task(self)
         elif self.total_outbufs_len >= self.adj.send_bytes:
             self._flush_some_if_lockable()
         if self.will_close:
@@ -3252,6 +3264,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             if not do_close and (self.total_outbufs_len or self.will_close):  # a worker needs the loop's help
                 self._map.soon(self._map.settle, self)
             return flushed
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """Here waitress would have the worker wait for the client; what is large goes to a file instead."""
 
     def service(self) -> None:
         super().service()
@@ -3362,6 +3377,10 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
 
     def add_task(self, channel: Channel) -> None:
         request = channel.requests[0]
+        if channel.total_outbufs_len >= SEND_BYTES:
+            channel.postponed = True
+            self._map.soon(self._map.settle, channel)
+            return
         if channel.refusal is not None:
             request.error = channel.refusal
         if isinstance(channel.socket, ssl.SSLSocket):
@@ -3490,7 +3509,6 @@ class WebServer:
                 self.sockets.turn(max(0.0, deadline - time.monotonic()))
         except BaseException as error:
             self.error = error
-            log.critical("the serving thread died", exc_info=True)
             self.on_death()
         finally:
             self.stopping = True
@@ -3680,11 +3698,14 @@ class Server:
 
     def _lane(self, environs: list[dict[str, Any]]) -> list[Answer]:
         """Answer the heartbeats of one pass of the loop, all in one transaction."""
+        replies: list[Reply] = []
         try:
             with self.manager.store.transaction(durable=False):
                 replies = [self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]})
                            for environ in environs]
         except Unavailable as error:
+            for _ in environs[len(replies):]:
+                self._api.latencies.observe(_HEARTBEAT_ROUTE.method, _HEARTBEAT_ROUTE.path, error.status, 0.0)
             replies = [self._api.finish(failure(error), environ) for environ in environs]
         return [_answer(reply) for reply in replies]
 
@@ -3809,6 +3830,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.stop()
     except StartError as error:
         print(f"panguard-manager: {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        log.critical("the serving thread died", exc_info=True)
         return 1
     finally:
         while again := signal.sigpending() & signals:  # asked twice is not asked to die

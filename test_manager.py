@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import concurrent.futures
 import configparser
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import http.client
 import itertools
@@ -17,11 +19,14 @@ import random
 import re
 import resource
 import secrets
+import select
 import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -36,7 +41,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
 import bottle
@@ -44,10 +49,11 @@ import pytest
 import waitress
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waitress.adjustments import Adjustments
 from webtest import TestApp
 
 import manager
-from manager import Config, Manager, ManualClock, Server, Status, main
+from manager import Config, Manager, ManualClock, Server, StartError, Status, Store, main
 
 ########################################################################################################
 # Helpers ##############################################################################################
@@ -346,7 +352,7 @@ def test_offline_must_be_later_than_timeout_and_grace(timeout: str | None, grace
     environ = {f"MANAGER_{name}_MS": text for name, text in (
         ("HEARTBEAT_TIMEOUT", timeout), ("HEARTBEAT_GRACE", grace), ("OFFLINE_TIMEOUT", offline)) if text}
     if ages:
-        assert tuple(Config.load([], environ).liveness) == ages
+        assert tuple(manager.Liveness.of(Config.load([], environ))) == ages
     else:
         with pytest.raises(manager.SettingError, match=f"MANAGER_OFFLINE_TIMEOUT_MS is '{offline}' and must be more"):
             Config.load([], environ)
@@ -410,7 +416,7 @@ def test_a_keyword_that_is_no_setting_is_refused() -> None:
     ({"heartbeat_timeout_ms": 1, "heartbeat_grace_ms": 0, "offline_timeout_ms": 2}, 2, "stale"),
     ({"heartbeat_timeout_ms": 1, "heartbeat_grace_ms": 0, "offline_timeout_ms": 2}, 3, "offline")])
 def test_status_changes_at_the_exact_millisecond(settings: dict[str, int], age_ms: int, status: str) -> None:
-    assert Config(**settings).liveness.status(5_000, 5_000 + age_ms) is Status(status)
+    assert manager.Liveness.of(Config(**settings)).status(5_000, 5_000 + age_ms) is Status(status)
     with Server(port=0, clock=ManualClock(), **settings) as server:
         api = Client(server)
         agent = api.register()
@@ -3122,6 +3128,1177 @@ def test_beats_sent_in_one_breath_are_answered_in_order(server: Server) -> None:
     assert [body["data"]["id"] for status, body in answers if status == b"200"] == [each.agent.id for each in agents]
 
 
+
+# Connections on which every byte can be chosen
+
+LIMIT_S = 20.0  # of real time, which nothing here may need
+MIB = 2**20
+STREAM = "/api/events/stream"
+LONG_TAGS = ["\N{GRINNING FACE}" * 62 + f"{number:02}" for number in range(64)]  # 16 KiB of UTF-8
+
+
+def eventually(condition: Callable[[], Any], what: str) -> None:
+    """Wait for something that another thread or process brings about."""
+    end_s = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end_s, what
+        select.select([], [], [], 0.005)
+
+
+def request(method: str, path: str, body: bytes = b"", *lines: str, token: str = "", version: str = "1.1") -> bytes:
+    lines += (f"Authorization: Bearer {token}",) * bool(token) + (f"Content-Length: {len(body)}",) * bool(body)
+    return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: x", *lines, "", ""]).encode() + body
+
+
+def beat(who: manager.Registration, body: bytes = b'{"cpu": 5}', *lines: str, **how: Any) -> bytes:
+    return request("POST", f"/api/agents/{who.agent.id}/heartbeat", body, *lines, **{"token": who.token, **how})
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> str:
+        """The text of a refusal, which must be in its envelope."""
+        envelope = json.loads(self.body)
+        assert envelope["ok"] is False and set(envelope) == {"ok", "error"}
+        return str(envelope["error"])
+
+
+class Wire:
+    """A connection that sends what it is told and reads answers and events one by one."""
+
+    def __init__(self, port: int, context: ssl.SSLContext | None, address: str = "127.0.0.1", buffer: int = 0) -> None:
+        self.sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self.sock.settimeout(LIMIT_S)
+        if buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        try:
+            self.sock.connect((address, port))
+            if context is not None:
+                self.sock = context.wrap_socket(self.sock, server_hostname="localhost")
+        except BaseException:
+            self.sock.close()
+            raise
+        self.file = self.sock.makefile("rb")
+        self.chunked = False
+        self.text = b""
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def answer(self, *, head: bool = False) -> Answer:
+        line = self.file.readline().decode()
+        assert line.startswith("HTTP/1."), f"no answer but {line!r}"
+        headers = {}
+        while field := self.file.readline().decode().strip():
+            name, _, value = field.partition(": ")
+            headers[name.lower()] = value
+        self.chunked = "transfer-encoding" in headers
+        length = 0 if head else int(headers.get("content-length", 0))
+        return Answer(int(line.split()[1]), headers, self.file.read(length))
+
+    def call(self, data: bytes) -> Answer:
+        self.send(data)
+        return self.answer()
+
+    def event(self) -> tuple[int, str, Any] | str:
+        """The next event's id, type and data, or a comment, or nothing when the stream has ended as it should."""
+        while b"\n\n" not in self.text:
+            if self.chunked:
+                size = int(self.file.readline(), 16)
+                data = self.file.read(size)
+                assert self.file.readline() == b"\r\n"
+            else:
+                data = self.file.read1(65536)
+            if not data:
+                assert not self.text
+                return ""
+            self.text += data
+        text, _, self.text = self.text.partition(b"\n\n")
+        if text.startswith(b":"):
+            return text.decode()
+        fields = dict(line.split(": ", 1) for line in text.decode().split("\n"))
+        assert list(fields) == ["id", "event", "data"]
+        return int(fields["id"]), fields["event"], json.loads(fields["data"])
+
+    def ended(self) -> bool:
+        """Whether the server closes without another word."""
+        try:
+            return self.file.read(1) == b""
+        except (ConnectionError, ssl.SSLError):
+            return True
+
+    def rest(self) -> bytes:
+        """What comes until the server closes."""
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            return self.file.read()
+        return b""
+
+    def reset(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+        self.sock.close()
+
+
+def trusting(certificate: Path, version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=certificate)
+    if version:
+        context.minimum_version = context.maximum_version = version
+    return context
+
+
+class Site:
+    """A started server and a test's connections to it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.context = trusting(server.certificate[0]) if server.certificate else None
+        self.wires: list[Wire] = []
+        self.gate, self.entered = threading.Event(), threading.Semaphore(0)
+
+    @property
+    def port(self) -> int:
+        return int(self.server.url.rpartition(":")[2])
+
+    def wire(self, **how: Any) -> Wire:
+        """A connection as the server's URL wants it; `context=None` is plaintext."""
+        self.wires.append(Wire(self.port, **{"context": self.context, **how}))
+        return self.wires[-1]
+
+    def get(self, path: str, *lines: str) -> bytes:
+        """The body of an answer to the admin, on a connection of its own."""
+        with contextlib.closing(self.wire()) as wire:
+            answer = wire.call(request("GET", path, b"", *lines, token=self.server.token))
+            assert answer.status == 200, answer
+            return answer.body
+
+    def agent(self, **fields: Any) -> manager.Registration:
+        return self.server.manager.register(**{**AGENT, **fields})
+
+    def stream(self, query: str = "", *lines: str, version: str = "1.1", **how: Any) -> Wire:
+        """An event stream that has said so."""
+        wire = self.wire(**how)
+        answer = wire.call(request("GET", STREAM + query, b"", *lines, token=self.server.token, version=version))
+        assert answer.status == 200, answer
+        assert wire.event()[1] == "connected"
+        return wire
+
+    def open_streams(self) -> int:
+        return int(re.search(rb"\npanguard_event_streams_open (\d+)\n", self.get("/metrics"))[1])
+
+    def hold(self, monkeypatch: pytest.MonkeyPatch) -> bytes:
+        """A request that from now on keeps its thread until `gate` is open."""
+        overview = self.server.manager.overview
+
+        def held(**query: Any) -> Any:
+            self.entered.release()
+            assert self.gate.wait(LIMIT_S)
+            return overview(**query)
+        monkeypatch.setattr(self.server.manager, "overview", held)
+        return request("GET", "/api/overview", token=self.server.token)
+
+    def close(self) -> None:
+        self.gate.set()
+        for wire in self.wires:
+            wire.close()
+        stopping = threading.Thread(target=self.server.stop, daemon=True)
+        stopping.start()
+        stopping.join(LIMIT_S)
+        assert not stopping.is_alive(), "the server does not stop"
+
+
+def make_pair(folder: Path, name: str = "given") -> dict[str, Path]:
+    """A certificate and its key, as settings."""
+    pair = {"tls_cert": folder / f"{name}.pem", "tls_key": folder / f"{name}.key"}
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "30", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost",
+                    "-keyout", pair["tls_key"], "-out", pair["tls_cert"]], check=True, capture_output=True)
+    return pair
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+           pair: dict[str, Path]) -> Iterator[Callable[..., Site]]:
+    """Starts servers; nothing but what a test has cleared may be logged as a warning or worse."""
+    how = getattr(request, "param", None)
+    if how == "poll":
+        monkeypatch.delattr(select, "epoll", raising=False)
+    sites: list[Site] = []
+
+    def start(**settings: Any) -> Site:
+        settings = {**(pair if how == "TLS" else {"tls": "off"} if "tls" not in settings else {}), **settings}
+        server = Server(port=0, **{"clock": ManualClock(), **settings})
+        server.start()
+        sites.append(Site(server))
+        return sites[-1]
+    yield start
+    for site in sites:
+        site.close()
+    logged = [*caplog.get_records("call"), *caplog.records]
+    assert [each.getMessage() for each in logged if each.levelno >= logging.WARNING] == []
+
+
+everywhere = pytest.mark.parametrize("launch", ["poll", "TLS"], indirect=True)  # TLS is over epoll, as all the rest
+Launch = Callable[..., Site]
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients have a fraction of a second for everything."""
+    for name, seconds in (("CLEANUP_S", 0.02), ("HANDSHAKE_S", 0.3), ("REQUEST_S", 0.3), ("IDLE_S", 0.3)):
+        monkeypatch.setattr(manager, name, seconds)
+
+
+# Event streams
+
+
+@everywhere
+def test_a_stream_says_connected_then_each_entry_as_the_journal_has_it(launch: Launch) -> None:
+    site = launch()
+    old = site.agent()
+    wire = site.wire()
+    answer = wire.call(request("GET", STREAM, b"", "X-Request-Id: mine", token=site.server.token))
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert (answer.headers["x-request-id"], answer.headers["cache-control"]) == ("mine", "no-store")
+    assert answer.headers["transfer-encoding"] == "chunked" and "content-length" not in answer.headers
+    seq, kind, said = wire.event()
+    assert (seq, kind, said["version"]) == (1, "connected", manager.__version__)
+    new = site.agent(hostname="\u7db2\u9801", org_id="acme")
+    site.server.manager.deregister(old.agent.id)
+    items = json.loads(site.get("/api/events?after=1"))["data"]
+    assert [item["agentId"] for item in items] == [new.agent.id, old.agent.id]
+    assert [wire.event() for _ in items] == [(item["seq"], item["type"], item) for item in items]
+
+
+def test_a_stream_is_filtered_by_type_organisation_and_agent_whether_live_or_resumed(launch: Launch) -> None:
+    site = launch()
+    a, b = site.agent(org_id="acme").agent.id, site.agent().agent.id
+    wanted = {"": [1, 2, 3, 4, 5], "?type=agent_deregistered": [4, 5], "?org_id=acme": [1, 4], f"?agent_id={b}": [2, 5],
+              f"?agent_id={a}&type=agent_registered": [1], f"?org_id=acme&agent_id={b}": []}
+    streams = {site.stream(query, *lines): [seq for seq in seqs if seq > after] for query, seqs in wanted.items()
+               for lines, after in (((), 2), (("Last-Event-ID: 0",), 0))}
+    site.agent(org_id="other")
+    for each in (a, b):
+        site.server.manager.deregister(each)
+    for stream, seqs in streams.items():
+        assert [stream.event()[0] for _ in seqs] == seqs
+    site.server.stop()
+    assert {stream.event() for stream in streams} == {""}
+
+
+@everywhere
+def test_last_event_id_misses_and_repeats_nothing_while_a_thousand_are_written_across_a_restart(
+        launch: Launch, tmp_path: Path) -> None:
+    site = launch(data_dir=tmp_path)
+    count, done, running = 1000, [], threading.Event()
+    running.set()
+
+    def write() -> None:
+        while len(done) < count:
+            assert running.wait(LIMIT_S)
+            with contextlib.suppress(manager.ManagerError):
+                site.agent()
+                done.append(1)
+
+    got, restarted = [], False
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(write) for _ in range(2)]
+        while not all(writer.done() for writer in writers) or len(got) < site.server.manager.last_seq():
+            wire = site.stream("", f"Last-Event-ID: {got[-1] if got else 0}")
+            got += [wire.event()[0] for _ in range(min(97, site.server.manager.last_seq() - len(got)))]
+            if len(got) > count // 2 and not restarted:
+                restarted = True
+                running.clear()
+                site.server.stop()
+                got += [event[0] for event in iter(wire.event, "")]
+                site.server.start()
+                running.set()
+            wire.close()
+        for writer in writers:
+            writer.result()
+    assert restarted and len(got) >= count and got == [entry.seq for entry in site.server.manager.journal()]
+
+
+@everywhere
+def test_a_reader_that_resumes_gets_entries_that_are_large_together(launch: Launch) -> None:
+    site = launch()
+    who = site.agent().agent.id
+    for number in range(60):  # 32 KiB each
+        site.server.manager.retag(who, tags=[*LONG_TAGS[1:], str(number)])
+    wire = site.stream("", "Last-Event-ID: 0")
+    assert [wire.event()[0] for _ in range(61)] == list(range(1, 62))
+
+
+@everywhere
+def test_a_stream_is_kept_alive_after_fifteen_silent_seconds_of_the_clock(launch: Launch) -> None:
+    site = launch()
+    early, late = site.stream(), site.stream()
+    site.server.clock.advance(14.999)
+    site.agent()
+    assert early.event()[1] == "agent_registered"  # and no comment before it
+    assert late.event()[1] == "agent_registered"
+    fresh = site.stream("?type=policy_created")
+    site.server.clock.advance(15)
+    assert fresh.event() == ": keepalive"
+
+
+def test_a_stream_is_the_admins_alone_and_its_parameters_are_checked(launch: Launch) -> None:
+    site = launch(enroll_token="enroller")
+    wire = site.wire()
+    for token, status in ((site.agent().token, 403), ("enroller", 403), ("", 401), ("wrong", 401)):
+        answer = wire.call(request("GET", STREAM, token=token))
+        assert (answer.status, bool(answer.error)) == (status, True)
+    for bad in ("x", "-1", "1.5", "9" * 16, "1 2", "\u0661"):
+        answer = wire.call(request("GET", STREAM, b"", f"Last-Event-ID: {bad}", token=site.server.token))
+        assert (answer.status, answer.error) == (400, "Last-Event-ID: must be the id of an event")
+    answer = wire.call(request("GET", STREAM + "?type=nonsense", token=site.server.token))
+    assert answer.status == 400 and answer.error.startswith("type: must be one of")
+    assert site.open_streams() == 0
+    future = site.stream("", "Last-Event-ID: 999999999999999")  # which is from now on
+    site.agent()
+    assert future.event()[:2] == (2, "agent_registered")
+
+
+@everywhere
+def test_one_stream_too_many_is_told_to_come_back_and_finds_the_place_of_one_that_left(launch: Launch) -> None:
+    site = launch(max_streams=2)
+    readers = [site.stream(), site.stream()]
+    wire = site.wire()
+    refused = wire.call(request("GET", STREAM, token=site.server.token))
+    assert refused.status == 503 and int(refused.headers["retry-after"]) > 0 and "MANAGER_MAX_STREAMS" in refused.error
+    assert site.open_streams() == 2
+    for leave in (readers[0].close, readers[1].reset):
+        leave()
+        eventually(lambda: site.open_streams() == 1, "the reader that left is still counted")
+        site.stream()
+        assert site.open_streams() == 2
+
+
+def test_head_of_a_stream_has_its_headers_and_takes_no_place(launch: Launch) -> None:
+    site = launch(max_streams=1)
+    for _ in range(3):
+        wire = site.wire()
+        wire.send(request("HEAD", STREAM, token=site.server.token))
+        answer = wire.answer(head=True)
+        assert answer.status == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        if answer.headers.get("connection") == "close":
+            assert wire.ended()
+        else:
+            assert wire.call(request("GET", "/health")).status == 200
+    assert site.open_streams() == 0
+    site.stream()
+
+
+@everywhere
+def test_a_reader_that_stops_reading_is_dropped_and_nobody_else_notices(launch: Launch) -> None:
+    site = launch(threads=2)
+    who = site.agent().agent.id
+    site.stream(buffer=4096)
+    good, requests = site.stream(), site.wire()
+    for number in range(1000):
+        site.server.manager.retag(who, tags=[*LONG_TAGS[1:], str(number)])
+        assert good.event()[2]["data"]["tags"]["to"][-1] == str(number)
+        assert requests.call(request("GET", f"/api/agents/{who}", token=site.server.token)).status == 200
+        if number % 20 == 0 and site.open_streams() == 1:
+            break
+    assert site.open_streams() == 1, "32 MiB behind, and still not dropped"
+    site.agent()
+    assert good.event()[1] == "agent_registered"
+
+
+@everywhere
+def test_streams_hold_no_thread_and_an_entry_reaches_all(launch: Launch) -> None:
+    site = launch(threads=1)
+    threads = threading.active_count()
+    readers = [site.stream() for _ in range(30)]
+    assert threading.active_count() == threads and site.open_streams() == 30
+    site.agent()
+    assert {reader.event()[:2] for reader in readers} == {(1, "agent_registered")}
+
+
+@everywhere
+def test_streams_over_http_1_1_and_1_0_end_cleanly_when_the_manager_stops(launch: Launch) -> None:
+    site = launch()
+    old = site.wire()
+    answer = old.call(request("GET", STREAM, b"", "Connection: keep-alive", token=site.server.token, version="1.0"))
+    assert not {"transfer-encoding", "content-length"} & set(answer.headers)
+    assert (answer.headers["connection"], old.event()[1]) == ("close", "connected")
+    readers = [old, site.stream()]
+    site.agent()
+    assert {reader.event()[1] for reader in readers} == {"agent_registered"}
+    site.server.stop()
+    for reader in readers:
+        assert reader.event() == "" and reader.ended()
+
+
+def test_what_follows_a_stream_on_its_connection_is_not_served(launch: Launch) -> None:
+    site = launch()
+    who = site.agent().agent.id
+    token = site.server.token
+    wire = site.wire()
+    wire.send(request("GET", STREAM, token=token) + request("DELETE", f"/api/agents/{who}", token=token))
+    assert wire.answer().status == 200 and wire.event()[1] == "connected"
+    wire.send(request("DELETE", f"/api/agents/{who}", token=token))
+    other = site.agent()
+    assert wire.event()[2]["agentId"] == other.agent.id
+    assert site.get(f"/api/agents/{who}")
+
+
+def test_another_server_than_ours_says_that_it_has_no_streams(api: Client) -> None:
+    assert "GET /api/events" in api.refusal("GET", STREAM, status=501)
+
+
+# The heartbeat lane
+
+
+def use_pool(site: Site) -> None:
+    """Have a worker serve every heartbeat from now on: the lane leaves them alone while a fault is waiting."""
+    site.server.faults.add(route="GET /metrics", status=500)
+
+
+@everywhere
+def test_the_lane_needs_no_worker(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = launch(threads=1)
+    who, busy, wire = site.agent(), site.wire(), site.wire()
+    busy.send(site.hold(monkeypatch))
+    assert site.entered.acquire(timeout=LIMIT_S)
+    for number in range(10):
+        assert wire.call(beat(who, b'{"cpu": %d}' % number)).status == 200
+    use_pool(site)  # or else the comparison below would compare the lane with itself
+    wire.send(beat(who))
+    assert not select.select([wire.sock], [], [], 0.05)[0]
+    site.gate.set()
+    assert wire.answer().status == busy.answer().status == 200
+
+
+@everywhere
+def test_lane_and_route_answer_alike_to_the_byte(launch: Launch) -> None:
+    site = launch(enroll_token="enroller", cors_allowed_origins="https://a.example")
+    one, other, admin, close = site.agent(), site.agent(), site.server.token, "Connection: close"
+    path = f"/api/agents/{one.agent.id}/heartbeat"
+    site.server.manager.create_policy(name="p", rules=[{"type": "block_ip", "config": {}, "enabled": True}])
+    bodies = [b"", b"{}", b'{"cpu": 1.5, "memory": null, "uptime": 3, "new": []}', b'{"version": "2"}',
+              b'{"policyVersion": "v1"}', b"{", b"[]", b'{"cpu": NaN}', b'{"cpu": "1"}',
+              b'{"cpu": 101, "memory": true}', b'{"policyVersion": 1}', b"\xff", b"[" * 4000, b" " * 4097 + b"{}",
+              b"{}" + b" " * MIB]
+    requests = [
+        *(beat(one, body, close, "X-Request-Id: mine") for body in bodies),
+        *(beat(one, b"{}", close, f"Content-Type: {kind}") for kind in ("text/plain", "application/json; charset=x")),
+        *(beat(one, b"{}", close, token=token) for token in (admin, other.token, "enroller", "wrong", "")),
+        beat(one, b"{}", close, "Authorization: Basic eA==", token=""),
+        *(beat(one, b"{}", close, f"X-Request-Id: {given}") for given in ("a.b:c-1", "not sane", "x" * 129)),
+        *(beat(one, b"{}", close, f"Origin: https://{origin}.example") for origin in "ab"),
+        *(request("POST", f"/api/agents/{name}/heartbeat", b"{}", close, token=admin)
+          for name in ("agent-00000000", "%C3%A9", "%2F", "", "a/b", "x" * 300)),
+        *(request(method, path, b"", close, token=one.token) for method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS")),
+        *(request("POST", path + tail, b"{}", close, token=one.token) for tail in ("/", "?cpu=x", "?", "#x", "%20")),
+        beat(one, b"{}", version="1.0"), beat(one, b"{}", "Connection: keep-alive", version="1.0") + beat(
+            one, b"{}", version="1.0"),
+        beat(one) + beat(one, b"{") + beat(one, b"{}", close),
+        request("POST", path, b"", close, "Transfer-Encoding: chunked", token=one.token) + b"2\r\n{}\r\n0\r\n\r\n",
+        beat(one, b"{}", close, "Expect: 100-continue"), beat(one, b"{}", close, "Content-Length: 2"),
+        beat(one, b"{}", close).replace(b"POST /", b"POST http://x/"), b"POST " + path.encode() + b"\r\n\r\n"]
+
+    def served() -> list[bytes]:
+        answers = []
+        for data in requests:
+            with contextlib.closing(site.wire()) as wire:
+                wire.send(data)
+                answers.append(re.sub(rb"(Date: [A-Z].{28}|X-Request-Id: [0-9a-f-]{36})\r\n", b"", wire.rest()))
+        return answers
+
+    site.server.manager.heartbeat(one.agent.id, version="2", policy_version=1)  # what one of them changes
+    by_lane = served()
+    use_pool(site)
+    for data, lane, pool in zip(requests, by_lane, served(), strict=True):
+        assert lane == pool, data[:300]
+        assert lane.startswith(b"HTTP/1."), data[:300]
+
+
+@everywhere
+def test_lane_and_route_throttle_alike(launch: Launch) -> None:
+    for options, token, before in (({}, "wrong", 401), ({"rate_limit": 20}, None, 200)):
+        site = launch(**options)
+        who, wire = site.agent(), site.wire()
+        data = beat(who, token=token or who.token)
+        assert [wire.call(data).status for _ in range(21)] == [before] * 20 + [429]
+        site.server.clock.advance(20.5)
+        lane = wire.call(data)
+        use_pool(site)
+        pool = wire.call(data)
+        assert lane.headers["retry-after"] == "40" and "20" in lane.error
+        for answer in (lane, pool):
+            del answer.headers["x-request-id"], answer.headers["date"]
+        assert lane == pool
+        site.server.faults.clear()
+        site.server.clock.advance(40)
+        assert wire.call(data).status == before
+
+
+@everywhere
+def test_pipelined_requests_of_lane_and_pool_are_answered_in_order(launch: Launch) -> None:
+    site = launch()
+    who = site.agent()
+    wires = [site.wire() for _ in range(4)]
+    for _ in range(5):
+        for wire in wires:
+            wire.send(b"".join(
+                beat(who, b"{}", f"X-Request-Id: {n}") if n % 3 else
+                request("GET", "/health", b"", f"X-Request-Id: {n}")
+                for n in range(40)) + request("GET", "/nowhere", b"", "X-Request-Id: 40"))
+        for wire in wires:
+            answers = [wire.answer() for _ in range(41)]
+            assert [int(answer.headers["x-request-id"]) for answer in answers] == list(range(41))
+            assert [answer.status for answer in answers] == [200] * 40 + [404]
+            assert [b"lastHeartbeat" in answer.body for answer in answers] == [n % 3 > 0 and n < 40 for n in range(41)]
+
+
+@everywhere
+def test_pipelined_answers_that_nobody_reads_hold_no_thread(launch: Launch) -> None:
+    site = launch(threads=1)
+    who = site.agent()
+    with site.server.manager.store.transaction():
+        for _ in range(300):
+            site.agent(tags=LONG_TAGS)
+    deaf, other = site.wire(buffer=4096), site.wire()
+    deaf.send(request("GET", "/api/agents", token=site.server.token) * 6)  # 30 MB
+    deaf.sock.recv(1)
+    other.sock.settimeout(5)
+    for _ in range(10):
+        assert other.call(request("GET", "/health")).status == other.call(beat(who)).status == 200
+
+
+@everywhere
+def test_pipelined_heartbeats_whose_answers_nobody_reads_do_not_stop_the_loop(
+        launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Adjustments, "outbuf_high_watermark", 1024)  # of 16 MiB it takes more luck
+    site = launch()
+    deaf, other = site.wire(buffer=4096), site.wire()
+    deaf.sock.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):
+        for _ in range(100):
+            deaf.send(request("POST", "/api/agents/a/heartbeat") * 1000)
+    other.sock.settimeout(5)
+    assert other.call(beat(site.agent())).status == 200
+
+
+@everywhere
+def test_heartbeats_that_wait_together_are_one_write(launch: Launch, tmp_path: Path) -> None:
+    site = launch(data_dir=tmp_path)
+    everyone = [(site.agent(), site.wire()) for _ in range(60)]
+    log = tmp_path / "manager.db-wal"
+    sizes = [log.stat().st_size]
+    for who, wire in everyone:
+        assert wire.call(beat(who)).status == 200
+    sizes.append(log.stat().st_size)
+    with site.server.manager.store.transaction():  # while this lasts nobody else writes, and they gather
+        for who, wire in everyone:
+            wire.send(beat(who, b'{"cpu": 6}'))
+    assert [wire.answer().status for _, wire in everyone] == [200] * 60
+    sizes.append(log.stat().st_size)
+    assert 0 < sizes[2] - sizes[1] < (sizes[1] - sizes[0]) / 4
+    assert {site.server.manager.agent(who.agent.id).cpu for who, _ in everyone} == {6}
+
+
+@everywhere
+def test_no_heartbeat_is_answered_before_its_commit(launch: Launch, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    site = launch(data_dir=tmp_path)
+    who, wire, depth = site.agent(), site.wire(), []
+    assert wire.call(beat(who)).status == 200
+    transaction, committing, go = Store.transaction, threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def slow(self: Store, **how: Any) -> Iterator[sqlite3.Connection]:
+        depth.append(1)
+        try:
+            with transaction(self, **how) as db:
+                yield db
+                if len(depth) == 1:
+                    committing.set()
+                    assert go.wait(LIMIT_S)
+        finally:
+            depth.pop()
+    monkeypatch.setattr(Store, "transaction", slow)
+    wire.send(beat(who, b'{"cpu": 99}'))
+    assert committing.wait(LIMIT_S)
+    assert not select.select([wire.sock], [], [], 0.1)[0]
+    go.set()
+    assert wire.answer().status == 200
+    with contextlib.closing(sqlite3.connect(tmp_path / "manager.db")) as other:
+        assert other.execute("SELECT cpu FROM contacts").fetchall() == [(99,)]
+
+
+def test_the_lanes_requests_are_measured(launch: Launch) -> None:
+    site = launch()
+    who, wire = site.agent(), site.wire()
+    for data in [beat(who)] * 7 + [beat(who, b"{")] * 2 + [beat(who, token="wrong")]:
+        wire.call(data)
+    metrics = site.get("/metrics").decode()
+    labels = 'method="POST",route="/api/agents/:id/heartbeat"'
+    assert f'panguard_http_requests_total{{{labels},status="2xx"}} 7\n' in metrics
+    assert f'panguard_http_requests_total{{{labels},status="4xx"}} 3\n' in metrics
+    assert 'panguard_http_request_duration_seconds_count{route="/api/agents/:id/heartbeat"} 10\n' in metrics
+    assert "panguard_heartbeats_total 7\n" in metrics
+
+
+@everywhere
+def test_a_locked_database_answers_503_to_every_heartbeat_until_it_is_free(
+        launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    site = launch(data_dir=tmp_path)
+    everyone = [(site.agent(), site.wire()) for _ in range(10)]
+    with contextlib.closing(sqlite3.connect(tmp_path / "manager.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for who, wire in everyone:
+            wire.send(beat(who))
+        for _, wire in everyone:
+            answer = wire.answer()
+            assert answer.status == 503 and int(answer.headers["retry-after"]) > 0 and "locked" in answer.error
+            assert answer.headers["x-request-id"] and answer.headers["x-frame-options"] == "DENY"
+    caplog.clear()
+    assert [wire.call(beat(who)).status for who, wire in everyone] == [200] * 10
+    metrics = site.get("/metrics").decode()
+    assert 'route="/api/agents/:id/heartbeat",status="5xx"} 10\n' in metrics
+    assert "panguard_heartbeats_total 10\n" in metrics
+
+
+def test_one_heartbeat_that_fails_within_fails_alone(launch: Launch, monkeypatch: pytest.MonkeyPatch,
+                                                     caplog: pytest.LogCaptureFixture) -> None:
+    site = launch()
+    everyone = [(site.agent(), site.wire()) for _ in range(6)]
+    heartbeat, broken = site.server.manager.heartbeat, everyone[2][0].agent.id
+
+    def sometimes(agent_id: str, **told: Any) -> Any:
+        if agent_id == broken:
+            raise KeyError("secret")
+        return heartbeat(agent_id, **told)
+    monkeypatch.setattr(site.server.manager, "heartbeat", sometimes)
+    with site.server.manager.store.transaction():
+        for who, wire in everyone:
+            wire.send(beat(who))
+    answers = [wire.answer() for _, wire in everyone]
+    assert [answer.status for answer in answers] == [200, 200, 500, 200, 200, 200]
+    assert "secret" not in answers[2].error and "secret" in caplog.text
+    caplog.clear()
+
+
+# Connections
+
+
+@everywhere
+def test_a_full_house_answers_or_refuses_at_once_and_recovers(launch: Launch,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager, "SPARE_DESCRIPTORS", 20)
+    monkeypatch.setattr(manager, "raise_descriptor_limit", lambda: 70)
+    site = launch()
+    who = site.agent()
+    inside = [site.wire() for _ in range(48)]  # and the listener, and what waitress has beside it
+    assert {wire.call(beat(who)).status for wire in inside} == {200}
+    for data in [beat(who), request("GET", "/health"), request("GET", STREAM, token=site.server.token)] * 5:
+        late = site.wire()
+        answer = late.call(data)
+        assert answer.status == 503 and answer.headers["retry-after"] and answer.error and late.ended()
+        late.close()
+    began_s = time.monotonic()
+    crowd = [site.wire(context=None) for _ in range(40)]
+    assert all(wire.ended() for wire in crowd[15:]) and time.monotonic() - began_s < 5
+    assert {wire.call(beat(who)).status for wire in inside} == {200}
+    for wire in [*crowd, *inside]:
+        wire.close()
+
+    def served() -> bool:
+        try:
+            return bool(site.get("/health"))
+        except (AssertionError, OSError):
+            return False
+    eventually(served, "a house that has emptied still refuses")
+
+
+@everywhere
+def test_silent_slow_and_idle_clients_are_closed_in_time_while_heartbeats_go_on(launch: Launch, hurry: None) -> None:
+    site = launch()
+    who, began_s = site.agent(), time.monotonic()
+    live, idle, half, half_body, *dripping = (site.wire() for _ in range(24))
+    victims = [site.wire(context=None), idle, half, half_body, *dripping]
+    for wire in (live, *victims[1:]):
+        assert wire.call(request("GET", "/health")).status == 200
+    half.send(beat(who)[:40])
+    half_body.send(beat(who)[:-1])
+    if site.context:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        with pytest.raises(ssl.SSLWantReadError):
+            site.context.wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
+        hello = outgoing.read()
+        for start in (hello[:1], hello[:50], hello, hello[:-1] + b"\0", b"\x16" + os.urandom(200), b"\0" * 1000):
+            victims.append(site.wire(context=None))
+            victims[-1].send(start)
+    left, drops = {wire.sock: wire for wire in victims}, iter(beat(who, b"x" * 10_000))
+    while left:
+        assert live.call(beat(who)).status == 200
+        for sock in select.select(list(left), [], [], 0.01)[0]:
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                if sock.recv(65536):  # a server's hello, an alert
+                    continue
+            wire = left.pop(sock)
+            assert wire not in victims[:24] or time.monotonic() - began_s > 0.2
+        drop = bytes([next(drops)])
+        for wire in dripping:
+            with contextlib.suppress(OSError):
+                wire.send(drop)
+        assert time.monotonic() - began_s < 5
+    assert live.call(beat(who)).status == 200
+
+
+@everywhere
+def test_a_slow_but_honest_upload_and_a_request_that_takes_long_are_served(
+        launch: Launch, hurry: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager, "SLOWEST_UPLOAD_BYTES_PER_S", 500_000)
+    site = launch()
+    long, wire = site.wire(), site.wire()
+    for each in (long, wire):
+        assert each.call(request("GET", "/health")).status == 200
+    long.send(site.hold(monkeypatch))
+    data = request("POST", "/api/agents/register", json.dumps(AGENT).encode().ljust(MIB), token=site.server.token)
+    for start in range(0, len(data), 80_000):
+        wire.send(data[start:start + 80_000])
+        assert start > 10**6 or not select.select([wire.sock, long.sock], [], [], 0.05)[0]
+    assert wire.answer().status == 201
+    site.gate.set()
+    assert long.answer().status == 200
+
+
+@everywhere
+def test_a_body_over_a_mebibyte_receives_413_while_it_is_still_being_sent(launch: Launch, tmp_path: Path) -> None:
+    site = launch()
+    path, chunk = "/api/agents/register", b"10000\r\n" + b"x" * 2**16 + b"\r\n"
+    for data in (request("POST", path, b"x" * (MIB + 1)), request("POST", path, b"x" * 3 * MIB),
+                 beat(site.agent(), b"x" * 3 * MIB), request("POST", STREAM, b"x" * 3 * MIB),
+                 request("POST", path, b"", "Transfer-Encoding: chunked") + chunk * 48):
+        wire = site.wire()
+        answer = wire.call(data)
+        assert answer.status == 413 and answer.error and wire.ended()
+    (tmp_path / "upload").write_bytes(b"x" * 3 * MIB)
+    trust = ["--cacert", str(site.server.certificate[0])] if site.server.certificate else []
+    for extra in ([], ["-H", "Expect:"], ["-0"]):
+        done = subprocess.run(["curl", "-sS", "--max-time", "10", *trust, *extra, "-X", "POST", "--data-binary",
+                               f"@{tmp_path}/upload", "-w", " %{http_code}", site.server.url + path],
+                              capture_output=True, text=True)
+        assert done.stdout.endswith(" 413") and json.loads(done.stdout[:-4])["ok"] is False, (extra, done)
+
+
+def open_sockets() -> int:
+    files = Path("/proc/self/fd").iterdir()
+    return sum(os.path.realpath(file).rpartition("/")[2].startswith("socket:") for file in files)
+
+
+@everywhere
+def test_clients_that_leave_at_any_point_leave_nothing(launch: Launch) -> None:
+    site = launch()
+    who = site.agent(tags=LONG_TAGS)
+    for number in range(40):
+        site.server.manager.retag(who.agent.id, tags=[*LONG_TAGS[1:], str(number)])
+    token = site.server.token
+    site.get("/api/agents")
+    sockets = open_sockets()
+    for data in (request("GET", "/api/events?limit=200", token=token), beat(who), beat(who) * 3 + b"rubbish\r\n\r\n",
+                 request("POST", "/api/agents/register", b"{}" * 9000, token=token),
+                 request("GET", STREAM, b"", "Last-Event-ID: 1", token=token), request("HEAD", STREAM, token=token)):
+        for length in (0, 1, 30, len(data) - 1, len(data)):
+            for leave in (Wire.close, Wire.reset):
+                wire = site.wire()
+                wire.send(data[:length])
+                leave(wire)
+    eventually(lambda: open_sockets() <= sockets, "connections of clients that left stay open")
+    eventually(lambda: site.open_streams() == 0, "streams of clients that left are still counted")
+
+
+@everywhere
+def test_ten_megabytes_reach_a_slow_reader_whole_and_nobody_waits(launch: Launch) -> None:
+    site = launch(threads=1)
+    who = site.agent()
+    with site.server.manager.store.transaction():
+        for number in range(650):
+            site.agent(hostname=f"web-{number}", tags=LONG_TAGS)
+    slow, other = site.wire(buffer=8192), site.wire()
+    slow.send(request("GET", "/api/agents", token=site.server.token))
+    waits_s = []
+    answer = slow.answer(head=True)
+    body = b""
+    while len(body) < int(answer.headers["content-length"]):
+        body += slow.file.read(min(10**6, int(answer.headers["content-length"]) - len(body)))
+        began_s = time.monotonic()
+        assert other.call(beat(who)).status == other.call(request("GET", "/health")).status == 200
+        waits_s.append(time.monotonic() - began_s)
+    assert len(body) > 10**7 and max(waits_s) < 1
+    assert [each["hostname"] for each in json.loads(body)["data"][1:]] == [f"web-{number}" for number in range(650)]
+
+
+# TLS
+
+
+@contextlib.contextmanager
+def command(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str], Path]]:
+    """`python manager.py` while it runs, the lines it greeted with, and its log."""
+    log = folder / "log"
+    with log.open("w") as errors, subprocess.Popen(
+            [sys.executable, manager.__file__, "--port", "0", "--data-dir", str(folder / "data"), *arguments],
+            stdout=subprocess.PIPE, stderr=errors, text=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("MANAGER_")}) as process:
+        try:
+            greeting = []
+            while not greeting or not greeting[-1].startswith("Try: "):
+                line = process.stdout.readline()
+                assert line, log.read_text()
+                greeting.append(line.rstrip())
+            yield process, greeting, log
+        finally:
+            process.terminate()
+            process.wait(LIMIT_S)
+        assert process.returncode == 0, log.read_text()
+
+
+def test_the_first_start_makes_a_pair_and_greets_with_a_line_that_works(tmp_path: Path) -> None:
+    with command(tmp_path) as (_, greeting, _):
+        text = "\n".join(greeting)
+        certificate, key = tmp_path / "data/cert.pem", tmp_path / "data/key.pem"
+        assert key.stat().st_mode & 0o777 == 0o600
+        shown = subprocess.run(["openssl", "x509", "-in", certificate, "-noout", "-fingerprint", "-sha256"],
+                               capture_output=True, text=True, check=True).stdout.strip().partition("=")[2]
+        assert f"Certificate: {certificate} (SHA-256 {shown})" in greeting
+        assert re.search(r"listens on https://localhost:\d+$", text, re.M)
+        line = greeting[-1].removeprefix("Try: ")
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert json.loads(done.stdout) == {"ok": True, "data": []}, done
+        assert "--cacert" in line and subprocess.run(
+            ["bash", "-c", line.replace("--cacert", "--proto =https #")], capture_output=True).returncode
+        was = certificate.read_bytes(), key.read_bytes()
+    with command(tmp_path):
+        assert (certificate.read_bytes(), key.read_bytes()) == was
+
+
+def test_sighup_takes_a_renewed_pair_and_keeps_it_when_the_next_is_broken(tmp_path: Path) -> None:
+    given, health = make_pair(tmp_path), request("GET", "/health")
+    with command(tmp_path, "--tls-cert", str(given["tls_cert"]), "--tls-key", str(given["tls_key"])) as (
+            process, greeting, log), contextlib.ExitStack() as wires:
+        def connect(trust: ssl.SSLContext) -> Wire:
+            return wires.enter_context(contextlib.closing(Wire(int(greeting[0].rpartition(":")[2]), trust)))
+
+        def reload(then: str, count: int) -> None:
+            process.send_signal(signal.SIGHUP)
+            eventually(lambda: log.read_text().count(then) == count, f"not {then!r} {count} times")
+        first = trusting(given["tls_cert"])
+        old = connect(first)
+        make_pair(tmp_path)
+        reload("the certificate was read again", 1)
+        second = trusting(given["tls_cert"])
+        with pytest.raises(ssl.SSLCertVerificationError):
+            connect(first)
+        given["tls_key"].write_bytes(make_pair(tmp_path, "other")["tls_key"].read_bytes())  # of another certificate
+        reload("the former one stays in use", 1)
+        given["tls_cert"].unlink()
+        reload("the former one stays in use", 2)
+        assert old.call(health).status == connect(second).call(health).status == 200
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_tls_1_2_and_1_3_are_spoken(launch: Launch, pair: dict[str, Path], version: ssl.TLSVersion) -> None:
+    site = launch(**pair, tls="auto")
+    wire = site.wire(context=trusting(pair["tls_cert"], version))
+    assert wire.sock.version() == version.name.replace("_", ".")
+    assert wire.call(beat(site.agent())).status == 200
+
+
+def test_tls_1_1_is_refused(launch: Launch, pair: dict[str, Path]) -> None:
+    site = launch(**pair, tls="auto")
+    done = subprocess.run(["openssl", "s_client", "-connect", f"127.0.0.1:{site.port}", "-tls1_1", "-cipher",
+                           "ALL:@SECLEVEL=0"], input="", capture_output=True, text=True)
+    assert done.returncode and "alert protocol version" in done.stderr
+
+
+def test_plaintext_is_for_loopback_in_auto_and_for_nobody_in_require(launch: Launch, pair: dict[str, Path]) -> None:
+    site = launch(**pair, tls="auto")
+    assert site.wire(context=None).call(beat(site.agent())).status == 200
+    site = launch(**pair, tls="require")
+    who = site.agent()
+    for data in (beat(who), request("GET", "/health"), request("GET", STREAM, token=site.server.token), b"x\r\n\r\n"):
+        wire = site.wire(context=None)
+        answer = wire.call(data)
+        assert (answer.status, answer.headers["upgrade"]) == (426, "TLS/1.2, HTTP/1.1")
+        assert "https://" in answer.error and wire.ended()
+    assert site.server.manager.heartbeats == 0
+    assert site.wire().call(beat(who)).status == 200
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[tuple[str, str, list[str]]]:
+    """An address of this host, one of another host, and the words that run a command there."""
+    name, low = f"pg{os.getpid()}", os.getpid() % 60 * 4
+    ours, theirs = f"198.18.{os.getpid() // 60 % 250}.{low + 1}", f"198.18.{os.getpid() // 60 % 250}.{low + 2}"
+
+    def ip(words: str) -> bool:
+        return subprocess.run(["ip", *words.split()], capture_output=True).returncode == 0
+    try:
+        if not shutil.which("ip") or not all(map(ip, (
+                f"netns add {name}", f"link add {name}a type veth peer name {name}b netns {name}",
+                f"address add {ours}/30 dev {name}a", f"link set {name}a up",
+                f"-n {name} address add {theirs}/30 dev {name}b", f"-n {name} link set {name}b up"))):
+            pytest.skip("no network namespace can be made here: that takes iproute2 and root")
+        yield ours, theirs, ["ip", "netns", "exec", name]
+    finally:
+        ip(f"link del {name}a")
+        ip(f"netns del {name}")
+
+
+def test_plaintext_from_another_host_is_told_to_upgrade_unless_it_is_the_proxy(
+        launch: Launch, elsewhere: tuple[str, str, list[str]], tmp_path: Path) -> None:
+    ours, theirs, there = elsewhere
+
+    def curl(site: Site, scheme: str, *extra: str) -> tuple[int, Any]:
+        done = subprocess.run([*there, "curl", "-sSk", "--max-time", "10", "-w", " %{http_code}", *extra,
+                               f"{scheme}://{ours}:{site.port}/health"], capture_output=True, text=True)
+        assert done.returncode == 0, done
+        return int(done.stdout[-3:]), json.loads(done.stdout[:-4])
+
+    site = launch(host="0.0.0.0", data_dir=tmp_path / "1", tls="auto")
+    status, body = curl(site, "http")
+    assert status == 426 and body["ok"] is False and "https://" in body["error"]
+    assert curl(site, "https")[0] == 200
+    assert site.wire(context=None).call(request("GET", "/health")).status == 200  # while loopback may
+    site = launch(host="0.0.0.0", data_dir=tmp_path / "2", tls="auto", trusted_proxy=theirs)
+    assert curl(site, "http", "-H", "X-Forwarded-For: 203.0.113.1")[0] == 200
+    site = launch(host="0.0.0.0", data_dir=tmp_path / "3", tls="require", trusted_proxy=theirs)
+    assert curl(site, "http")[0] == 426
+    site = launch(host="0.0.0.0", data_dir=tmp_path / "4", tls="off")
+    assert curl(site, "http")[0] == 200
+
+
+def test_hsts_is_said_over_tls_with_a_given_certificate_only(launch: Launch, pair: dict[str, Path],
+                                                             tmp_path: Path) -> None:
+    given, own = launch(**pair, tls="auto", trusted_proxy="127.0.0.1"), launch(data_dir=tmp_path, tls="auto")
+    who, header = given.agent(), "strict-transport-security"
+    for data in (request("GET", "/health"), beat(who), request("GET", "/nowhere")):
+        assert given.wire().call(data).headers[header].startswith("max-age=")
+        assert header not in given.wire(context=None).call(data).headers
+        assert header not in own.wire().call(data).headers
+    proxied = request("GET", "/health", b"", "X-Forwarded-Proto: https")
+    assert header in given.wire(context=None).call(proxied).headers
+    assert header not in own.wire(context=None).call(proxied).headers
+
+
+def test_a_pair_that_cannot_be_used_is_said_in_a_sentence(tmp_path: Path, pair: dict[str, Path]) -> None:
+    garbage, data = tmp_path / "garbage.pem", tmp_path / "data"
+    garbage.write_bytes(os.urandom(100))
+    locked = tmp_path / "locked.key"
+    subprocess.run(["openssl", "ec", "-in", pair["tls_key"], "-aes128", "-passout", "pass:secret", "-out", locked],
+                   check=True, capture_output=True)
+    other = make_pair(tmp_path)["tls_key"]
+    for wrong in ({"tls_cert": garbage}, {"tls_key": garbage}, {"tls_key": other}, {"tls_key": locked},
+                  {"tls_cert": tmp_path / "none"}, {"tls_key": tmp_path / "none"}, {"tls_key": tmp_path}):
+        with pytest.raises(StartError, match=f"{next(iter(wrong.values()))}.*cannot be used") as refused:
+            Server(port=0, data_dir=data, **{**pair, **wrong}).start()
+        assert "\n" not in str(refused.value)
+    done = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--data-dir", data, "--tls-cert", garbage,
+                           "--tls-key", garbage], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")
+    with Server(port=0, data_dir=data, **pair) as server:  # and nothing is left of those starts
+        assert server.url.startswith("https://")
+
+
+def test_a_key_that_others_can_read_is_warned_about(tmp_path: Path) -> None:
+    given = make_pair(tmp_path)
+    for mode, count in ((0o600, 0), (0o640, 1), (0o604, 1)):
+        given["tls_key"].chmod(mode)
+        with Server(port=0, **given) as server:
+            assert len([note for note in server.notes if str(given["tls_key"]) in note]) == count
+
+
+def test_without_openssl_auto_is_plaintext_with_a_warning_and_require_does_not_start(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: dict[str, Path]) -> None:
+    monkeypatch.setenv("PATH", "")
+    with Server(port=0, data_dir=tmp_path) as server:
+        assert server.url.startswith("http://") and server.certificate is None
+        assert any("openssl command is missing" in note and "plaintext" in note for note in server.notes)
+        with contextlib.closing(http.client.HTTPConnection(server.url[7:], timeout=LIMIT_S)) as client:
+            client.request("GET", "/health")
+            assert client.getresponse().status == 200
+    with pytest.raises(StartError, match="install openssl"):
+        Server(port=0, data_dir=tmp_path, tls="require").start()
+    with Server(port=0, data_dir=tmp_path, **pair) as server:  # which needs none
+        assert server.url.startswith("https://")
+
+
+def test_two_hundred_tls_clients_at_once_are_all_served(launch: Launch, pair: dict[str, Path]) -> None:
+    site = launch(**pair, tls="require")
+    who, start = site.agent(), threading.Barrier(200)
+
+    def work(_: int) -> tuple[int, int]:
+        start.wait(LIMIT_S)
+        wire = site.wire()
+        return wire.call(beat(who)).status, wire.call(request("GET", "/health")).status
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        assert set(pool.map(work, range(200))) == {(200, 200)}
+
+
+def test_an_embedded_server_speaks_plaintext_unless_it_is_told_otherwise(pair: dict[str, Path]) -> None:
+    for options, scheme in (({}, "http"), ({"tls": "require"}, "https"), (pair, "https")):
+        with Server(port=0, **options) as server:
+            assert server.url.partition(":")[0] == scheme
+
+
+# Start and stop
+
+
+@everywhere
+def test_a_stop_finishes_the_request_in_flight_and_takes_no_other(launch: Launch,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    site = launch()
+    idle, wire, port = site.wire(), site.wire(), site.port
+    wire.send(site.hold(monkeypatch))
+    assert site.entered.acquire(timeout=LIMIT_S)
+    stopping = threading.Thread(target=site.server.stop)
+    stopping.start()
+
+    def refused() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
+    eventually(refused, "the port still accepts")
+    site.gate.set()
+    answer = wire.answer()
+    assert (answer.status, answer.headers["connection"]) == (200, "close") and json.loads(answer.body)["ok"]
+    assert wire.ended() and idle.ended()
+    stopping.join(LIMIT_S)
+    assert not stopping.is_alive()
+
+
+def test_a_stop_takes_under_five_seconds_however_stuck_its_clients_are(
+        launch: Launch, pair: dict[str, Path], caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    assert manager.GRACE_S <= 4
+    monkeypatch.setattr(manager, "GRACE_S", 0.3)
+    site = launch(**pair, tls="auto")
+    who = site.agent(tags=LONG_TAGS)
+    for number in range(100):
+        site.server.manager.retag(who.agent.id, tags=[str(number), *LONG_TAGS[1:]])
+    stuck = site.wire()
+    stuck.send(site.hold(monkeypatch))
+    assert site.entered.acquire(timeout=LIMIT_S)
+    site.wire(context=None)
+    site.wire(context=None).send(b"\x16")
+    for data in (beat(who)[:30], request("GET", "/api/events?limit=200", token=site.server.token),
+                 request("GET", STREAM, b"", "Last-Event-ID: 0", token=site.server.token)):
+        site.wire(buffer=4096).send(data)
+    began_s = time.monotonic()
+    site.server.stop()
+    assert time.monotonic() - began_s < 2
+    assert stuck.ended()
+    before = threading.active_count()
+    site.gate.set()
+    eventually(lambda: threading.active_count() < before, "the worker that was stuck never ended")
+    caplog.clear()
+
+
+@everywhere
+def test_what_the_loop_dies_of_is_raised_by_the_stop_and_not_again(launch: Launch,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    site = launch()
+    wire = site.wire()
+    assert wire.call(request("GET", "/health")).status == 200
+    with monkeypatch.context() as broken:
+        broken.setattr(manager.SocketMap, "turn", lambda *_: 1 / 0)
+        wire.send(b"x")
+        assert wire.ended()
+    with pytest.raises(ZeroDivisionError):
+        site.server.stop()
+    site.server.stop()
+    site.server.start()
+    assert site.get("/health")
+
+
+def left_over() -> tuple[int, int]:
+    gc.collect()
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def test_a_taken_port_is_said_in_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server, before = Server(port=port, data_dir=tmp_path), left_over()
+        for _ in range(2):
+            with pytest.raises(StartError, match=f"cannot listen on 127.0.0.1 port {port}") as refused:
+                server.start()
+            assert "\n" not in str(refused.value)
+        assert left_over() == before
+    with server:
+        assert server.url.endswith(f":{port}")
+
+
+@everywhere
+def test_starts_and_stops_under_load_leave_no_thread_and_no_descriptor(launch: Launch) -> None:
+    site = launch()
+    who = site.agent()
+    over, running, answered = threading.Event(), threading.Event(), threading.Semaphore(0)
+    context = trusting(site.server.certificate[0]) if site.server.certificate else None
+
+    def load(number: int) -> None:
+        data = [beat(who), request("GET", "/health"), request("GET", STREAM, token=token)][number % 3]
+        while not over.is_set():
+            running.wait(LIMIT_S)
+            with contextlib.suppress(OSError, AssertionError, ValueError), \
+                    contextlib.closing(Wire(port, context)) as wire:
+                while wire.call(data).status:
+                    answered.release()
+                    while number % 3 == 2 and wire.event():
+                        pass
+    site.server.stop()
+    before, token, port = left_over(), site.server.token, 0
+    threads = [threading.Thread(target=load, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        site.server.start()
+        token, port = site.server.token, site.port
+        running.set()
+        for _ in range(10):
+            assert answered.acquire(timeout=LIMIT_S)
+        running.clear()
+        site.server.stop()
+    over.set()
+    running.set()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert left_over() == before
+
+
+def test_the_url_of_an_ipv6_address_has_brackets(launch: Launch, pair: dict[str, Path]) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this host has no IPv6")
+    site = launch(host="::1")
+    assert re.fullmatch(r"http://\[::1\]:\d+", site.server.url)
+    assert site.wire(address="::1").call(beat(site.agent())).status == 200
+    site = launch(host="::1", tls="auto", **pair)  # loopback in IPv6 too
+    assert site.wire(address="::1", context=None).call(request("GET", "/health")).status == 200
+
+
+def test_localhost_is_served_on_both_of_its_addresses_by_one_port(launch: Launch) -> None:
+    site = launch(host="localhost")
+    for *_, address in socket.getaddrinfo("localhost", site.port, type=socket.SOCK_STREAM):
+        assert site.wire(address=str(address[0])).call(request("GET", "/health")).status == 200
+
+
 ########################################################################################################
 # 9  Server: embedding #################################################################################
 ########################################################################################################
@@ -3721,7 +4898,7 @@ def test_readme_api() -> None:
 
 
 def test_readme_numbers(api: Client) -> None:
-    liveness = manager.Config().liveness
+    liveness = manager.Liveness.of(manager.Config())
     agent = api.register()
     beat = api.call("POST", f"/api/agents/{agent['id']}/heartbeat")
     text = " ".join(section("How liveness works").split())
