@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import platform
 import re
@@ -156,9 +157,9 @@ def found(pattern: str, text: str) -> str:
 
 
 def milliseconds(text: str) -> float:
-    """wrk's '1.23ms' as a number of ms."""
-    number, unit = re.fullmatch(r"(-?nan|[\d.]+)(us|ms|s|m|h)?", text).groups()  # type: ignore[union-attr]
-    return float(number) * {"us": 0.001, "ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}[unit or "s"]
+    """wrk's '1.23ms' as a number of ms; not a number where it has none."""
+    match = re.fullmatch(r"([\d.]+)(us|ms|s|m|h)", text)
+    return float(match[1]) * {"us": 0.001, "ms": 1, "s": 1e3, "m": 6e4, "h": 3.6e6}[match[2]] if match else math.nan
 
 
 # Files to serve from

@@ -945,7 +945,7 @@ MIGRATIONS = (
         announced TEXT NOT NULL,     -- the status last written to the journal, never the answer to a read
         version TEXT NOT NULL, uptime, cpu, memory,
         acknowledged INTEGER NOT NULL DEFAULT 0, acknowledged_ms INTEGER);
-    CREATE INDEX contacts_due ON contacts (announced, seen_ms);
+    CREATE INDEX contacts_silent ON contacts (announced, seen_ms) WHERE announced != 'online';
     CREATE TABLE agent_tags (        -- kept by the triggers below; `agents.tags` is the truth
         tag TEXT NOT NULL, agent INTEGER NOT NULL REFERENCES agents (key) ON DELETE CASCADE,
         PRIMARY KEY (tag, agent)) WITHOUT ROWID;
@@ -1264,11 +1264,6 @@ def sql_iso(column: str) -> str:
 
 _STATUS = """CASE WHEN c.seen_ms >= :online_from THEN 'online'
     WHEN c.seen_ms >= :stale_from THEN 'stale' ELSE 'offline' END"""
-# The announced status may lag behind the true one but never leads it, so these name every row that can match.
-_OF_STATUS = {
-    Status.ONLINE: "c.announced = 'online' AND c.seen_ms >= :online_from",
-    Status.STALE: "c.announced IN ('online', 'stale') AND c.seen_ms >= :stale_from AND c.seen_ms < :online_from",
-    Status.OFFLINE: "c.announced IN ('online', 'stale', 'offline') AND c.seen_ms < :stale_from"}
 _AGENT = f"SELECT a.*, c.*, {_STATUS} AS status FROM agents a JOIN contacts c ON c.agent = a.key WHERE a.id = :id"
 _AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'version', c.version, 'ip', a.ip,
     'status', {_STATUS}, 'tags', json(a.tags), 'lastHeartbeat', {sql_iso('c.heartbeat_ms')},
@@ -1289,13 +1284,8 @@ _IN_FORCE = """
 _TIMER_MS = 1000  # the timer runs at least as often
 _STILL_MS = 500  # lateness of the timer that is no more than the machine's being busy
 _SWEEP_STEP = 500  # agents announced in one transaction: a few ms, so that no heartbeat waits long
-_DUE = f"""
-    SELECT * FROM (SELECT agent, 'stale' AS status, seen_ms + :stale_after_ms AS due_ms FROM contacts
-                   WHERE announced = 'online' AND seen_ms < :online_from ORDER BY seen_ms LIMIT {_SWEEP_STEP})
-    UNION ALL
-    SELECT * FROM (SELECT agent, 'offline', seen_ms + :offline_after_ms FROM contacts
-                   WHERE announced = 'stale' AND seen_ms < :stale_from ORDER BY seen_ms LIMIT {_SWEEP_STEP})
-    ORDER BY due_ms, agent LIMIT {_SWEEP_STEP}"""
+_SILENT = "announced != 'online'"  # said in so many words, or SQLite does not use the index of the silent
+_SWEEP_READ = 10 * _SWEEP_STEP
 _PURGE_STEP = 25    # rows removed in one transaction: each is a page in every index
 _LISTED = 100      # events that one event lists as correlated with it, at most
 _LOOKED_AT = 2000  # events of one indicator within the window that are looked at, the latest first
@@ -1338,6 +1328,7 @@ class Manager:
         self.heartbeats = 0
         self.events_reported: Counter[str] = Counter()
         self._probed_ms = self.started.tick_ms - 1000
+        self._none_due_until_ms = 0  # on the tick: until then every agent announced as online is
         self._watched_ms: int | None = None  # on the tick: when the timer, if there is one, last ran
         self.excuse_silence()
 
@@ -1358,6 +1349,7 @@ class Manager:
             for status, age_ms in ((Status.ONLINE, 0), (Status.STALE, self.liveness.stale_after_ms + 1),
                                    (Status.OFFLINE, self.liveness.offline_after_ms + 1)):
                 db.execute("UPDATE contacts SET seen_ms = ? WHERE announced = ?", (now.tick_ms - age_ms, status))
+        self._none_due_until_ms = now.tick_ms + self.liveness.stale_after_ms
 
     def keep_watch(self, late_ms: int = 0) -> None:
         """Called by the timer, `late_ms` after it should have been: forgive the silence while this process stood
@@ -1373,32 +1365,64 @@ class Manager:
     def sweep(self) -> int:
         """Announce every change of status that has fallen due, in the order it fell due; their number."""
         announced = 0
-        while step := self._sweep_step():
-            announced += step
+        while due := self._fallen_due(self.now()):
+            for first in range(0, len(due), _SWEEP_STEP):
+                announced += self._announce_step(due[first:first + _SWEEP_STEP])
         return announced
 
-    def _sweep_step(self) -> int:
-        """Announce the next changes of status, in one short transaction written by SQLite alone; their number."""
-        now = self.now()
-        given = {**self.liveness.cutoffs(now.tick_ms), **self.liveness._asdict(), "now_ms": now.wall_ms - now.tick_ms,
-                 "actor": to_json(THE_MANAGER.actor()),
-                 # An agent made stale here may be due to go offline before a later one of these: stop before that.
-                 "gap_ms": self.liveness.offline_after_ms - self.liveness.stale_after_ms}
+    def _fallen_due(self, now: Moment) -> list[tuple[int, int, str]]:
+        """The next changes of status to announce as (due_ms on the tick, agent's key, status), oldest first.
+
+        Online agents have no index, for their heartbeats' sake. All of them are looked through once the one who
+        had been silent longest, when that was done last, may have fallen due: with heartbeats once a minute, every
+        few seconds at most.
+        """
+        online_from, stale_from = self.liveness.cutoffs(now.tick_ms).values()
+        select = f"SELECT seen_ms + ? AS due_ms, agent, ? FROM contacts WHERE {{}} AND seen_ms < ? " \
+                 f"ORDER BY seen_ms LIMIT {_SWEEP_READ}"
+        due: list[tuple[int, int, str]] = []
         with self.store.read() as db:
-            if not db.execute(f"SELECT 1 FROM ({_DUE})", given).fetchone():
-                return 0
+            if now.tick_ms > self._none_due_until_ms:
+                due += map(tuple, db.execute(select.format("announced = 'online'"),
+                                           (self.liveness.stale_after_ms, "stale", online_from)))
+                if not due:
+                    (seen_ms,) = db.execute("SELECT min(seen_ms) FROM contacts WHERE announced = 'online'").fetchone()
+                    self._none_due_until_ms = self.liveness.stale_after_ms + (
+                        now.tick_ms if seen_ms is None else seen_ms)
+            due += map(tuple, db.execute(select.format(f"{_SILENT} AND announced = 'stale'"),
+                                         (self.liveness.offline_after_ms, "offline", stale_from)))
+        due.sort()
+        # An agent made stale here may be due to go offline before a later one of these: stop before that.
+        gap_ms = self.liveness.offline_after_ms - self.liveness.stale_after_ms
+        return [change for change in due[:_SWEEP_READ] if change[0] < due[0][0] + gap_ms]
+
+    def _announce_step(self, due: Sequence[tuple[int, int, str]]) -> int:
+        """Announce those changes of status that nobody has been heard to avert meanwhile, in one short transaction."""
+        now = self.now()
         with self.store.transaction(durable=False) as db:
-            db.execute(f"INSERT INTO temp.due SELECT * FROM ({_DUE})", given)
-            db.execute("DELETE FROM temp.due WHERE due_ms >= (SELECT min(due_ms) FROM temp.due) + :gap_ms", given)
+            db.executemany("INSERT INTO temp.due (due_ms, agent, status) VALUES (?, ?, ?)", due)
+            db.execute(
+                "DELETE FROM temp.due WHERE NOT EXISTS (SELECT 1 FROM contacts c WHERE c.agent = due.agent AND "
+                "(c.announced, c.seen_ms) = (iif(status = 'stale', 'online', 'stale'), "
+                "due_ms - iif(status = 'stale', :stale_after_ms, :offline_after_ms)))", self.liveness._asdict())
             step = db.execute(
                 "INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) "
-                "SELECT :now_ms + due_ms, 'agent_' || status, :actor, org_id, id, json_object('hostname', hostname) "
-                "FROM temp.due CROSS JOIN agents ON key = agent ORDER BY due_ms, agent", given).rowcount
+                "SELECT ? + due_ms, 'agent_' || status, ?, org_id, id, json_object('hostname', hostname) "
+                "FROM temp.due CROSS JOIN agents ON key = agent ORDER BY due_ms, agent",
+                (now.wall_of(0), to_json(THE_MANAGER.actor()))).rowcount
             db.execute("UPDATE contacts SET announced = (SELECT status FROM temp.due WHERE due.agent = contacts.agent) "
                        "WHERE agent IN (SELECT agent FROM temp.due)")
             db.execute("DELETE FROM temp.due")
             self.store.note_entries()
         return step
+
+    def _of_status(self, now: Moment, status: Status) -> str:
+        """The condition for SQL that an agent has a status; the announced one is a hint where to look, never more."""
+        if status is Status.ONLINE:
+            return "c.announced = 'online' AND c.seen_ms >= :online_from"
+        hint = f"c.{_SILENT} AND c.announced IN ('stale', 'offline') AND " * (now.tick_ms <= self._none_due_until_ms)
+        return hint + ("c.seen_ms < :stale_from" if status is Status.OFFLINE else
+                       "c.seen_ms < :online_from AND c.seen_ms >= :stale_from")
 
     def _announce(self, db: sqlite3.Connection, at_ms: int, status: Status, key: int, agent_id: str,
                   org_id: str | None, hostname: str) -> None:
@@ -1587,7 +1611,7 @@ class Manager:
                     total = counts[Status(status)]
                     walk = "NOT INDEXED" if 2 * total > sum(counts.values()) else ""
                     key, source, contacts = "c.agent", f"contacts c {walk}", " CROSS JOIN agents a ON a.key = c.agent"
-                where.append(_OF_STATUS[Status(status)])
+                where.append(self._of_status(now, Status(status)))
                 counted += contacts
             return self._list(db, _AGENT_LIST, source + contacts, where, key, given, page, limit, counted=counted,
                               total=total)
@@ -1759,11 +1783,7 @@ class Manager:
         with self.store.transaction() as db:
             if agent_id:
                 org_of_agent = self._row(db, now, agent_id)["org_id"]
-            online = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id, "agent_id": agent_id}
-            (reached,) = db.execute(
-                f"SELECT count(*) FROM contacts c JOIN agents a ON a.key = c.agent WHERE {_OF_STATUS[Status.ONLINE]}"
-                + " AND a.org_id = :org_id" * bool(org_id) + " AND a.id = :agent_id" * bool(agent_id),
-                online).fetchone()
+            reached = self._counts(db, now, org_id, agent_id)[Status.ONLINE]
             policy_id = "pol_" + secrets.token_hex(6)
             version = db.execute(
                 "INSERT INTO policies (id, name, description, rules, org_id, agent_id, broadcasted_to, created_ms) "
@@ -1842,12 +1862,7 @@ class Manager:
         given = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id}
         of_org = " AND a.org_id = :org_id" if org_id else ""
         with self.store.read() as db:
-            if org_id:
-                counts = {status: db.execute(
-                    f"SELECT count(*) FROM agents a JOIN contacts c ON c.agent = a.key WHERE {where}{of_org}",
-                    given).fetchone()[0] for status, where in _OF_STATUS.items()}
-            else:
-                counts = self._counts(db, now)
+            counts = self._counts(db, now, org_id)
             summaries = {}
             for name, period in (("last24h", "24h"), ("last7d", "7d")):
                 source, since = self._threats_since(now, PERIODS_MS[period], org_id)
@@ -1926,12 +1941,18 @@ class Manager:
             counted = db.execute("SELECT (SELECT count(*) FROM threats), (SELECT count(*) FROM policies)").fetchone()
             return Census(self._counts(db, now), *counted)
 
-    def _counts(self, db: sqlite3.Connection, now: Moment) -> dict[Status, int]:
-        """How many agents have which status. In a healthy fleet few are silent, so these are counted."""
-        counts = {status: db.execute(f"SELECT count(*) FROM contacts c WHERE {_OF_STATUS[status]}",
-                                     self.liveness.cutoffs(now.tick_ms)).fetchone()[0]
-                  for status in (Status.STALE, Status.OFFLINE)}
-        (total,) = db.execute("SELECT count(*) FROM contacts").fetchone()
+    def _counts(self, db: sqlite3.Connection, now: Moment, org_id: str | None = None,
+                agent_id: str | None = None) -> dict[Status, int]:
+        """How many agents have which status, of all, of an org, or of one. Of all, the few silent ones are counted."""
+        given = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id, "agent_id": agent_id}
+        source, scope = "contacts c", ""
+        if org_id or agent_id:
+            source = "agents a CROSS JOIN contacts c ON c.agent = a.key"
+            scope = " AND a.org_id = :org_id" * bool(org_id) + " AND a.id = :agent_id" * bool(agent_id)
+        counts = {status: db.execute(f"SELECT count(*) FROM {source} WHERE {self._of_status(now, status)}{scope}",
+                                     given).fetchone()[0] for status in (Status.STALE, Status.OFFLINE)}
+        (total,) = db.execute(f"SELECT count(*) FROM {source} WHERE TRUE{scope}" if scope else
+                              "SELECT count(*) FROM contacts", given).fetchone()
         return {Status.ONLINE: total - sum(counts.values()), **counts}
 
 
@@ -3114,7 +3135,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.requests and not self.postponed:  # quiet: a worker is writing, and will say when it has finished
             return bool(self.will_close or self.total_outbufs_len >= self.adj.send_bytes)
         closing = self.will_close or self.close_when_flushed
-        return bool(self.total_outbufs_len or closing or self.handshake_writes)
+        return bool(self.total_outbufs_len or closing or self.handshake_writes or self.postponed)
 
     def expires(self) -> float:
         """When this client will have had its time."""
