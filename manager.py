@@ -1341,8 +1341,7 @@ class Manager:
     def excuse_silence(self) -> None:
         """Begin the silence of every agent anew within the status it was last announced with.
 
-        For the start and for a process that was suspended: nobody could be heard meanwhile, and the tick
-        of another run means nothing in this one.
+        For the start: nobody could be heard before it, and the tick of another run means nothing in this one.
         """
         now = self.now()
         with self.store.transaction() as db:
@@ -2397,7 +2396,7 @@ def request_id(environ: Mapping[str, Any]) -> str:
 
 
 def _uuid4() -> str:
-    """What str(uuid.uuid4()) gives, at a quarter of its price; every answer without an id of its own pays it."""
+    """What str(uuid.uuid4()) gives, without an object in between: every heartbeat makes one."""
     bits = f"{random.getrandbits(128):032x}"
     return f"{bits[:8]}-{bits[8:12]}-4{bits[13:16]}-{'89ab'[int(bits[16], 16) & 3]}{bits[17:20]}-{bits[20:]}"
 
@@ -3685,6 +3684,9 @@ class Server:
                     behind = self._streams.pump()
                 except Unavailable:
                     behind = True
+                except Exception:
+                    log.exception("the event streams failed")
+                    behind = False  # the next entry tries again
                 self._streams.wake.wait(0.01 if behind else None)
 
         follower = threading.Thread(target=follow, name="panguard-streams", daemon=True)
