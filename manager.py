@@ -35,6 +35,7 @@ import functools
 import hashlib
 import hmac
 import http
+import io
 import ipaddress
 import itertools
 import json
@@ -2854,6 +2855,8 @@ SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that t
 ACCEPTS_PER_TURN = 128
 LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 FRAMING = frozenset({"connection", "content-length", "server"})  # headers that waitress looks at itself
+LANE_BYTES = 8 * KIB  # a longer request is a worker's to parse
+_PRINTABLE = bytes(range(32, 127))
 READ, WRITE = select.POLLIN, select.POLLOUT  # epoll uses the same numbers
 
 http_date = functools.lru_cache(maxsize=2)(build_http_date)
@@ -2979,8 +2982,6 @@ class SocketMap(dict[int, Any]):
 class Request(HTTPRequestParser):  # type: ignore[misc]
     """waitress' parser, with its loose ends tied."""
 
-    answer: Answer | None = None  # the lane's, waiting to be written
-
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
@@ -2997,18 +2998,35 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             self.expect_continue = False  # else it is told to go on, and its answer forgotten
 
 
-def lane_environ(channel: Channel) -> Environ:
-    """As much of the WSGI environment as the lane's application looks at."""
-    request = channel.requests[0]
-    environ: Environ = {rename_headers.get(name) or "HTTP_" + name: text for name, text in request.headers.items()}
-    environ.update({
-        "REQUEST_METHOD": request.command, "PATH_INFO": request.path, "QUERY_STRING": request.query,
-        "REMOTE_ADDR": channel.addr[0], "wsgi.url_scheme": request.url_scheme, "wsgi.input": request.get_body_stream()})
+def plain_headers(head: bytes) -> Environ | None:
+    """What the WSGI environment has of a request's headers, if they are of the plain form that clients use.
+
+    None for any other, which waitress will judge. Two readings of one request are safe as long as this one takes
+    nothing that the other would refuse or read in another way.
+    """
+    if head.translate(None, _PRINTABLE) != b"\r\n" * head.count(b"\r\n"):
+        return None
+    environ: Environ = {}
+    for line in head.decode("ascii").split("\r\n"):
+        name, _, value = line.partition(":")
+        key = _environ_key(name)
+        if key is None or key in environ:
+            return None
+        environ[key] = value.strip(" ")
     return environ
 
 
+@functools.lru_cache(maxsize=256)
+def _environ_key(name: str) -> str | None:
+    """What WSGI calls a header; None if there is more to it."""
+    key = name.upper().replace("-", "_")
+    if not re.fullmatch("[0-9A-Za-z-]+", name) or key in ("TRANSFER_ENCODING", "EXPECT"):
+        return None
+    return rename_headers.get(key) or "HTTP_" + key
+
+
 class Task(WSGITask):  # type: ignore[misc]
-    """A request being answered: by the application, or by what the lane has prepared."""
+    """A request being answered by the application."""
 
     content_length: int | None = None
 
@@ -3028,25 +3046,6 @@ class Task(WSGITask):  # type: ignore[misc]
             stream = (self.environ or {}).pop("manager.stream", None)
             if stream is not None:  # not handed over: an error, a HEAD, a client that left
                 stream.closed()
-
-    def execute(self) -> None:
-        if self.request.answer is None:
-            super().execute()
-            return
-        self.status, self.response_headers, body = self.request.answer
-        self.content_length = len(body)
-        if self.version == "1.1" and "CONNECTION" not in self.request.headers and not self.channel.server.site.stopping:
-            head = self.render([("Content-Length", str(len(body))), ("Date", http_date(int(self.start_time))),
-                                *self.response_headers])
-        else:
-            head = self.build_response_header()
-        self.complete = self.wrote_header = True
-        self.channel.write_now(head + body)
-
-    def render(self, headers: Iterable[tuple[str, str]]) -> bytes:
-        """What build_response_header() gives where the connection stays open and nothing is to be decided."""
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-        return f"HTTP/1.1 {self.status}\r\n{lines}\r\n".encode("latin-1")
 
     def build_response_header(self) -> bytes:
         """waitress decides about the framing; the rest goes out as it was said, at a fifth of the price."""
@@ -3118,6 +3117,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     handshake_writes = False
     postponed = False  # its next request waits until the client has taken the answers before
     tolerance = 0  # bytes that may still be dropped
+    held = b""  # of a request for the lane that has not arrived whole
     began, taken = 0.0, 0  # the request being received
 
     def __init__(self, server: Listener, sock: socket.socket, addr: Any, adj: Any, map: SocketMap) -> None:
@@ -3146,7 +3146,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return math.inf
         if self.requests and self.total_outbufs_len < self.adj.send_bytes:
             return math.inf  # it waits for us
-        if self.request is not None and not self.requests:
+        if (self.request is not None or self.held) and not self.requests:
             return float(self.began + REQUEST_S + self.taken / SLOWEST_UPLOAD_BYTES_PER_S)
         return float(self.last_activity + self.adj.channel_timeout)
 
@@ -3171,6 +3171,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.handle_close()
 
     def received(self, data: bytes) -> bool:
+        if self.request is None and not self.requests:
+            if not self.held:
+                self.began = self.last_activity
+            data, self.held = self.held + data, b""
+            if self.server.site.take(self, data):
+                return True
         before = self.request
         result = bool(super().received(data))
         if self.request is not before:
@@ -3271,12 +3277,15 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.will_close = True
             return 0
 
-    def write_now(self, data: bytes) -> None:
+    def write_now(self, data: bytes, closing: bool) -> None:
         """Send in the loop, keeping only what the client cannot take yet."""
         with self.outbuf_lock:
-            sent = self.send(data) if self.connected and not self.total_outbufs_len else 0
+            sent = self.send(data) if self.connected else len(data)
             if sent < len(data):
                 self.write_soon(data[sent:])
+            if closing or sent < len(data):
+                self.close_when_flushed = closing
+                self._map.soon(self._map.settle, self)
 
     def _flush_some(self, do_close: bool = True) -> bool:
         with self.outbuf_lock:
@@ -3407,9 +3416,6 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             request.url_scheme = "https"
         if request.error is not None:
             self._map.soon(channel.service)
-        elif self.site.is_lane(request):
-            self.site.waiting.append(channel)
-            self._map.soon(self.site.serve_lane)
         else:
             self.task_dispatcher.add_task(channel)
 
@@ -3425,13 +3431,25 @@ def raise_descriptor_limit() -> int:
     return 65536 if soft == resource.RLIM_INFINITY else soft
 
 
+class Lane(NamedTuple):
+    """Requests that are answered in the loop, all of one turn by one call.
+
+    line(data): matches the request line and its CRLF, naming its `method` and `path`.
+    closed(): whether workers are to answer them just now.
+    serve(environs): one answer each, in order, once all of them are safe; be short.
+    """
+
+    line: Callable[[bytes], re.Match[bytes] | None]
+    closed: Callable[[], bool]
+    serve: Callable[[list[Environ]], Sequence[Answer]]
+
+
 class WebServer:
     """Serves a WSGI application from one loop thread and a few workers, between start() and stop().
 
     application: for everything that is not in the lane; runs on a worker.
     error_reply(status, text, environ): what is said when waitress or the connection itself refuses.
-    is_lane(request): whether lane() answers it (waitress' request: `.command`, `.path`).
-    lane(environs): one answer each, in order, once all of them are safe; runs in the loop, so be short.
+    lane: what is answered in the loop.
     tls_context: replaceable at any time, for the connections that come after; None serves plaintext to all.
     plaintext_allowed(address): whether that peer may do without TLS where there is a context.
     streams: what environ["manager.streams"] is to be.
@@ -3439,11 +3457,11 @@ class WebServer:
 
     def __init__(
         self, application: Application, config: Config, *, error_reply: Callable[[int, str, Environ], Answer],
-        is_lane: Callable[[Any], bool], lane: Callable[[list[Environ]], Sequence[Answer]],
+        lane: Lane,
         tls_context: ssl.SSLContext | None, plaintext_allowed: Callable[[str], bool], streams: Streams,
         on_death: Callable[[], None],
     ) -> None:
-        self.application, self.error_reply, self.is_lane, self.lane = application, error_reply, is_lane, lane
+        self.application, self.error_reply, self.lane = application, error_reply, lane
         self.tls_context, self.plaintext_allowed, self.streams = tls_context, plaintext_allowed, streams
         self.on_death = on_death
         self.settings = Adjustments(
@@ -3452,7 +3470,7 @@ class WebServer:
             max_request_header_size=MAX_HEADERS, recv_bytes=SEND_BYTES)
         self.settings.channel_timeout = IDLE_S  # there it would be cut to whole seconds,
         self.settings.send_bytes = SEND_BYTES  # and this would warn
-        self.waiting: deque[Channel] = deque()  # for the lane
+        self._waiting: list[tuple[Channel, Environ]] = []  # for the lane
         self.stopping = False
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -3462,7 +3480,7 @@ class WebServer:
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.connection_limit = max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
         self.stopping, self.error = False, None
-        self.waiting.clear()
+        self._waiting.clear()
         self.sockets = SocketMap()
         self.workers = Workers(self.settings.threads)
         self.listeners: list[Listener] = []
@@ -3496,22 +3514,47 @@ class WebServer:
     def channels(self) -> list[Channel]:
         return [channel for listener in self.listeners for channel in listener.active_channels.values()]
 
-    def serve_lane(self) -> None:
+    def take(self, channel: Channel, data: bytes) -> bool:
+        """Take a request for the lane, or leave in `channel.held` what has arrived of it; false for any other."""
+        match, end = self.lane.line(data), data.find(b"\r\n\r\n")
+        if not match or len(data) > LANE_BYTES or channel.refusal or channel.total_outbufs_len or self.lane.closed():
+            return False
+        environ = plain_headers(data[match.end():end]) if end >= match.end() else None
+        if environ is None or "," in environ.get("HTTP_HOST", ","):
+            return False
+        length, body = environ.get("CONTENT_LENGTH", "0"), data[end + 4:]
+        if not length.isdecimal() or not len(body) <= int(length) <= LANE_BYTES \
+                or environ.get("HTTP_CONNECTION", "close").lower() not in ("close", "keep-alive"):
+            return False
+        if len(body) < int(length):
+            channel.held = data
+            return True
+        environ.update({
+            "REQUEST_METHOD": match["method"].decode(), "PATH_INFO": match["path"].decode(), "QUERY_STRING": "",
+            "REMOTE_ADDR": channel.addr[0], "wsgi.input": io.BytesIO(body),
+            "wsgi.url_scheme": "https" if isinstance(channel.socket, ssl.SSLSocket) else "http"})
+        if not self._waiting:
+            self.sockets.soon(self._serve_lane)
+        self._waiting.append((channel, environ))
+        return True
+
+    def _serve_lane(self) -> None:
         """Answer all requests now waiting in the lane by one call."""
-        channels = [self.waiting.popleft() for _ in range(len(self.waiting))]
-        if not channels:
-            return
+        waiting, self._waiting = self._waiting, []
+        environs = [environ for _, environ in waiting]
         try:
-            environs = [lane_environ(channel) for channel in channels]
-            answers = self.lane(environs)
-            if len(answers) != len(channels):
-                raise RuntimeError(f"{len(answers)} answers to {len(channels)} requests")
+            answers = self.lane.serve(environs)
+            if len(answers) != len(waiting):
+                raise RuntimeError(f"{len(answers)} answers to {len(waiting)} requests")
         except Exception:
             log.exception("the lane failed")
-            answers = [self.error_reply(500, "internal error", {})] * len(channels)
-        for channel, answer in zip(channels, answers, strict=True):
-            channel.requests[0].answer = answer
-            channel.service()
+            answers = [self.error_reply(500, "internal error", {})] * len(waiting)
+        date = http_date(int(time.time()))
+        for (channel, environ), (status, headers, body) in zip(waiting, answers, strict=True):
+            closing = self.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
+            lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+            head = f"HTTP/1.1 {status}\r\n{'Connection: close' + chr(13) + chr(10) if closing else ''}Content-Length: {len(body)}\r\nDate: {date}\r\n{lines}\r\n"
+            channel.write_now(head.encode("latin-1") + body, closing)
 
     def _run(self) -> None:
         next_cleanup = time.monotonic() + CLEANUP_S
@@ -3698,7 +3741,7 @@ class Server:
 
         self._web = WebServer(
             app, config, error_reply=lambda *refusal: _answer(self._api.refuse(*refusal)),
-            is_lane=self._is_lane, lane=self._lane, tls_context=self._tls(folder),
+            lane=Lane(_HEARTBEAT_LINE, lambda: bool(self.faults), self._lane), tls_context=self._tls(folder),
             plaintext_allowed=self._plaintext_allowed, streams=self._streams, on_death=lambda: self.on_death())
         follower.start()
         undo.callback(stop_following)
@@ -3713,11 +3756,6 @@ class Server:
             host = "localhost"
         self.url = (f"http{'s' * bool(self._web.tls_context)}://" + (f"[{host}]" if ":" in host else host)
                     + f":{self._web.port}")
-
-    def _is_lane(self, request: Any) -> bool:
-        short = request.body_bytes_received <= 4 * KIB  # a long body is a worker's to parse
-        return (short and request.command == "POST" and not self.faults
-                and _HEARTBEAT_PATH(request.path) is not None)
 
     def _lane(self, environs: list[dict[str, Any]]) -> list[Answer]:
         """Answer the heartbeats of one pass of the loop, all in one transaction."""
@@ -3765,7 +3803,7 @@ class Server:
 
 
 _HEARTBEAT_ROUTE = next(each for each in ENDPOINTS if each.serve is _heartbeat)
-_HEARTBEAT_PATH = re.compile(r"/api/agents/[0-9A-Za-z_-]+/heartbeat").fullmatch
+_HEARTBEAT_LINE = re.compile(rb"(?P<method>POST) (?P<path>/api/agents/[0-9A-Za-z_-]+/heartbeat) HTTP/1\.1\r\n").match
 _STATUS_LINES = {each.value: f"{each.value} {each.phrase}" for each in http.HTTPStatus}
 
 
