@@ -416,17 +416,27 @@ class Liveness(NamedTuple):
         return {"online_from": tick_ms - self.stale_after_ms, "stale_from": tick_ms - self.offline_after_ms}
 
 
+class Identity(NamedTuple):
+    """An agent as the registry knows it by its token or its id; `key` is its row."""
+
+    key: int
+    id: str
+    org_id: str | None
+
+
 class Caller(NamedTuple):
     """Who asks: `role` is admin, enroller, agent, anyone or manager; `address` where from, if over a network."""
 
     role: str
     address: str | None = None
-    agent_id: str | None = None
+    agent: Identity | None = None
     credential: str | None = None
 
     def actor(self) -> dict[str, str]:
         """How the journal names the caller; an admin's credential by the first digits of its digest."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        names = {"role": self.role, "address": self.address, "agent_id": self.agent and self.agent.id,
+                 "credential": self.credential}
+        return {name: value for name, value in names.items() if value is not None}
 
 
 LOCAL = Caller("admin")
@@ -933,9 +943,10 @@ ENTRY_FILTER: Table = {
 MIGRATIONS = (
     """
     CREATE TABLE agents (            -- who an agent is; `key` is registration order
-        key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, token_digest BLOB UNIQUE,
+        key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, token_digest BLOB,
         hostname TEXT NOT NULL, os TEXT NOT NULL, arch TEXT, ip TEXT NOT NULL, org_id TEXT, machine_id TEXT,
         tags TEXT NOT NULL, registered_ms INTEGER NOT NULL);
+    CREATE INDEX agents_token ON agents (token_digest, id, org_id) WHERE token_digest IS NOT NULL;
     CREATE INDEX agents_os ON agents (os);
     CREATE INDEX agents_org ON agents (org_id);
     CREATE INDEX agents_machine ON agents (machine_id, org_id) WHERE machine_id IS NOT NULL;
@@ -994,6 +1005,7 @@ MIGRATIONS = (
 _LEAST_SQLITE = (3, 35)
 _FOLD_CHANGES = 2000
 _LONG_LOG_BYTES = 2**24
+_PAGE_BYTES = 1024  # a heartbeat is 60 bytes, and writes a page
 _APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
 _FAULTS = (
     ("disk is full", "there is no room left in {folder}; free some"),
@@ -1110,6 +1122,7 @@ class Store:
 
     def _migrate(self) -> None:
         db = self._writer
+        db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # of a file that is new
         if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise StartError(f"the file system of {self.folder} cannot share memory, as SQLite must; choose another")
         self._path.chmod(0o600)
@@ -1118,7 +1131,7 @@ class Store:
             db.executescript(f"BEGIN IMMEDIATE; {statements}; PRAGMA application_id = {_APPLICATION_ID}; "
                              f"PRAGMA user_version = {number}; COMMIT;")
         db.executescript(
-            f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 20000; "
+            f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 80000; "
             f"PRAGMA journal_size_limit = {_LONG_LOG_BYTES}; "
             "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
 
@@ -1222,9 +1235,11 @@ class Store:
         with self.read() as db:
             db.execute("ROLLBACK")
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        if (self._path.with_name("manager.db-wal")).stat().st_size > _LONG_LOG_BYTES:
-            with self._lock:  # what was written meanwhile is little: with all of it copied the log starts anew
-                self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            if (self._path.with_name("manager.db-wal")).stat().st_size <= _LONG_LOG_BYTES:
+                return
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")  # of what was written meanwhile
+        with self._lock:  # of the little written meanwhile again: with all of it copied the log starts anew
+            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
@@ -1274,14 +1289,14 @@ _AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'v
 _BEAT = """
     UPDATE contacts SET seen_ms = max(seen_ms, ?), heartbeat_ms = ?, uptime = coalesce(?, uptime),
         cpu = coalesce(?, cpu), memory = coalesce(?, memory)
-    WHERE agent = (SELECT key FROM agents WHERE id = ?) AND announced = 'online' AND seen_ms >= ?
+    WHERE agent = ? AND announced = 'online' AND seen_ms >= ?
         AND coalesce(?, version) = version AND coalesce(?, 0) <= acknowledged"""
 _IN_FORCE = """
     SELECT acknowledged,
         (SELECT version FROM policies_in_force WHERE scope = 'all'),
-        (SELECT version FROM policies_in_force WHERE scope = 'org:' || org_id),
-        (SELECT version FROM policies_in_force WHERE scope = 'agent:' || id)
-    FROM agents JOIN contacts ON agent = key WHERE id = ?"""
+        (SELECT version FROM policies_in_force WHERE scope = 'org:' || ?),
+        (SELECT version FROM policies_in_force WHERE scope = 'agent:' || ?)
+    FROM contacts WHERE agent = ?"""
 _TIMER_MS = 1000  # the timer runs at least as often
 _STILL_MS = 500  # lateness of the timer that is no more than the machine's being busy
 _SWEEP_STEP = 500  # agents announced in one transaction: a few ms, so that no heartbeat waits long
@@ -1497,7 +1512,7 @@ class Manager:
         """The agent that a registration is for, if known, and the id of one it would be a clone of."""
         both = "SELECT * FROM agents a JOIN contacts c ON c.agent = a.key "
         if caller.role == "agent":
-            row = db.execute(both + "WHERE a.id = ?", (caller.agent_id,)).fetchone()
+            row = db.execute(both + "WHERE a.key = ?", (caller.agent and caller.agent.key,)).fetchone()
             if row is None:
                 raise Unauthorized("the token is wrong, or its agent was deregistered")
             return row, None
@@ -1527,18 +1542,22 @@ class Manager:
                 return agent_id
 
     def heartbeat(self, agent_id: str, *, uptime: float | None = None, cpu: float | None = None,
-                  memory: float | None = None, version: str | None = None, policy_version: int | None = None) -> Beat:
+                  memory: float | None = None, version: str | None = None, policy_version: int | None = None,
+                  caller: Caller = LOCAL) -> Beat:
         """Hear that an agent is alive: `uptime` in s, `cpu` and `memory` in percent; None keeps the last value.
 
         Raises NotFound.
         """
         now = self.now()
-        told = (now.tick_ms, now.wall_ms, uptime, cpu, memory, agent_id, now.tick_ms - self.liveness.stale_after_ms)
+        online_from = now.tick_ms - self.liveness.stale_after_ms
         with self.store.transaction(durable=False) as db:
+            agent = caller.agent if caller.agent and caller.agent.id == agent_id else self._identity(db, "id", agent_id)
+            key = agent.key if agent else None
+            told = (now.tick_ms, now.wall_ms, uptime, cpu, memory, key, online_from)
             if not db.execute(_BEAT, (*told, version, policy_version)).rowcount:
                 self._hear_news(db, now, agent_id, version, policy_version)
                 db.execute(_BEAT, (*told, None, None))
-            row = db.execute(_IN_FORCE, (agent_id,)).fetchone()
+            row = db.execute(_IN_FORCE, (agent and agent.org_id, agent_id, key)).fetchone()
             self.heartbeats += 1
         in_force = [(version, ()) for version in row[1:] if version]
         return Beat(agent_id, Status.ONLINE, now.wall_ms, resolve(in_force, row[0]).pending if in_force else 0)
@@ -1551,8 +1570,8 @@ class Manager:
         self._contact(db, now, row)
         if version not in (None, row["version"]):
             db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, row["key"]))
-            self.store.journal(now.wall_ms, "agent_updated", Caller("agent", agent_id=agent_id), agent_id,
-                               row["org_id"], {"hostname": row["hostname"],
+            self.store.journal(now.wall_ms, "agent_updated", Caller("agent", agent=Identity(
+                row["key"], agent_id, row["org_id"])), agent_id, row["org_id"], {"hostname": row["hostname"],
                                                "version": {"from": row["version"], "to": version}})
         if policy_version:
             self._acknowledge(db, now, row["key"], policy_version)
@@ -1663,11 +1682,15 @@ class Manager:
             self.store.journal(now.wall_ms, "agent_deregistered", caller, agent_id, row["org_id"],
                                {"hostname": row["hostname"]})
 
-    def holder(self, token_digest: bytes) -> str | None:
-        """The id of the agent to whom the token of this digest was given."""
+    def holder(self, token_digest: bytes) -> Identity | None:
+        """The agent to whom the token of this digest was given."""
         with self.store.read() as db:
-            row = db.execute("SELECT id FROM agents WHERE token_digest = ?", (token_digest,)).fetchone()
-        return row and str(row[0])
+            return self._identity(db, "token_digest", token_digest)
+
+    @staticmethod
+    def _identity(db: sqlite3.Connection, name: str, value: object) -> Identity | None:
+        row = db.execute(f"SELECT key, id, org_id FROM agents WHERE {name} = ?", (value,)).fetchone()
+        return row and Identity(*row)
 
     # Threat events
 
@@ -2319,7 +2342,7 @@ class Api:
             raise Unauthorized("a token is required: Authorization: Bearer …")
         if caller.role not in route.allow:
             raise Forbidden(f"the {caller.role}'s token may not do this")
-        if caller.role == AGENT and path.get("id", caller.agent_id) != caller.agent_id:
+        if caller.agent and path.get("id", caller.agent.id) != caller.agent.id:
             raise Forbidden("an agent's token reaches that agent only")
         return caller
 
@@ -2330,8 +2353,8 @@ class Api:
                 return Caller(ADMIN, address, credential=known.hex()[:8])
         if self._enroller and hmac.compare_digest(self._enroller, token_digest):
             return Caller(ENROLLER, address)
-        agent_id = self.manager.holder(token_digest)
-        return Caller(AGENT, address, agent_id) if agent_id else None
+        agent = self.manager.holder(token_digest)
+        return Caller(AGENT, address, agent) if agent else None
 
     def _limit(self, environ: Mapping[str, Any]) -> str:
         """The client's address, having counted its request. Raises Throttled."""
@@ -2371,9 +2394,13 @@ class Api:
             raise ManagerError(f"body: must be at most {_MOST_BYTES} bytes", status=413)
         raw: bytes = environ["wsgi.input"].read(length) if length > 0 else b""
         kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-        if raw and kind and not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
+        if raw and kind and not _JSON_KIND(kind):
             raise ManagerError("Content-Type: must be application/json", status=415)
         return raw
+
+
+_JSON_KIND = re.compile(r"application/([a-z0-9.-]+\+)?json").fullmatch
+_REQUEST_ID = re.compile(r"[0-9A-Za-z._:-]{1,128}").fullmatch
 
 
 def _as_address(text: str) -> str:
@@ -2388,7 +2415,7 @@ def _as_address(text: str) -> str:
 def request_id(environ: Mapping[str, Any]) -> str:
     """The caller's X-Request-Id, if it is a sane one, else one made for this request."""
     given: str = environ.get("HTTP_X_REQUEST_ID", "")
-    if re.fullmatch(r"[0-9A-Za-z._:-]{1,128}", given):
+    if given and _REQUEST_ID(given):
         return given
     if "manager.request_id" not in environ:
         environ["manager.request_id"] = _uuid4()  # type: ignore[index]
@@ -2396,10 +2423,14 @@ def request_id(environ: Mapping[str, Any]) -> str:
     return made
 
 
+_UUID_4 = 4 << 76 | 2 << 62  # version and variant: RFC 9562, 5.4
+_UUID_RANDOM = ~(15 << 76 | 3 << 62)
+
+
 def _uuid4() -> str:
     """What str(uuid.uuid4()) gives, without an object in between: every heartbeat makes one."""
-    bits = f"{random.getrandbits(128):032x}"
-    return f"{bits[:8]}-{bits[8:12]}-4{bits[13:16]}-{'89ab'[int(bits[16], 16) & 3]}{bits[17:20]}-{bits[20:]}"
+    text = f"{random.getrandbits(128) & _UUID_RANDOM | _UUID_4:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bottle:
@@ -2482,7 +2513,7 @@ def _register(call: Call) -> Reply:
 @endpoint("POST", "/api/agents/:id/heartbeat", "Say that an agent is alive", allow=(AGENT,), body=HEARTBEAT,
           translate=shipped_heartbeat)
 def _heartbeat(call: Call) -> Reply:
-    beat = call.manager.heartbeat(call.path["id"], **call.body)
+    beat = call.manager.heartbeat(call.path["id"], **call.body, caller=call.caller)
     return success({"id": beat.id, "status": beat.status, "lastHeartbeat": iso(beat.at_ms),
                     "pendingPolicies": beat.pending_policies}, headers=call.api.beat_headers)
 
@@ -2560,7 +2591,7 @@ def _agent_policy(call: Call) -> Reply:
 @endpoint("GET", "/api/rules/latest", "Fetch the text of the `custom` rules in force, as the shipped agent does",
           allow=(AGENT,))
 def _latest_rules(call: Call) -> Reply:
-    rules = call.manager.custom_rules(call.caller.agent_id)
+    rules = call.manager.custom_rules(call.caller.agent and call.caller.agent.id)
     return success({"rules": rules}, beside={"rules": rules})
 
 
@@ -2837,7 +2868,6 @@ class ManualClock:
 
 
 Environ = dict[str, Any]
-Answer = tuple[str, list[tuple[str, str]], bytes]  # status line, headers, body
 Application = Callable[[Environ, Any], Iterable[bytes]]
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -2856,6 +2886,8 @@ ACCEPTS_PER_TURN = 128
 LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 FRAMING = frozenset({"connection", "content-length", "server"})  # headers that waitress looks at itself
 LANE_BYTES = 8 * KIB  # a longer request is a worker's to parse
+_STATUS_LINES = {each.value: f"{each.value} {each.phrase}" for each in http.HTTPStatus}
+_CLOSE = "Connection: close\r\n"
 _PRINTABLE = bytes(range(32, 127))
 READ, WRITE = select.POLLIN, select.POLLOUT  # epoll uses the same numbers
 
@@ -2951,16 +2983,15 @@ class SocketMap(dict[int, Any]):
     def settle(self, channel: Any) -> None:
         """Send what can be sent at once, then wait for what the channel now wants."""
         fd: int = channel._fileno
-        if fd in self and channel.writable():
+        if fd in self and (writes := channel.writable()):
             wasyncore.write(channel)
+            writes = channel.writable()
         if channel._fileno not in self:  # closed, by this or before
             return
         wanted = self._interest[fd] & READ  # withdrawn only if it fires unwanted: saves two calls per request
         if not wanted and channel.readable():
             wanted = READ
-        if channel.writable():
-            wanted |= WRITE
-        self._watch(fd, wanted)
+        self._watch(fd, wanted | WRITE if writes else wanted)
 
     def _watch(self, fd: int, wanted: int) -> None:
         if wanted != self._interest[fd]:
@@ -2998,37 +3029,11 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             self.expect_continue = False  # else it is told to go on, and its answer forgotten
 
 
-def plain_headers(head: bytes) -> Environ | None:
-    """What the WSGI environment has of a request's headers, if they are of the plain form that clients use.
-
-    None for any other, which waitress will judge. Two readings of one request are safe as long as this one takes
-    nothing that the other would refuse or read in another way.
-    """
-    if head.translate(None, _PRINTABLE) != b"\r\n" * head.count(b"\r\n"):
-        return None
-    environ: Environ = {}
-    for line in head.decode("ascii").split("\r\n"):
-        name, _, value = line.partition(":")
-        key = _environ_key(name)
-        if key is None or key in environ:
-            return None
-        environ[key] = value.strip(" ")
-    return environ
-
-
-@functools.lru_cache(maxsize=256)
-def _environ_key(name: str) -> str | None:
-    """What WSGI calls a header; None if there is more to it."""
-    key = name.upper().replace("-", "_")
-    if not re.fullmatch("[0-9A-Za-z-]+", name) or key in ("TRANSFER_ENCODING", "EXPECT"):
-        return None
-    return rename_headers.get(key) or "HTTP_" + key
-
-
 class Task(WSGITask):  # type: ignore[misc]
     """A request being answered by the application."""
 
     content_length: int | None = None
+    response_headers: list[tuple[str, str]]
 
     def get_environment(self) -> Environ:
         environ: Environ = super().get_environment()
@@ -3085,13 +3090,14 @@ class ErrorReply(ErrorTask):  # type: ignore[misc]
         error, sent = self.request.error, getattr(self.request, "headers", {})
         if error.code == 413:
             error.body = f"body: must be at most {_MOST_BYTES} bytes"
-        self.status, headers, body = self.channel.server.site.error_reply(error.code, error.body, {
-            "wsgi.url_scheme": getattr(self.request, "url_scheme", "http"), "REMOTE_ADDR": self.channel.addr[0],
+        reply = self.channel.server.site.error_reply(error.code, error.body, {
+            "wsgi.url_scheme": self.channel.scheme, "REMOTE_ADDR": self.channel.addr[0],
             **{f"HTTP_{name}": sent.get(name, "") for name in ("X_REQUEST_ID", "ORIGIN", "X_FORWARDED_PROTO")}})
-        self.response_headers = [*headers, *getattr(error, "headers", ())]
-        self.content_length = len(body)
+        self.status = _STATUS_LINES[reply.status]
+        self.response_headers = [*reply.headers, *getattr(error, "headers", ())]
+        self.content_length = len(reply.body)
         self.set_close_on_finish()
-        self.write(b"" if getattr(self.request, "command", "") == "HEAD" else body)
+        self.write(b"" if getattr(self.request, "command", "") == "HEAD" else reply.body)
 
 
 # The channel
@@ -3106,7 +3112,7 @@ class Phase(enum.Enum):
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """One connection. Only the loop receives and closes; whoever sends holds outbuf_lock."""
+    """One connection. Only the loop receives and closes; whoever sends holds `sending`."""
 
     parser_class, task_class, error_task_class = Request, Task, ErrorReply
     phase = Phase.HTTP
@@ -3117,18 +3123,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     handshake_writes = False
     postponed = False  # its next request waits until the client has taken the answers before
     tolerance = 0  # bytes that may still be dropped
+    scheme = "http"
     held = b""  # of a request for the lane that has not arrived whole
     began, taken = 0.0, 0  # the request being received
 
     def __init__(self, server: Listener, sock: socket.socket, addr: Any, adj: Any, map: SocketMap) -> None:
         super().__init__(server, sock, addr, adj, map=map)
+        self.sending = threading.RLock()
+        self.outbuf_lock = threading.Condition(self.sending)  # waitress' name for it, and a longer way there
         if server.site.tls_context is not None:
             self.phase = Phase.FIRST_BYTE
 
     # What the loop asks
 
     def readable(self) -> bool:
-        return bool(super().readable()) if self.phase is Phase.HTTP else not self.will_close
+        busy = self.requests or self.total_outbufs_len or self.close_when_flushed
+        return not (self.will_close or (busy and self.phase is Phase.HTTP))
 
     def writable(self) -> bool:
         if self.requests and not self.postponed:  # quiet: a worker is writing, and will say when it has finished
@@ -3157,32 +3167,28 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self._choose()
         if self.phase is Phase.HANDSHAKE:
             self._handshake()
-        if self.phase in (Phase.FIRST_BYTE, Phase.HANDSHAKE) or not self.connected:
-            return
-        data = self.recv(self.adj.recv_bytes)
-        if not data:
-            return
         if self.phase is Phase.HTTP:
-            self.last_activity = time.time()
-            self.received(data)
-        else:
-            self.tolerance -= len(data)
+            if self.connected and (data := self.recv(self.adj.recv_bytes)):
+                self.received(data)
+        elif self.phase is not Phase.FIRST_BYTE and self.phase is not Phase.HANDSHAKE:
+            self.tolerance -= len(self.recv(self.adj.recv_bytes))
             if self.tolerance < 0:
                 self.handle_close()
 
     def received(self, data: bytes) -> bool:
-        if self.request is None and not self.requests:
-            if not self.held:
-                self.began = self.last_activity
-            data, self.held = self.held + data, b""
-            if self.server.site.take(self, data):
-                return True
+        self.last_activity = time.time()
         before = self.request
-        result = bool(super().received(data))
+        if before is None and not self.requests:
+            if not self.held:
+                self.began, self.taken = self.last_activity, 0
+            data, self.held = self.held + data, b""
+            if not self.refusal and self.server.site.lane.take(self, data):
+                return True
+        super().received(data)
         if self.request is not before:
             self.began, self.taken = self.last_activity, 0
         self.taken += len(data)
-        return result
+        return True
 
     def handle_write(self) -> None:
         if self.phase is Phase.HANDSHAKE:
@@ -3200,7 +3206,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self._linger()
 
     def handle_close(self) -> None:
-        with self.outbuf_lock:
+        with self.sending:
             stream, self.stream = self.stream, None
             super().handle_close()
         if stream is not None:
@@ -3214,6 +3220,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             if first == b"\x16":
                 self.socket = site.tls_context.wrap_socket(
                     self.socket, server_side=True, do_handshake_on_connect=False)
+                self.scheme = "https"
                 self.sendbuf_len = SEND_BYTES  # OpenSSL wants a send that must wait repeated whole
                 self.phase = Phase.HANDSHAKE
             elif first:
@@ -3244,7 +3251,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Close our half and let the client finish its own, within bounds."""
         self.close_when_flushed = False
         self.phase, self.tolerance, self.last_activity = Phase.LINGER, LINGER_BYTES, time.time()
-        with self.outbuf_lock:
+        with self.sending:
             if isinstance(self.socket, ssl.SSLSocket):
                 with contextlib.suppress(OSError, ValueError):
                     self.socket.unwrap()  # sends close_notify; nobody waits for the client's
@@ -3257,7 +3264,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def recv(self, size: int) -> bytes:
         """What has arrived; nothing if there is nothing, or the client is gone and the channel closed."""
-        with self.outbuf_lock:
+        with self.sending:
             try:
                 data: bytes = self.socket.recv(size)
             except LATER:
@@ -3279,7 +3286,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def write_now(self, data: bytes, closing: bool) -> None:
         """Send in the loop, keeping only what the client cannot take yet."""
-        with self.outbuf_lock:
+        with self.sending:
             sent = self.send(data) if self.connected else len(data)
             if sent < len(data):
                 self.write_soon(data[sent:])
@@ -3288,7 +3295,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self._map.soon(self._map.settle, self)
 
     def _flush_some(self, do_close: bool = True) -> bool:
-        with self.outbuf_lock:
+        with self.sending:
             flushed = self.connected and bool(super()._flush_some(do_close))
             if not do_close and (self.total_outbufs_len or self.will_close):  # a worker needs the loop's help
                 self._map.soon(self._map.settle, self)
@@ -3311,7 +3318,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             del self.requests[1:]
         self.chunked = chunked
         environ["manager.stream"].start(self)
-        with self.outbuf_lock:
+        with self.sending:
             if not self.connected:
                 raise ClientDisconnected
             self.stream = environ.pop("manager.stream")
@@ -3328,12 +3335,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def end(self) -> None:
         """End a stream as its reader expects it."""
-        with self.outbuf_lock:
+        with self.sending:
             self._say(b"0\r\n\r\n" if self.chunked else b"")
             self.close_when_flushed = True
 
     def _say(self, data: bytes) -> bool:
-        with self.outbuf_lock:
+        with self.sending:
             if not self.connected or self.close_when_flushed or self.phase is Phase.LINGER:
                 return False
             if self.total_outbufs_len + len(data) > STREAM_BACKLOG:
@@ -3345,6 +3352,91 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.total_outbufs_len += len(data)
         self._map.soon(self._map.settle, self)
         return True
+
+
+# The lane
+
+
+class Lane:
+    """Requests of one kind that are answered in the loop, all of one turn by one call.
+
+    line(data): matches their request line and its CRLF, naming its `path`.
+    answer(environs): a reply to each, in order, once all of them are safe; be short.
+    closed(): whether workers are to answer them just now.
+
+    It takes requests in the plain form that clients use, whole or with their body on the way. All others are left to
+    waitress; so what it takes must be read as waitress reads it, but need not be all that waitress takes.
+    """
+
+    def __init__(self, line: Callable[[bytes], re.Match[bytes] | None],
+                 answer: Callable[[list[Environ]], Sequence[Reply]], closed: Callable[[], bool]) -> None:
+        self._line, self._answer, self._closed = line, answer, closed
+        self._waiting: list[tuple[Channel, Environ]] = []
+
+    def take(self, channel: Channel, data: bytes) -> bool:
+        """Take a request, or leave what has arrived of it in `channel.held`; false if it is not for the lane."""
+        line = self._line(data)
+        end = data.find(b"\r\n\r\n")
+        if not line or end < line.end() or len(data) > LANE_BYTES or channel.total_outbufs_len or self._closed():
+            return False
+        environ = self._headers(data[line.end():end])
+        if environ is None or "," in environ.get("HTTP_HOST", ","):
+            return False
+        body, length = data[end + 4:], environ.get("CONTENT_LENGTH", "0")
+        if not length.isdecimal() or not len(body) <= int(length) <= LANE_BYTES:
+            return False
+        if len(body) < int(length):
+            channel.held = data
+            return True
+        environ["REQUEST_METHOD"] = "POST"
+        environ["PATH_INFO"] = line["path"].decode("ascii")
+        environ["QUERY_STRING"] = ""
+        environ["REMOTE_ADDR"] = channel.addr[0]
+        environ["wsgi.url_scheme"] = channel.scheme
+        environ["wsgi.input"] = io.BytesIO(body)
+        if not self._waiting:
+            channel._map.soon(self._serve)
+        self._waiting.append((channel, environ))
+        return True
+
+    @staticmethod
+    def _headers(head: bytes) -> Environ | None:
+        """What WSGI calls these headers, if nothing about them needs a second look."""
+        if head.translate(None, _PRINTABLE) != b"\r\n" * head.count(b"\r\n"):
+            return None
+        environ: Environ = {}
+        for line in head.decode("ascii").split("\r\n"):
+            name, _, value = line.partition(":")
+            key = _environ_key(name)
+            if key is None or key in environ:
+                return None
+            environ[key] = value.strip(" ")
+        return environ
+
+    def _serve(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        site = waiting[0][0].server.site
+        try:
+            replies = self._answer([environ for _, environ in waiting])
+        except Exception:
+            log.exception("the lane failed")
+            replies = [site.error_reply(500, "internal error", {})] * len(waiting)
+        date = http_date(int(time.time()))
+        for (channel, environ), reply in zip(waiting, replies, strict=True):
+            closing = site.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
+            lines = "".join([f"{name}: {value}\r\n" for name, value in reply.headers])
+            channel.write_now(
+                f"HTTP/1.1 {_STATUS_LINES[reply.status]}\r\n{_CLOSE * closing}Content-Length: {len(reply.body)}\r\n"
+                f"Date: {date}\r\n{lines}\r\n".encode("latin-1") + reply.body, closing)
+
+
+@functools.lru_cache(maxsize=256)
+def _environ_key(name: str) -> str | None:
+    """What WSGI calls a header; None for one that may mean more than it says."""
+    key = name.upper().replace("-", "_")
+    if not re.fullmatch("[0-9A-Za-z-]+", name) or key in ("TRANSFER_ENCODING", "EXPECT"):
+        return None
+    return rename_headers.get(key) or "HTTP_" + key
 
 
 # The loop and its owner
@@ -3412,8 +3504,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             return
         if channel.refusal is not None:
             request.error = channel.refusal
-        if isinstance(channel.socket, ssl.SSLSocket):
-            request.url_scheme = "https"
+        request.url_scheme = channel.scheme
         if request.error is not None:
             self._map.soon(channel.service)
         else:
@@ -3431,19 +3522,6 @@ def raise_descriptor_limit() -> int:
     return 65536 if soft == resource.RLIM_INFINITY else soft
 
 
-class Lane(NamedTuple):
-    """Requests that are answered in the loop, all of one turn by one call.
-
-    line(data): matches the request line and its CRLF, naming its `method` and `path`.
-    closed(): whether workers are to answer them just now.
-    serve(environs): one answer each, in order, once all of them are safe; be short.
-    """
-
-    line: Callable[[bytes], re.Match[bytes] | None]
-    closed: Callable[[], bool]
-    serve: Callable[[list[Environ]], Sequence[Answer]]
-
-
 class WebServer:
     """Serves a WSGI application from one loop thread and a few workers, between start() and stop().
 
@@ -3456,7 +3534,7 @@ class WebServer:
     """
 
     def __init__(
-        self, application: Application, config: Config, *, error_reply: Callable[[int, str, Environ], Answer],
+        self, application: Application, config: Config, *, error_reply: Callable[[int, str, Environ], Reply],
         lane: Lane,
         tls_context: ssl.SSLContext | None, plaintext_allowed: Callable[[str], bool], streams: Streams,
         on_death: Callable[[], None],
@@ -3470,7 +3548,6 @@ class WebServer:
             max_request_header_size=MAX_HEADERS, recv_bytes=SEND_BYTES)
         self.settings.channel_timeout = IDLE_S  # there it would be cut to whole seconds,
         self.settings.send_bytes = SEND_BYTES  # and this would warn
-        self._waiting: list[tuple[Channel, Environ]] = []  # for the lane
         self.stopping = False
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -3480,7 +3557,6 @@ class WebServer:
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.connection_limit = max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
         self.stopping, self.error = False, None
-        self._waiting.clear()
         self.sockets = SocketMap()
         self.workers = Workers(self.settings.threads)
         self.listeners: list[Listener] = []
@@ -3513,48 +3589,6 @@ class WebServer:
 
     def channels(self) -> list[Channel]:
         return [channel for listener in self.listeners for channel in listener.active_channels.values()]
-
-    def take(self, channel: Channel, data: bytes) -> bool:
-        """Take a request for the lane, or leave in `channel.held` what has arrived of it; false for any other."""
-        match, end = self.lane.line(data), data.find(b"\r\n\r\n")
-        if not match or len(data) > LANE_BYTES or channel.refusal or channel.total_outbufs_len or self.lane.closed():
-            return False
-        environ = plain_headers(data[match.end():end]) if end >= match.end() else None
-        if environ is None or "," in environ.get("HTTP_HOST", ","):
-            return False
-        length, body = environ.get("CONTENT_LENGTH", "0"), data[end + 4:]
-        if not length.isdecimal() or not len(body) <= int(length) <= LANE_BYTES \
-                or environ.get("HTTP_CONNECTION", "close").lower() not in ("close", "keep-alive"):
-            return False
-        if len(body) < int(length):
-            channel.held = data
-            return True
-        environ.update({
-            "REQUEST_METHOD": match["method"].decode(), "PATH_INFO": match["path"].decode(), "QUERY_STRING": "",
-            "REMOTE_ADDR": channel.addr[0], "wsgi.input": io.BytesIO(body),
-            "wsgi.url_scheme": "https" if isinstance(channel.socket, ssl.SSLSocket) else "http"})
-        if not self._waiting:
-            self.sockets.soon(self._serve_lane)
-        self._waiting.append((channel, environ))
-        return True
-
-    def _serve_lane(self) -> None:
-        """Answer all requests now waiting in the lane by one call."""
-        waiting, self._waiting = self._waiting, []
-        environs = [environ for _, environ in waiting]
-        try:
-            answers = self.lane.serve(environs)
-            if len(answers) != len(waiting):
-                raise RuntimeError(f"{len(answers)} answers to {len(waiting)} requests")
-        except Exception:
-            log.exception("the lane failed")
-            answers = [self.error_reply(500, "internal error", {})] * len(waiting)
-        date = http_date(int(time.time()))
-        for (channel, environ), (status, headers, body) in zip(waiting, answers, strict=True):
-            closing = self.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
-            lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-            head = f"HTTP/1.1 {status}\r\n{'Connection: close' + chr(13) + chr(10) if closing else ''}Content-Length: {len(body)}\r\nDate: {date}\r\n{lines}\r\n"
-            channel.write_now(head.encode("latin-1") + body, closing)
 
     def _run(self) -> None:
         next_cleanup = time.monotonic() + CLEANUP_S
@@ -3740,8 +3774,8 @@ class Server:
             follower.join()
 
         self._web = WebServer(
-            app, config, error_reply=lambda *refusal: _answer(self._api.refuse(*refusal)),
-            lane=Lane(_HEARTBEAT_LINE, lambda: bool(self.faults), self._lane), tls_context=self._tls(folder),
+            app, config, error_reply=self._api.refuse,
+            lane=Lane(_HEARTBEAT_LINE, self._lane, lambda: bool(self.faults)), tls_context=self._tls(folder),
             plaintext_allowed=self._plaintext_allowed, streams=self._streams, on_death=lambda: self.on_death())
         follower.start()
         undo.callback(stop_following)
@@ -3757,7 +3791,7 @@ class Server:
         self.url = (f"http{'s' * bool(self._web.tls_context)}://" + (f"[{host}]" if ":" in host else host)
                     + f":{self._web.port}")
 
-    def _lane(self, environs: list[dict[str, Any]]) -> list[Answer]:
+    def _lane(self, environs: list[dict[str, Any]]) -> list[Reply]:
         """Answer the heartbeats of one pass of the loop, all in one transaction."""
         replies: list[Reply] = []
         try:
@@ -3768,7 +3802,7 @@ class Server:
             for _ in environs[len(replies):]:
                 self._api.latencies.observe(_HEARTBEAT_ROUTE.method, _HEARTBEAT_ROUTE.path, error.status, 0.0)
             replies = [self._api.finish(failure(error), environ) for environ in environs]
-        return [_answer(reply) for reply in replies]
+        return replies
 
     def _plaintext_allowed(self, address: str) -> bool:
         return self.config.tls != "require" and (_is_loopback(address) or self._api.is_proxy(address))
@@ -3803,13 +3837,7 @@ class Server:
 
 
 _HEARTBEAT_ROUTE = next(each for each in ENDPOINTS if each.serve is _heartbeat)
-_HEARTBEAT_LINE = re.compile(rb"(?P<method>POST) (?P<path>/api/agents/[0-9A-Za-z_-]+/heartbeat) HTTP/1\.1\r\n").match
-_STATUS_LINES = {each.value: f"{each.value} {each.phrase}" for each in http.HTTPStatus}
-
-
-def _answer(reply: Reply) -> Answer:
-    """A reply as bottle would word it."""
-    return _STATUS_LINES[reply.status], list(reply.headers), reply.body
+_HEARTBEAT_LINE = re.compile(rb"POST (?P<path>/api/agents/[0-9A-Za-z_-]+/heartbeat) HTTP/1\.1\r\n").match
 
 
 def _is_loopback(host: str) -> bool:
