@@ -57,7 +57,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
@@ -1018,6 +1018,41 @@ _FAULTS = (
 )
 
 
+class _Queue(contextlib.AbstractContextManager[None]):
+    """A lock that is had in the order of asking: whoever takes it again and again delays others by one turn each."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = False
+        self._turns: deque[threading.Lock] = deque()  # of those who wait
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._taken:
+                self._taken = True
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._turns.append(turn)
+        try:
+            turn.acquire()
+        except BaseException:  # a signal's: what nobody waits for any more must not be handed on to them
+            with self._lock:
+                had = turn not in self._turns
+                if not had:
+                    self._turns.remove(turn)
+            if had:
+                self.__exit__()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            if self._turns:
+                self._turns.popleft().release()
+            else:
+                self._taken = False
+
+
 class _Joined(contextlib.AbstractContextManager[sqlite3.Connection]):
     """Use of a transaction that this thread is within already; what fails here fails the whole of it."""
 
@@ -1044,7 +1079,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listeners: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
+        self._lock = _Queue()
         self._owner: int | None = None  # the thread within a transaction
         self._joined = _Joined(self)
         self._synchronous = ""
@@ -1131,7 +1166,7 @@ class Store:
             db.executescript(f"BEGIN IMMEDIATE; {statements}; PRAGMA application_id = {_APPLICATION_ID}; "
                              f"PRAGMA user_version = {number}; COMMIT;")
         db.executescript(
-            f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 80000; "
+            f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 200000; "
             f"PRAGMA journal_size_limit = {_LONG_LOG_BYTES}; "
             "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
 
@@ -1299,9 +1334,9 @@ _IN_FORCE = """
     FROM contacts WHERE agent = ?"""
 _TIMER_MS = 1000  # the timer runs at least as often
 _STILL_MS = 500  # lateness of the timer that is no more than the machine's being busy
-_SWEEP_STEP = 500  # agents announced in one transaction: a few ms, so that no heartbeat waits long
+_SWEEP_STEP = 2000  # agents announced in one transaction: some 30 ms, so that no heartbeat waits long
 _SILENT = "announced != 'online'"  # said in so many words, or SQLite does not use the index of the silent
-_SWEEP_READ = 10 * _SWEEP_STEP
+_SWEEP_READ = 50 * _SWEEP_STEP
 _PURGE_STEP = 25    # rows removed in one transaction: each is a page in every index
 _LISTED = 100      # events that one event lists as correlated with it, at most
 _LOOKED_AT = 2000  # events of one indicator within the window that are looked at, the latest first
@@ -1397,15 +1432,17 @@ class Manager:
                  f"ORDER BY seen_ms LIMIT {_SWEEP_READ}"
         due: list[tuple[int, int, str]] = []
         with self.store.read() as db:
+            rows = db.cursor()
+            rows.row_factory = None  # plain tuples
             if now.tick_ms > self._none_due_until_ms:
-                due += map(tuple, db.execute(select.format("announced = 'online'"),
-                                           (self.liveness.stale_after_ms, "stale", online_from)))
+                due += rows.execute(select.format("announced = 'online'"),
+                                    (self.liveness.stale_after_ms, "stale", online_from))
                 if not due:
-                    (seen_ms,) = db.execute("SELECT min(seen_ms) FROM contacts WHERE announced = 'online'").fetchone()
+                    (seen_ms,) = rows.execute("SELECT min(seen_ms) FROM contacts WHERE announced = 'online'").fetchone()
                     self._none_due_until_ms = self.liveness.stale_after_ms + (
                         now.tick_ms if seen_ms is None else seen_ms)
-            due += map(tuple, db.execute(select.format(f"{_SILENT} AND announced = 'stale'"),
-                                         (self.liveness.offline_after_ms, "offline", stale_from)))
+            due += rows.execute(select.format(f"{_SILENT} AND announced = 'stale'"),
+                                (self.liveness.offline_after_ms, "offline", stale_from))
         due.sort()
         # An agent made stale here may be due to go offline before a later one of these: stop before that.
         gap_ms = self.liveness.offline_after_ms - self.liveness.stale_after_ms
@@ -1551,30 +1588,31 @@ class Manager:
         now = self.now()
         online_from = now.tick_ms - self.liveness.stale_after_ms
         with self.store.transaction(durable=False) as db:
-            agent = caller.agent if caller.agent and caller.agent.id == agent_id else self._identity(db, "id", agent_id)
-            key = agent.key if agent else None
+            agent = caller.agent
+            if agent is None or agent.id != agent_id:
+                agent = _identity(self._row(db, now, agent_id))
+            key, _, org_id = agent
             told = (now.tick_ms, now.wall_ms, uptime, cpu, memory, key, online_from)
             if not db.execute(_BEAT, (*told, version, policy_version)).rowcount:
-                self._hear_news(db, now, agent_id, version, policy_version)
+                self._hear_news(db, now, agent, version, policy_version)
                 db.execute(_BEAT, (*told, None, None))
-            row = db.execute(_IN_FORCE, (agent and agent.org_id, agent_id, key)).fetchone()
+            acknowledged, *versions = db.execute(_IN_FORCE, (org_id, agent_id, key)).fetchone()
             self.heartbeats += 1
-        in_force = [(version, ()) for version in row[1:] if version]
-        return Beat(agent_id, Status.ONLINE, now.wall_ms, resolve(in_force, row[0]).pending if in_force else 0)
+        in_force = [(version, ()) for version in versions if version]
+        return Beat(agent_id, Status.ONLINE, now.wall_ms, resolve(in_force, acknowledged).pending if in_force else 0)
 
-    def _hear_news(self, db: sqlite3.Connection, now: Moment, agent_id: str, version: str | None,
+    def _hear_news(self, db: sqlite3.Connection, now: Moment, agent: Identity, version: str | None,
                    policy_version: int | None) -> None:
         if self._watched_ms is not None:  # the timer may not have woken yet after a sleep
             self.keep_watch(now.tick_ms - self._watched_ms - _TIMER_MS)
-        row = self._row(db, now, agent_id)
+        row = self._row(db, now, agent.id)
         self._contact(db, now, row)
         if version not in (None, row["version"]):
-            db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, row["key"]))
-            self.store.journal(now.wall_ms, "agent_updated", Caller("agent", agent=Identity(
-                row["key"], agent_id, row["org_id"])), agent_id, row["org_id"], {"hostname": row["hostname"],
-                                               "version": {"from": row["version"], "to": version}})
+            db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, agent.key))
+            self.store.journal(now.wall_ms, "agent_updated", Caller("agent", agent=agent), agent.id, agent.org_id, {
+                "hostname": row["hostname"], "version": {"from": row["version"], "to": version}})
         if policy_version:
-            self._acknowledge(db, now, row["key"], policy_version)
+            self._acknowledge(db, now, agent.key, policy_version)
 
     def _acknowledge(self, db: sqlite3.Connection, now: Moment, key: int, version: int) -> None:
         """Take a version as acknowledged unless it is older than the last one or was never issued."""
@@ -1685,12 +1723,8 @@ class Manager:
     def holder(self, token_digest: bytes) -> Identity | None:
         """The agent to whom the token of this digest was given."""
         with self.store.read() as db:
-            return self._identity(db, "token_digest", token_digest)
-
-    @staticmethod
-    def _identity(db: sqlite3.Connection, name: str, value: object) -> Identity | None:
-        row = db.execute(f"SELECT key, id, org_id FROM agents WHERE {name} = ?", (value,)).fetchone()
-        return row and Identity(*row)
+            row = db.execute("SELECT key, id, org_id FROM agents WHERE token_digest = ?", (token_digest,)).fetchone()
+        return row and _identity(row)
 
     # Threat events
 
@@ -1979,6 +2013,10 @@ class Manager:
         return {Status.ONLINE: total - sum(counts.values()), **counts}
 
 
+def _identity(row: sqlite3.Row) -> Identity:
+    return Identity(row["key"], row["id"], row["org_id"])
+
+
 def _scopes(org_id: str | None, agent_id: str | None) -> list[str]:
     """The scopes whose policies reach an agent, or an organization's agents, from the widest to the narrowest."""
     return ["all"] + [f"org:{org_id}"] * bool(org_id) + [f"agent:{agent_id}"] * bool(agent_id)
@@ -2132,18 +2170,16 @@ class Latencies:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[tuple[str, str, str]] = Counter()
-        self._buckets: dict[str, list[int]] = {}
-        self._sums_s: Counter[str] = Counter()
+        self._counts: defaultdict[tuple[str, str, int], int] = defaultdict(int)
+        self._buckets: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(self.BOUNDS_S) + 1))
+        self._sums_s: defaultdict[str, float] = defaultdict(float)
 
     def observe(self, method: str, route: str, status: int, duration_s: float) -> None:
         """Count one answered request."""
         with self._lock:
-            self._counts[method, route, f"{status // 100}xx"] += 1
-            if route not in self._buckets:
-                self._buckets[route] = [0] * (len(self.BOUNDS_S) + 1)
+            self._counts[method, route, status // 100] += 1
             self._buckets[route][bisect.bisect_left(self.BOUNDS_S, duration_s)] += 1
-            self._sums_s[route] += duration_s  # type: ignore[assignment]
+            self._sums_s[route] += duration_s
 
     def families(self) -> Iterator[tuple[str, str, str, list[tuple[str, float]]]]:
         """The counts as rows for `Api.metrics()`."""
@@ -2151,8 +2187,8 @@ class Latencies:
             counts, sums_s = dict(self._counts), dict(self._sums_s)
             buckets = {route: list(row) for route, row in self._buckets.items()}
         yield "http_requests_total", "counter", "Requests answered.", [
-            (f'{{method="{method}",route="{route}",status="{status}"}}', count)
-            for (method, route, status), count in sorted(counts.items())]
+            (f'{{method="{method}",route="{route}",status="{hundreds}xx"}}', count)
+            for (method, route, hundreds), count in sorted(counts.items())]
         samples: list[tuple[str, float]] = []
         for route, row in sorted(buckets.items()):
             upper = [f"{bound:g}" for bound in self.BOUNDS_S] + ["+Inf"]
@@ -2393,13 +2429,13 @@ class Api:
         if length > _MOST_BYTES:
             raise ManagerError(f"body: must be at most {_MOST_BYTES} bytes", status=413)
         raw: bytes = environ["wsgi.input"].read(length) if length > 0 else b""
-        kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-        if raw and kind and not _JSON_KIND(kind):
+        kind = environ.get("CONTENT_TYPE")
+        if raw and kind and kind != "application/json" and not _JSON_KIND(kind):
             raise ManagerError("Content-Type: must be application/json", status=415)
         return raw
 
 
-_JSON_KIND = re.compile(r"application/([a-z0-9.-]+\+)?json").fullmatch
+_JSON_KIND = re.compile(r"\s*(application/([a-z0-9.-]+\+)?json\s*)?(;.*)?", re.IGNORECASE).fullmatch
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._:-]{1,128}").fullmatch
 
 
