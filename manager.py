@@ -1337,7 +1337,7 @@ _STILL_MS = 500  # lateness of the timer that is no more than the machine's bein
 _SWEEP_STEP = 2000  # agents announced in one transaction: some 30 ms, so that no heartbeat waits long
 _SILENT = "announced != 'online'"  # said in so many words, or SQLite does not use the index of the silent
 _SWEEP_READ = 50 * _SWEEP_STEP
-_PURGE_STEP = 25    # rows removed in one transaction: each is a page in every index
+_PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
 _LISTED = 100      # events that one event lists as correlated with it, at most
 _LOOKED_AT = 2000  # events of one indicator within the window that are looked at, the latest first
 
@@ -3442,9 +3442,9 @@ class Lane:
             return None
         environ: Environ = {}
         for line in head.decode("ascii").split("\r\n"):
-            name, _, value = line.partition(":")
+            name, colon, value = line.partition(":")
             key = _environ_key(name)
-            if key is None or key in environ:
+            if not colon or key is None or key in environ:
                 return None
             environ[key] = value.strip(" ")
         return environ

@@ -762,6 +762,65 @@ def test_a_locked_database_is_a_503_until_it_is_free_and_loses_nothing(api: Clie
     assert api.get(path)["cpu"] == 2
 
 
+def test_who_writes_again_and_again_lets_others_write_in_between(server: Server) -> None:
+    store, over, turns = server.manager.store, threading.Event(), []
+
+    def write() -> None:
+        while not over.is_set():
+            with store.transaction(durable=False) as db:
+                turns.append(1)
+                db.execute("SELECT count(*) FROM (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n "
+                           "LIMIT 20000) SELECT i FROM n)").fetchone()
+    greedy, waited = threading.Thread(target=write), []
+    greedy.start()
+    for _ in range(30):
+        before = len(turns)
+        while len(turns) == before:
+            select.select([], [], [], 0.0005)
+        before = len(turns)
+        with store.transaction(durable=False):
+            waited.append(len(turns) - before)
+    over.set()
+    greedy.join()
+    assert max(waited) <= 1, waited
+
+
+def test_who_is_interrupted_while_waiting_to_write_leaves_the_others_their_turns(server: Server) -> None:
+    store, done = server.manager.store, []
+    mine, entered, go = threading.get_ident(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.transaction():
+            entered.set()
+            signal.pthread_kill(mine, signal.SIGUSR1)
+            assert go.wait(LIMIT_S)
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise InterruptedError
+
+    def write() -> None:
+        server.manager.register(**AGENT)
+        done.append(1)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        holder = threading.Thread(target=hold)
+        with pytest.raises(InterruptedError):
+            holder.start()
+            assert entered.wait(LIMIT_S)
+            with store.transaction():
+                raise AssertionError("there are two at once")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    others = [threading.Thread(target=write) for _ in range(3)]
+    for each in others:
+        each.start()
+    assert not done
+    go.set()
+    for each in (holder, *others):
+        each.join(LIMIT_S)
+    assert len(done) == 3 and server.manager.register(**AGENT)
+
+
 def test_heartbeats_to_a_locked_database_keep_nobody_waiting(server: Server) -> None:
     agent = Client(server).register()
     beat = ("POST", f"/api/agents/{agent['id']}/heartbeat", {"cpu": 1}, agent["token"])
@@ -3584,6 +3643,48 @@ def test_the_lane_needs_no_worker(launch: Launch, monkeypatch: pytest.MonkeyPatc
 
 
 @everywhere
+def test_the_lane_serves_heartbeats_that_arrive_in_any_two_pieces(
+        launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = launch(threads=1)
+    who, wire, other = site.agent(), site.wire(), site.wire()
+    wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    data = beat(who, b'{"cpu": 5}', "X-Request-Id: 000", "Content-Type: application/json")
+    for cut in range(1, len(data)):
+        data = data.replace(b"Id: %03d" % (cut - 1), b"Id: %03d" % cut)
+        wire.send(data[:cut])
+        assert other.call(beat(who)).status == 200  # by now the first piece has been looked at
+        answer = wire.call(data[cut:])
+        assert (answer.status, answer.headers["x-request-id"]) == (200, f"{cut:03d}")
+    busy = site.wire()
+    busy.send(site.hold(monkeypatch))
+    assert site.entered.acquire(timeout=LIMIT_S)
+    head, body = data[:-10], data[-10:]
+    for pieces in ((head, body), (head, body[:4], body[4:])):  # a worker is not to be had
+        for piece in pieces[:-1]:
+            wire.send(piece)
+            assert other.call(beat(who)).status == 200
+        assert wire.call(pieces[-1]).status == 200
+    site.gate.set()
+    assert busy.answer().status == 200
+
+
+@everywhere
+def test_what_follows_a_heartbeat_in_pieces_is_served_after_it(launch: Launch) -> None:
+    site = launch()
+    who, wire, other = site.agent(), site.wire(), site.wire()
+    head, rest = beat(who)[:-3], beat(who)[-3:] + request("GET", "/nowhere") + beat(who, b"{")
+    wire.send(head)
+    assert other.call(beat(who)).status == 200
+    wire.send(rest)
+    assert [wire.answer().status for _ in range(3)] == [200, 404, 400]
+    for gone in (wire.close, other.reset):  # a client that leaves in the middle of one
+        site.wire()
+        (wire if gone == wire.close else other).send(head)
+        gone()
+    assert site.wire().call(beat(who)).status == 200
+
+
+@everywhere
 def test_lane_and_route_answer_alike_to_the_byte(launch: Launch) -> None:
     site = launch(enroll_token="enroller", cors_allowed_origins="https://a.example")
     one, other, admin, close = site.agent(), site.agent(), site.server.token, "Connection: close"
@@ -3609,7 +3710,25 @@ def test_lane_and_route_answer_alike_to_the_byte(launch: Launch) -> None:
         beat(one) + beat(one, b"{") + beat(one, b"{}", close),
         request("POST", path, b"", close, "Transfer-Encoding: chunked", token=one.token) + b"2\r\n{}\r\n0\r\n\r\n",
         beat(one, b"{}", close, "Expect: 100-continue"), beat(one, b"{}", close, "Content-Length: 2"),
-        beat(one, b"{}", close).replace(b"POST /", b"POST http://x/"), b"POST " + path.encode() + b"\r\n\r\n"]
+        beat(one, b"{}", close).replace(b"POST /", b"POST http://x/"), b"POST " + path.encode() + b"\r\n\r\n",
+        *(beat(one, b"{}", line, close) for line in (
+            "X-A:1", "X-A:  1 ", "X-A:", "X-A", ": 1", "X A: 1", "X-A : 1", "X-A:\t1\t", " folded: 1", "\tfolded",
+            "X_A: 1", "X-\u00e9: 1", "X-A: \u00e9", "X-A: \x01", "X-A: \x7f", "X-A: \x00", "X-A: a\rb",
+            "X-A: a\nX-B: b", "host: y",
+            "AUTHORIZATION: Bearer x", "content-type: text/plain", "x-request-ID: twice\r\nX-Request-Id: thrice",
+            "X-Forwarded-For: 1.2.3.4", "X-A: " + "x" * 9000, "X-A: 1\r\n" * 200 + "X-B: 2", "Transfer-Encoding: gzip",
+            "Transfer-Encoding:", "Upgrade: websocket", "Trailer: X-A")),
+        *(beat(one, b"{}", f"Connection: {how}") + beat(one, b"{}", close)
+          for how in ("Close", "close ", "keep-alive", "Keep-Alive, TE", "upgrade", "close, x", "")),
+        *(request("POST", path, b"", close, f"Content-Length: {length}", token=one.token) + b"{}"
+          for length in ("2", "002", "+2", "-2", " 2", "2 ", "2, 2", "2.0", "0x2", "\u0662", "", "1", "0", "9" * 30)),
+        *(beat(one, b"{}", close).replace(b"Host: x\r\n", host) for host in (
+            b"", b"Host:\r\n", b"Host: a, b\r\n", b"Host: a\r\nHost: a\r\n")),
+        *(front + beat(one, b"{}", close) for front in (b"\r\n", b"\n", b" ", b"\r\n\r\n", b"\x16")),
+        *(beat(one, b"{}", close).replace(b" HTTP/1.1", version) for version in (
+            b"  HTTP/1.1", b" HTTP/1.1 ", b" http/1.1", b" HTTP/1.2", b" HTTP/2.0", b"\tHTTP/1.1", b"")),
+        beat(one, b"{}", close).replace(b"\r\n", b"\n") + b"\r\n\r\n",
+        beat(one, b"{}", close).replace(b"POST", b"post")]
 
     def served() -> list[bytes]:
         answers = []
@@ -3748,6 +3867,14 @@ def test_heartbeats_that_wait_together_are_one_write(launch: Launch, tmp_path: P
     assert {site.server.manager.agent(who.agent.id).cpu for who, _ in everyone} == {6}
 
 
+def test_a_heartbeat_by_itself_writes_little_to_the_disk(launch: Launch, tmp_path: Path) -> None:
+    site = launch(data_dir=tmp_path)
+    everyone, wire, log = [site.agent() for _ in range(200)], site.wire(), tmp_path / "manager.db-wal"
+    before = log.stat().st_size
+    assert {wire.call(beat(who)).status for who in everyone} == {200}
+    assert 0 < log.stat().st_size - before <= 200 * 1536
+
+
 @everywhere
 def test_no_heartbeat_is_answered_before_its_commit(launch: Launch, tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3872,6 +3999,8 @@ def test_silent_slow_and_idle_clients_are_closed_in_time_while_heartbeats_go_on(
         assert wire.call(request("GET", "/health")).status == 200
     half.send(beat(who)[:40])
     half_body.send(beat(who)[:-1])
+    for wire in dripping[:5]:
+        wire.send(beat(who, b"x" * 3000)[:-3000])
     if site.context:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         with pytest.raises(ssl.SSLWantReadError):
