@@ -973,9 +973,9 @@ MIGRATIONS = (
         seq INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, type TEXT NOT NULL, actor TEXT NOT NULL,
         org_id TEXT, agent_id TEXT, data TEXT NOT NULL);
     CREATE INDEX journal_time ON journal (at_ms);
-    CREATE INDEX journal_agent ON journal (agent_id, seq) WHERE agent_id IS NOT NULL;
-    CREATE INDEX journal_type ON journal (type, seq);
-    CREATE INDEX journal_org ON journal (org_id, seq) WHERE org_id IS NOT NULL;
+    CREATE INDEX journal_agent ON journal (agent_id) WHERE agent_id IS NOT NULL;
+    CREATE INDEX journal_type ON journal (type);
+    CREATE INDEX journal_org ON journal (org_id) WHERE org_id IS NOT NULL;
     CREATE TABLE threats (           -- outlives its agent, hence hostname and org_id of its own
         key INTEGER PRIMARY KEY AUTOINCREMENT, agent_id TEXT NOT NULL, hostname TEXT NOT NULL, org_id TEXT,
         own_id TEXT, type TEXT NOT NULL, severity TEXT NOT NULL, confidence, sigma_rule_id TEXT,
