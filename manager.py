@@ -1018,41 +1018,6 @@ _FAULTS = (
 )
 
 
-class _Queue(contextlib.AbstractContextManager[None]):
-    """A lock that is had in the order of asking: whoever takes it again and again delays others by one turn each."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._taken = False
-        self._turns: deque[threading.Lock] = deque()  # of those who wait
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._taken:
-                self._taken = True
-                return
-            turn = threading.Lock()
-            turn.acquire()
-            self._turns.append(turn)
-        try:
-            turn.acquire()
-        except BaseException:  # a signal's: what nobody waits for any more must not be handed on to them
-            with self._lock:
-                had = turn not in self._turns
-                if not had:
-                    self._turns.remove(turn)
-            if had:
-                self.__exit__()
-            raise
-
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            if self._turns:
-                self._turns.popleft().release()
-            else:
-                self._taken = False
-
-
 class _Joined(contextlib.AbstractContextManager[sqlite3.Connection]):
     """Use of a transaction that this thread is within already; what fails here fails the whole of it."""
 
@@ -1079,7 +1044,8 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listeners: list[Callable[[], None]] = []
-        self._lock = _Queue()
+        self._lock = threading.Lock()
+        self._turns: deque[threading.Lock] = deque()  # at writing: the first has it, the others wait for theirs
         self._owner: int | None = None  # the thread within a transaction
         self._joined = _Joined(self)
         self._synchronous = ""
@@ -1179,8 +1145,38 @@ class Store:
         return self._joined if self._owner == threading.get_ident() else self._transaction(durable)
 
     @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The right to write, in the order of asking: whoever writes again and again delays others by one turn each.
+
+        A signal may interrupt this anywhere; leaving is therefore right however far the coming came, and twice.
+        """
+        mine = threading.Lock()
+        mine.acquire()
+
+        def leave() -> None:
+            with self._lock:
+                if mine in self._turns:
+                    self._turns.remove(mine)
+                if self._turns:
+                    with contextlib.suppress(RuntimeError):  # it has been told already
+                        self._turns[0].release()
+        try:
+            with self._lock:
+                self._turns.append(mine)
+                first = self._turns[0] is mine
+            if not first:
+                mine.acquire()
+            yield
+        finally:
+            try:
+                leave()
+            except BaseException:
+                leave()
+                raise
+
+    @contextlib.contextmanager
     def _transaction(self, durable: bool) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._turn():
             if self._closed:
                 raise Unavailable("the manager is stopping", retry_after_s=1)
             db = self._writer
@@ -1264,7 +1260,8 @@ class Store:
 
         SQLite would do it within a commit, and let a heartbeat wait for the disk.
         """
-        if self._writer.total_changes - self._folded_changes < _FOLD_CHANGES:
+        if self._closed or self._owner == threading.get_ident() \
+                or self._writer.total_changes - self._folded_changes < _FOLD_CHANGES:
             return
         self._folded_changes = self._writer.total_changes
         with self.read() as db:
@@ -1273,8 +1270,9 @@ class Store:
             if (self._path.with_name("manager.db-wal")).stat().st_size <= _LONG_LOG_BYTES:
                 return
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")  # of what was written meanwhile
-        with self._lock:  # of the little written meanwhile again: with all of it copied the log starts anew
-            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        with self._turn():  # of the little written meanwhile again: with all of it copied the log starts anew
+            if not self._closed:
+                self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
@@ -1282,7 +1280,7 @@ class Store:
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of the folder."""
-        with self._lock:
+        with self._turn():
             self._closed = True
             self._close_readers()
             self._writer.close()
@@ -1504,13 +1502,13 @@ class Manager:
 
         Raises Conflict when the fleet is full.
         """
-        now = self.now()
         token = "pga_" + secrets.token_urlsafe(24)
         told: dict[str, Any] = {
             "hostname": hostname, "os": os, "ip": ip or caller.address, "org_id": org_id, "arch": arch,
             "machine_id": machine_id, "tags": None if tags is None else to_json(list(dict.fromkeys(tags))),
             "token_digest": digest(token)}
         with self.store.transaction() as db:
+            now = self.now()  # here, because a sweep while this waited has judged who could fall silent next
             row, clone = self._known(db, now, org_id, machine_id, caller)
             if row:
                 known = dict(row)
@@ -1585,14 +1583,13 @@ class Manager:
 
         Raises NotFound.
         """
-        now = self.now()
-        online_from = now.tick_ms - self.liveness.stale_after_ms
         with self.store.transaction(durable=False) as db:
+            now = self.now()  # here, as in register()
             agent = caller.agent
             if agent is None or agent.id != agent_id:
                 agent = _identity(self._row(db, now, agent_id))
             key, _, org_id = agent
-            told = (now.tick_ms, now.wall_ms, uptime, cpu, memory, key, online_from)
+            told = (now.tick_ms, now.wall_ms, uptime, cpu, memory, key, now.tick_ms - self.liveness.stale_after_ms)
             if not db.execute(_BEAT, (*told, version, policy_version)).rowcount:
                 self._hear_news(db, now, agent, version, policy_version)
                 db.execute(_BEAT, (*told, None, None))
@@ -2290,12 +2287,13 @@ class Api:
         self.streams_open: Callable[[], int] = lambda: 0  # whoever serves streams says otherwise
         self.faults = Faults()
 
-    def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str]) -> Reply:
-        """Serve a request to `route`, whatever happens. Raises Dropped only, for a fault asked for."""
+    def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str], *,
+               spared: bool = False) -> Reply:
+        """Serve a request to `route`, whatever happens. Raises Dropped only, for a fault asked for, unless `spared`."""
         began_s = time.perf_counter()
         try:
             caller = self._admit(route, environ, path)
-            fault = self.faults.take(route, path.get("id")) if self.faults else None
+            fault = self.faults.take(route, path.get("id")) if self.faults and not spared else None
             if fault:
                 fault.strike()
             translate = route.translate if self.manager.config.open_enrollment else None
@@ -2921,7 +2919,7 @@ SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that t
 ACCEPTS_PER_TURN = 128
 LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 FRAMING = frozenset({"connection", "content-length", "server"})  # headers that waitress looks at itself
-LANE_BYTES = 8 * KIB  # a longer request is a worker's to parse
+LANE_BYTES = 4 * KIB  # a longer request is a worker's to parse
 _STATUS_LINES = {each.value: f"{each.value} {each.phrase}" for each in http.HTTPStatus}
 _CLOSE = "Connection: close\r\n"
 _PRINTABLE = bytes(range(32, 127))
@@ -3160,7 +3158,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     postponed = False  # its next request waits until the client has taken the answers before
     tolerance = 0  # bytes that may still be dropped
     scheme = "http"
-    held = b""  # of a request for the lane that has not arrived whole
+    held, wanted = b"", 0  # of a request for the lane: what has arrived, and how long it will be
     began, taken = 0.0, 0  # the request being received
 
     def __init__(self, server: Listener, sock: socket.socket, addr: Any, adj: Any, map: SocketMap) -> None:
@@ -3192,7 +3190,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return math.inf
         if self.requests and self.total_outbufs_len < self.adj.send_bytes:
             return math.inf  # it waits for us
-        if (self.request is not None or self.held) and not self.requests:
+        if (self.request is not None or self.held) and not self.requests and not self.total_outbufs_len:
             return float(self.began + REQUEST_S + self.taken / SLOWEST_UPLOAD_BYTES_PER_S)
         return float(self.last_activity + self.adj.channel_timeout)
 
@@ -3217,7 +3215,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if before is None and not self.requests:
             if not self.held:
                 self.began, self.taken = self.last_activity, 0
-            data, self.held = self.held + data, b""
+            data = self.held + data
+            if len(data) < self.wanted:
+                self.held = data
+                return True
+            self.held, self.wanted = b"", 0
             if not self.refusal and self.server.site.lane.take(self, data):
                 return True
         super().received(data)
@@ -3231,9 +3233,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self._handshake()
         elif not self.requests or self.postponed:
             self._flush_some()
-            if self.postponed and not self.total_outbufs_len and not self.will_close:
-                self.postponed = False
-                self.server.add_task(self)
+            if not self.total_outbufs_len and not self.will_close:
+                self.began = self.last_activity  # of the next request: until now we did not listen
+                if self.postponed:
+                    self.postponed = False
+                    self.server.add_task(self)
         elif self.total_outbufs_len >= self.adj.send_bytes:
             self._flush_some_if_lockable()
         if self.will_close:
@@ -3418,18 +3422,21 @@ class Lane:
         environ = self._headers(data[line.end():end])
         if environ is None or "," in environ.get("HTTP_HOST", ","):
             return False
-        body, length = data[end + 4:], environ.get("CONTENT_LENGTH", "0")
-        if not length.isdecimal() or not len(body) <= int(length) <= LANE_BYTES:
+        length = environ.get("CONTENT_LENGTH", "0")
+        if not length.isdecimal() or len(length) > 9 or int(length) > LANE_BYTES:
             return False
-        if len(body) < int(length):
-            channel.held = data
+        wanted = end + 4 + int(length)
+        if len(data) < wanted:
+            channel.held, channel.wanted = data, wanted
             return True
+        if len(data) > wanted:
+            return False
         environ["REQUEST_METHOD"] = "POST"
         environ["PATH_INFO"] = line["path"].decode("ascii")
         environ["QUERY_STRING"] = ""
         environ["REMOTE_ADDR"] = channel.addr[0]
         environ["wsgi.url_scheme"] = channel.scheme
-        environ["wsgi.input"] = io.BytesIO(body)
+        environ["wsgi.input"] = io.BytesIO(data[end + 4:])
         if not self._waiting:
             channel._map.soon(self._serve)
         self._waiting.append((channel, environ))
@@ -3638,6 +3645,7 @@ class WebServer:
                         if channel.expires() <= now:
                             channel.handle_close()
             deadline = time.monotonic() + GRACE_S
+            self.sockets.turn(0.0)  # what has arrived by now is in flight
             while self._in_flight() and time.monotonic() < deadline:
                 self.sockets.turn(max(0.0, deadline - time.monotonic()))
         except BaseException as error:
@@ -3832,7 +3840,8 @@ class Server:
         replies: list[Reply] = []
         try:
             with self.manager.store.transaction(durable=False):
-                replies = [self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]})
+                replies = [self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]},
+                                            spared=True)  # taken before the fault was added
                            for environ in environs]
         except Unavailable as error:
             for _ in environs[len(replies):]:
