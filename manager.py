@@ -1004,8 +1004,9 @@ MIGRATIONS = (
 
 _LEAST_SQLITE = (3, 35)
 _FOLD_CHANGES = 2000
-_LONG_LOG_BYTES = 2**24
 _PAGE_BYTES = 1024  # a heartbeat is 60 bytes, and writes a page
+_LONG_LOG_PAGES = 64_000
+_FEW_PAGES = 1000
 _APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
 _FAULTS = (
     ("disk is full", "there is no room left in {folder}; free some"),
@@ -1132,8 +1133,8 @@ class Store:
             db.executescript(f"BEGIN IMMEDIATE; {statements}; PRAGMA application_id = {_APPLICATION_ID}; "
                              f"PRAGMA user_version = {number}; COMMIT;")
         db.executescript(
-            f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 200000; "
-            f"PRAGMA journal_size_limit = {_LONG_LOG_BYTES}; "
+            f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 1000000; "
+            f"PRAGMA journal_size_limit = {_LONG_LOG_PAGES * _PAGE_BYTES}; "
             "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
 
     def transaction(self, *, durable: bool = True) -> contextlib.AbstractContextManager[sqlite3.Connection]:
@@ -1266,13 +1267,15 @@ class Store:
         self._folded_changes = self._writer.total_changes
         with self.read() as db:
             db.execute("ROLLBACK")
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            if (self._path.with_name("manager.db-wal")).stat().st_size <= _LONG_LOG_BYTES:
+            fold = functools.partial(db.execute, "PRAGMA wal_checkpoint(PASSIVE)")
+            _, pages, folded = fold().fetchone()
+            if pages <= _LONG_LOG_PAGES:
                 return
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)")  # of what was written meanwhile
-        with self._turn():  # of the little written meanwhile again: with all of it copied the log starts anew
-            if not self._closed:
-                self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            _, pages, folded_now = fold().fetchone()  # of what was written meanwhile
+        if folded_now == pages and folded_now - folded <= _FEW_PAGES:  # nobody reads what is older, and little is left
+            with self._turn():  # with all of it copied the log starts anew
+                if not self._closed:
+                    self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
@@ -3485,6 +3488,13 @@ def _environ_key(name: str) -> str | None:
 # The loop and its owner
 
 
+def give_way() -> None:
+    """Let the loop go before this thread, where there are fewer processors than threads that want one."""
+    if sys.platform == "linux":  # elsewhere a priority is the whole process'
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]
     """waitress' thread pool, which can be waited for."""
 
@@ -3494,7 +3504,10 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]
         self.set_thread_count(count)
 
     def start_new_thread(self, target: Callable[[int], None], thread_no: int) -> None:
-        thread = threading.Thread(target=target, args=(thread_no,), name=f"worker-{thread_no}", daemon=True)
+        def work() -> None:
+            give_way()
+            target(thread_no)
+        thread = threading.Thread(target=work, name=f"worker-{thread_no}", daemon=True)
         self.started.append(thread)
         thread.start()
 
