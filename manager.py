@@ -2860,7 +2860,7 @@ class SystemClock:
                 wait_s, began_s = interval_s, time.monotonic()
                 try:
                     if callback(late_s):
-                        wait_s = 0.005  # others go first
+                        wait_s = 0.02  # others go first
                 except Unavailable:
                     pass  # logged where it arose; the next round tries again
                 except Exception:
