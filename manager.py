@@ -1005,8 +1005,8 @@ MIGRATIONS = (
 _LEAST_SQLITE = (3, 35)
 _FOLD_CHANGES = 2000
 _PAGE_BYTES = 1024  # a heartbeat is 60 bytes, and writes a page
-_LONG_LOG_PAGES = 64_000
-_FEW_PAGES = 1000
+_LONG_LOG_PAGES = 64_000  # from here on writers are made to wait, for the log to start anew
+_FEW_PAGES = 1000  # that they wait for, at most
 _APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
 _FAULTS = (
     ("disk is full", "there is no room left in {folder}; free some"),
@@ -3403,7 +3403,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 class Lane:
     """Requests of one kind that are answered in the loop, all of one turn by one call.
 
-    line(data): matches their request line and its CRLF, naming its `path`.
+    line(data): matches the request line of a POST and its CRLF, naming its `path`.
     answer(environs): a reply to each, in order, once all of them are safe; be short.
     closed(): whether workers are to answer them just now.
 
