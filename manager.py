@@ -80,7 +80,7 @@ from waitress.task import (  # type: ignore[import-untyped]
 )
 from waitress.utilities import Error, build_http_date  # type: ignore[import-untyped]
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 __all__ = ["Agent", "Caller", "Clock", "Config", "Entry", "Manager", "ManagerError", "ManualClock",
            "Moment", "Server", "Status", "Store", "SystemClock", "create_app", "main"]
 
