@@ -143,6 +143,7 @@ _TOKEN = _matching(r"[!-+\--~]{1,255}", "1 to 255 visible ASCII characters witho
 _TOKENS = _several(_TOKEN.parse, 2, "one token, or two with a comma between, each " + _TOKEN.must)
 _FOLDER = Parser(_parse_path, "the path of a folder")
 _FILE = Parser(_parse_path, "the path of a file")
+_LEAST_TOKEN = 16  # characters of a token that an operator sets: guessing it is hopeless
 _HOST = _matching(r"[0-9A-Za-z.:_-]{1,255}", "a host name or an address")
 _NETWORKS = _several(ipaddress.ip_network, 64, "addresses or networks such as 10.0.0.0/8, with commas between")
 _ORIGINS = _several(_matching(r"https?://[0-9A-Za-z.:\[\]_-]+", "").parse, 64,
@@ -179,8 +180,13 @@ class Config:
         (), "MANAGER_AUTH_TOKEN", _TOKENS, "the admin's token, or two with a comma between while one replaces "
         "the other; without it one is generated and kept in the data folder", option="--auth-token",
         shown="generated")
+    auth_token_file: Path | None = _setting(
+        None, "MANAGER_AUTH_TOKEN_FILE", _FILE, "a file that holds what MANAGER_AUTH_TOKEN would",
+        option="--auth-token-file")
     enroll_token: str | None = _setting(
         None, "MANAGER_ENROLL_TOKEN", _TOKEN, "a token that may register agents and nothing else")
+    viewer_token: str | None = _setting(
+        None, "MANAGER_VIEWER_TOKEN", _TOKEN, "a token that may read what an admin may, and change nothing")
     heartbeat_timeout_ms: int = _setting(
         60_000, "MANAGER_HEARTBEAT_TIMEOUT_MS", _MS, "silence allowed before an agent is stale", unit="ms")
     heartbeat_grace_ms: int = _setting(
@@ -235,6 +241,10 @@ class Config:
                     raise SettingError(_refusal(each, text))
                 text = text.lower()
             object.__setattr__(self, each.name, _parsed(each, text))
+        if self.auth_token_file:
+            if self.auth_token:
+                raise SettingError("MANAGER_AUTH_TOKEN and MANAGER_AUTH_TOKEN_FILE must not be given together")
+            object.__setattr__(self, "auth_token", self._read_secret("auth_token", self.auth_token_file))
         timeout = self.heartbeat_timeout_ms
         if self.heartbeat_grace_ms is None:
             object.__setattr__(self, "heartbeat_grace_ms", timeout // 10)
@@ -246,6 +256,8 @@ class Config:
 
         if self.enroll_token in self.auth_token:
             raise SettingError("MANAGER_ENROLL_TOKEN must differ from MANAGER_AUTH_TOKEN")
+        if self.viewer_token and self.viewer_token in (*self.auth_token, self.enroll_token):
+            raise SettingError("MANAGER_VIEWER_TOKEN must differ from MANAGER_AUTH_TOKEN and MANAGER_ENROLL_TOKEN")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingError("MANAGER_TLS_CERT and MANAGER_TLS_KEY must be given together")
         if self.tls_cert and self.tls == "off":
@@ -255,8 +267,10 @@ class Config:
     def load(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         """Settings from a command line and an environment; an option beats its variable.
 
-        An empty variable counts as unset. Raises SettingError; `--help` and an unknown option
-        leave through argparse, with status 0 and 2.
+        An empty variable counts as unset. A token that neither sets is read from the systemd credential
+        of its name (`auth_token`, `enroll_token`, `viewer_token`), if there is one. Tokens must have
+        16 characters here; those of a Config made in Python may have fewer. Raises SettingError;
+        `--help` and an unknown option leave through argparse, with status 0 and 2.
         """
         parser = argparse.ArgumentParser(
             prog="panguard-manager", description="Fleet manager for Panguard Guard agents.",
@@ -276,7 +290,39 @@ class Config:
                 chosen[each.name] = _parsed(each, text, each.metadata["option"])
             elif text := environ.get(each.metadata["variable"]):
                 chosen[each.name] = _parsed(each, text)
-        return cls(**chosen)
+        for name in _TOKEN_SETTINGS:
+            secret = Path(environ.get("CREDENTIALS_DIRECTORY") or os.devnull) / name
+            if not {name, f"{name}_file"} & chosen.keys() and os.path.isfile(secret):
+                chosen[name] = cls._read_secret(name, secret)
+        config = cls(**chosen)
+        for name in _TOKEN_SETTINGS:
+            value = getattr(config, name) or ()
+            if any(len(token) < _LEAST_TOKEN for token in ((value,) if isinstance(value, str) else value)):
+                raise SettingError(f"MANAGER_{name.upper()} is (not shown) and must be of {_LEAST_TOKEN} characters "
+                                   "or more, each of two; `openssl rand -hex 16` makes one")
+        return config
+
+    @classmethod
+    def advice(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Iterator[str]:
+        """What an operator should know about a command line and an environment that load() accepts."""
+        if any(word.partition("=")[0] == "--auth-token" for word in argv):
+            yield ("every user of this machine can read --auth-token in the list of processes; use "
+                   "--auth-token-file or MANAGER_AUTH_TOKEN_FILE")
+        known = {each.metadata["variable"] for each in fields(cls)}
+        for name in sorted(name for name in environ if name.startswith("MANAGER_") and name not in known):
+            yield f"{name!r} is no variable of this manager and has no effect; --help lists them"
+
+    @classmethod
+    def _read_secret(cls, name: str, path: Path) -> Any:
+        try:
+            text = path.read_text("ascii").strip()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
+            raise SettingError(f"the file {path} of MANAGER_{name.upper()} cannot be read ({reason})") from None
+        return _parsed(cls.__dataclass_fields__[name], text, f"the text of {path}")
+
+
+_TOKEN_SETTINGS = ("auth_token", "enroll_token", "viewer_token")
 
 
 def _parsed(setting: Field[Any], text: str, name: str | None = None) -> Any:
@@ -288,7 +334,7 @@ def _parsed(setting: Field[Any], text: str, name: str | None = None) -> Any:
 
 def _refusal(setting: Field[Any], text: str, name: str | None = None) -> str:
     # A refused token may be a real one with a typing error: it does not belong in a terminal or a log.
-    shown = "(not shown)" if "token" in setting.name else f"'{text}'"
+    shown = "(not shown)" if setting.name in _TOKEN_SETTINGS else f"'{text}'"
     return f"{name or setting.metadata['variable']} is {shown} and must be {setting.metadata['parser'].must}"
 
 
@@ -425,7 +471,7 @@ class Identity(NamedTuple):
 
 
 class Caller(NamedTuple):
-    """Who asks: `role` is admin, enroller, agent, anyone or manager; `address` where from, if over a network."""
+    """Who asks: `role` is admin, viewer, enroller, agent, anyone or manager; `address` the client's, if over HTTP."""
 
     role: str
     address: str | None = None
@@ -2031,7 +2077,7 @@ def _policy(row: sqlite3.Row) -> Policy:
 # 6  HTTP ##############################################################################################
 ########################################################################################################
 
-ADMIN, ENROLLER, AGENT, ANYONE, NEWCOMER = "admin", "enroller", "agent", "anyone", "newcomer"
+ADMIN, VIEWER, ENROLLER, AGENT, ANYONE, NEWCOMER = "admin", "viewer", "enroller", "agent", "anyone", "newcomer"
 _MOST_BYTES = 2**20
 _FAILED_LOGINS_PER_MINUTE = 20
 _NEWCOMERS_PER_MINUTE = 120
@@ -2095,11 +2141,13 @@ ENDPOINTS: list[Endpoint] = []
 
 def endpoint(method: str, path: str, summary: str, *, allow: Iterable[str] = (), public: bool = False,
              **rest: Any) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
-    """Add a route. It is the admin's alone unless `allow` names others or it is `public`; `NEWCOMER` there
-    stands for anyone while enrolment is open."""
+    """Add a route. It is the admin's alone, and a viewer's if it is a GET, unless `allow` names others or it is
+    `public`; `NEWCOMER` there stands for anyone while enrolment is open."""
     def add(serve: Callable[[Call], Reply]) -> Callable[[Call], Reply]:
-        allowed = frozenset({ADMIN, *allow, *({ENROLLER, AGENT, ANYONE} if public else ())})
-        ENDPOINTS.append(Endpoint(serve, method, path, summary, allowed, **rest))
+        allowed = {ADMIN, *allow, *((ENROLLER, AGENT, ANYONE) if public else ())}
+        if method == "GET":
+            allowed.add(VIEWER)
+        ENDPOINTS.append(Endpoint(serve, method, path, summary, frozenset(allowed), **rest))
         return serve
     return add
 
@@ -2282,7 +2330,8 @@ class Api:
         config = manager.config
         self.beat_headers = (("X-Heartbeat-Interval", f"{round(config.heartbeat_timeout_ms / 3000, 3):.12g}"),)
         self._admins = [digest(token) for token in auth_tokens]
-        self._enroller = digest(config.enroll_token) if config.enroll_token else None
+        self._others = {digest(token): role for role, token in (
+            (ENROLLER, config.enroll_token), (VIEWER, config.viewer_token)) if token}
         self._failed_logins = Throttle("wrong tokens", _FAILED_LOGINS_PER_MINUTE)
         self._requests = Throttle("requests", config.rate_limit) if config.rate_limit else None
         self._newcomers = Throttle("registrations without a token", _NEWCOMERS_PER_MINUTE)
@@ -2388,8 +2437,9 @@ class Api:
         for known in self._admins:
             if hmac.compare_digest(known, token_digest):
                 return Caller(ADMIN, address, credential=known.hex()[:8])
-        if self._enroller and hmac.compare_digest(self._enroller, token_digest):
-            return Caller(ENROLLER, address)
+        for known, role in self._others.items():
+            if hmac.compare_digest(known, token_digest):
+                return Caller(role, address)
         agent = self.manager.holder(token_digest)
         return Caller(AGENT, address, agent) if agent else None
 
@@ -2615,7 +2665,8 @@ def _active_policy(call: Call) -> Reply:
 @endpoint("GET", "/api/policy/agent/:id", "Fetch what an agent must obey, and acknowledge it unless ack=false",
           allow=(AGENT,), query={"ack": may(switch(), True)}, etag=True)
 def _agent_policy(call: Call) -> Reply:
-    policy = call.manager.agent_policy(call.path["id"], **call.query)
+    query = {**call.query, "ack": False} if call.caller.role == VIEWER else call.query
+    policy = call.manager.agent_policy(call.path["id"], **query)
     shape = {"agentId": policy.agent_id, "policyVersion": version_text(policy.effective.version),
              "rules": policy.effective.rules}
     tag = f'"{digest(to_json(shape)).hex()[:16]}"'
@@ -3962,6 +4013,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"panguard-manager: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for sentence in Config.advice(sys.argv[1:] if argv is None else argv, os.environ):
+        log.warning("%s", sentence)
     server = Server(config)
     server.on_death = lambda: os.kill(os.getpid(), signal.SIGTERM)
     # Waited for, not handled: a handler may interrupt itself and then wait for its own lock.

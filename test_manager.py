@@ -157,7 +157,7 @@ def ask(port: int, method: str, path: str, body: Any = None, token: str = "") ->
 class Running(contextlib.AbstractContextManager["Running"]):
     """`python manager.py` on a folder, as an operator runs it; killed when the test is over."""
 
-    def __init__(self, folder: Path, *options: str, **environ: str) -> None:
+    def __init__(self, folder: Path, *options: str, token: str = "", **environ: str) -> None:
         self.log = folder.parent / f"{folder.name}.log"
         clean = {name: text for name, text in os.environ.items() if not re.match("MANAGER_|CORS_", name)}
         with self.log.open("w") as log:
@@ -173,7 +173,8 @@ class Running(contextlib.AbstractContextManager["Running"]):
         hung.cancel()
         self.url = re.search(r"https?://\S+", self.lines[0])[0]
         self.port = port_of(self.url)
-        self.token = environ.get("MANAGER_AUTH_TOKEN", "").partition(",")[0] or (folder / "token").read_text().strip()
+        self.token = (token or environ.get("MANAGER_AUTH_TOKEN", "").partition(",")[0]
+                      or (folder / "token").read_text().strip())
 
     def __exit__(self, *exc: object) -> None:
         self.process.kill()
@@ -237,6 +238,7 @@ def run_main(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple
 
 MS = "a whole number from 1 to "
 TOKENS = "visible ASCII characters without a comma"
+LONG, LONGER = "sixteen-letters-", "seventeen-letters"  # the shortest token that an operator may set, and another
 # name, option, variable, default, good (text and value), bad (texts), the rule that a refusal states
 SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str], str]] = [
     ("host", "--host", "MANAGER_HOST", "127.0.0.1", [("::1", "::1"), ("node-1.example", "node-1.example")],
@@ -246,9 +248,11 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
     ("data_dir", "--data-dir", "MANAGER_DATA_DIR", Path("~/.panguard-manager").expanduser(),
      [("/srv/x y", Path("/srv/x y")), ("~/z", Path.home() / "z")], ["~nobody-of-that-name/z", "a\0b"],
      "the path of a folder"),
-    ("auth_token", "--auth-token", "MANAGER_AUTH_TOKEN", (), [("one", ("one",)), ("one, two", ("one", "two"))],
+    ("auth_token", "--auth-token", "MANAGER_AUTH_TOKEN", (), [(LONG, (LONG,)), (f"{LONG}, {LONGER}", (LONG, LONGER))],
      ["secret 1", "a,b,secret", "secret,", "sec\nret", "x" * 256, "sécret"], TOKENS),
-    ("enroll_token", None, "MANAGER_ENROLL_TOKEN", None, [("join", "join")], ["secret,2", "secret 2"], TOKENS),
+    ("auth_token_file", "--auth-token-file", "MANAGER_AUTH_TOKEN_FILE", None, [], ["a\0b"], "the path of a file"),
+    ("enroll_token", None, "MANAGER_ENROLL_TOKEN", None, [(LONG, LONG)], ["secret,2", "secret 2"], TOKENS),
+    ("viewer_token", None, "MANAGER_VIEWER_TOKEN", None, [(LONG, LONG)], ["secret,2", "secret 2"], TOKENS),
     ("heartbeat_timeout_ms", None, "MANAGER_HEARTBEAT_TIMEOUT_MS", 60_000, [("1", 1), ("1000", 1000)],
      ["0", "-5", "1e3", "60s", "9" * 16], MS),
     ("heartbeat_grace_ms", None, "MANAGER_HEARTBEAT_GRACE_MS", 6_000, [("0", 0), ("5", 5)], ["-1", "x"],
@@ -322,7 +326,7 @@ def test_a_bad_value_is_refused_by_setting_value_and_rule(
                 attempt()
             said = str(refused.value)
             assert said.startswith(f"{named} is ") and " and must be " in said and rule in said, said
-            if "token" in name:
+            if "token" in name and "file" not in name:
                 assert text not in said and "secret" not in said
             else:
                 assert f"'{text}'" in said
@@ -375,6 +379,70 @@ def test_a_bad_setting_ends_the_start_with_one_line_and_status_2(
     assert status == 2 and said.count("\n") == 1 and said.endswith("\n"), said
     assert all(word in said for word in words) and "hunter" not in said, said
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("variable", ["MANAGER_AUTH_TOKEN", "MANAGER_ENROLL_TOKEN", "MANAGER_VIEWER_TOKEN"])
+def test_an_operators_token_has_sixteen_characters_and_an_embedded_one_may_have_fewer(variable: str) -> None:
+    short, name = LONG[:15], variable.removeprefix("MANAGER_").lower()
+    for text in (short, *([f"{LONGER},{short}", f"{short},{LONGER}"] if name == "auth_token" else [])):
+        with pytest.raises(manager.SettingError, match=f"{variable} is .* 16 characters") as refused:
+            Config.load([], {variable: text})
+        assert short not in str(refused.value)
+    with pytest.raises(manager.SettingError, match=f"{variable} is .* 16 characters"):
+        Config.load(["--port", "0"], {variable: "ab"})
+    assert getattr(Config(**{name: "ab"}), name) in ("ab", ("ab",))
+
+
+def test_the_admins_token_is_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(f"{LONG},{LONGER}\n")
+    for config in (Config.load(["--auth-token-file", str(file)], {}), Config(auth_token_file=file),
+                   Config.load([], {"MANAGER_AUTH_TOKEN_FILE": str(file)})):
+        assert config.auth_token == (LONG, LONGER)
+    with pytest.raises(manager.SettingError, match="MANAGER_AUTH_TOKEN and MANAGER_AUTH_TOKEN_FILE"):
+        Config.load([], {"MANAGER_AUTH_TOKEN_FILE": str(file), "MANAGER_AUTH_TOKEN": LONG})
+    for text, reason in ((None, "cannot be read"), ("hunter 2", TOKENS), ("hünter", "cannot be read"),
+                         ("hunter", "16 characters"), ("", TOKENS)):
+        file.unlink(missing_ok=True)
+        if text is not None:
+            file.write_text(text, "utf-8")
+        with pytest.raises(manager.SettingError, match=reason) as refused:
+            Config.load([], {"MANAGER_AUTH_TOKEN_FILE": str(file)})
+        assert "nter" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["auth_token", "enroll_token", "viewer_token"])
+def test_a_token_is_read_from_a_systemd_credential_unless_it_is_set(name: str, tmp_path: Path) -> None:
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert not getattr(Config.load([], environ), name)
+    (tmp_path / name).write_text(LONG + "\n")
+    assert getattr(Config.load([], environ), name) in (LONG, (LONG,))
+    assert getattr(Config.load([], {**environ, f"MANAGER_{name.upper()}": LONGER}), name) in (LONGER, (LONGER,))
+    (tmp_path / name).write_text("ab")
+    with pytest.raises(manager.SettingError, match="16 characters"):
+        Config.load([], environ)
+
+
+def test_tokens_of_different_roles_must_differ() -> None:
+    for environ in ({"MANAGER_AUTH_TOKEN": LONG, "MANAGER_ENROLL_TOKEN": LONG},
+                    {"MANAGER_AUTH_TOKEN": f"{LONGER},{LONG}", "MANAGER_VIEWER_TOKEN": LONG},
+                    {"MANAGER_ENROLL_TOKEN": LONG, "MANAGER_VIEWER_TOKEN": LONG}):
+        with pytest.raises(manager.SettingError, match="must differ"):
+            Config.load([], environ)
+
+
+def test_a_token_on_the_command_line_and_an_unknown_variable_are_warned_about(tmp_path: Path) -> None:
+    with Running(tmp_path / "d", "--tls", "off", "--auth-token", LONG, MANAGER_AUTH_TOKEN=LONG, MANAGER_PROT="hunter2",
+                 MANAGER_LOG_LEVEL="WARNING") as running:
+        assert running.ask("GET", "/api/agents")[0] == 200
+        said = running.log.read_text()
+    assert len(said.splitlines()) == 2 and "--auth-token" in said and "'MANAGER_PROT'" in said, said
+    assert "hunter2" not in said and LONG not in said
+    file = tmp_path / "secret"
+    file.write_text(LONG)
+    with Running(tmp_path / "e", "--tls", "off", "--auth-token-file", str(file), MANAGER_LOG_LEVEL="WARNING",
+                 token=LONG) as running:
+        assert running.ask("GET", "/api/agents")[0] == 200 and running.log.read_text() == ""
 
 
 def test_help_names_every_option_variable_and_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1401,8 +1469,9 @@ def test_a_new_token_is_shown_to_a_terminal_once(tmp_path: Path) -> None:
 
 def test_a_token_that_is_given_is_neither_shown_nor_written(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    with Running(folder, MANAGER_AUTH_TOKEN="given-one,given-two") as running:
-        for token, status in (("given-one", 200), ("given-two", 200), ("given", 401), ("given-one,given-two", 401)):
+    with Running(folder, MANAGER_AUTH_TOKEN="given-first-token,given-second-token") as running:
+        for token, status in (("given-first-token", 200), ("given-second-token", 200), ("given", 401),
+                              ("given-first-token,given-second-token", 401)):
             assert running.ask("GET", "/api/agents", token=token)[0] == status
         assert not (folder / "token").exists()
         assert "given-" not in "\n".join(running.lines) + running.log.read_text()
@@ -2849,30 +2918,30 @@ def test_openapi_describes_every_route(api: Client) -> None:
 
 # Who may call
 
-# Whoever has:                            no token, a wrong one, the agent's own, another's, the enroller's, the admin's
+# Whoever has: no token, a wrong one, the agent's own, another agent's, the enroller's, the viewer's, the admin's.
 MATRIX = {route: [int(status) for status in row.split()] for route, row in {
-    "POST /api/agents/register":             "401 401 200 200 201 201",
-    "POST /api/agents/:id/heartbeat":        "401 401 200 403 403 200",
-    "DELETE /api/agents/:id":                "401 401 200 403 403 200",
-    "GET /api/agents":                       "401 401 403 403 403 200",
-    "GET /api/agents/:id":                   "401 401 200 403 403 200",
-    "PATCH /api/agents/:id":                 "401 401 403 403 403 200",
-    "POST /api/agents/:id/events":           "401 401 201 403 403 201",
-    "GET /api/threats":                      "401 401 403 403 403 200",
-    "GET /api/threats/summary":              "401 401 403 403 403 200",
-    "POST /api/policy":                      "401 401 403 403 403 201",
-    "GET /api/policy":                       "401 401 403 403 403 200",
-    "GET /api/policy/active":                "401 401 403 403 403 200",
-    "GET /api/policy/agent/:id":             "401 401 200 403 403 200",
-    "DELETE /api/policy/agent/:id":          "401 401 403 403 403 200",
-    "GET /api/overview":                     "401 401 403 403 403 200",
-    "GET /api/events":                       "401 401 403 403 403 200",
-    "GET /api/events/stream":                "401 401 403 403 403 200",
-    "GET /api/rules/latest":                 "401 401 200 200 403 200",
-    "GET /metrics":                          "401 401 403 403 403 200",
-    "GET /health":                           "200 200 200 200 200 200",
-    "GET /openapi.json":                     "200 200 200 200 200 200",
-    "GET /":                                 "200 200 200 200 200 200",
+    "POST /api/agents/register":             "401 401 200 200 201 403 201",
+    "POST /api/agents/:id/heartbeat":        "401 401 200 403 403 403 200",
+    "DELETE /api/agents/:id":                "401 401 200 403 403 403 200",
+    "GET /api/agents":                       "401 401 403 403 403 200 200",
+    "GET /api/agents/:id":                   "401 401 200 403 403 200 200",
+    "PATCH /api/agents/:id":                 "401 401 403 403 403 403 200",
+    "POST /api/agents/:id/events":           "401 401 201 403 403 403 201",
+    "GET /api/threats":                      "401 401 403 403 403 200 200",
+    "GET /api/threats/summary":              "401 401 403 403 403 200 200",
+    "POST /api/policy":                      "401 401 403 403 403 403 201",
+    "GET /api/policy":                       "401 401 403 403 403 200 200",
+    "GET /api/policy/active":                "401 401 403 403 403 200 200",
+    "GET /api/policy/agent/:id":             "401 401 200 403 403 200 200",
+    "DELETE /api/policy/agent/:id":          "401 401 403 403 403 403 200",
+    "GET /api/overview":                     "401 401 403 403 403 200 200",
+    "GET /api/events":                       "401 401 403 403 403 200 200",
+    "GET /api/events/stream":                "401 401 403 403 403 200 200",
+    "GET /api/rules/latest":                 "401 401 200 200 403 200 200",
+    "GET /metrics":                          "401 401 403 403 403 200 200",
+    "GET /health":                           "200 200 200 200 200 200 200",
+    "GET /openapi.json":                     "200 200 200 200 200 200 200",
+    "GET /":                                 "200 200 200 200 200 200 200",
 }.items()}  # fmt: skip
 MALFORMED = ("Bearer", "Bearer ", "Basic YTpi", "{admin}", "Bearer {admin} x", "Bearer{admin}", 'Bearer "{admin}"',
              "Token {admin}", "Bearer \xe9", ",", "Bearer {admin},Bearer {admin}")
@@ -2880,8 +2949,8 @@ MALFORMED = ("Bearer", "Bearer ", "Basic YTpi", "{admin}", "Bearer {admin} x", "
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_route_admits_whom_it_should(route: str) -> None:
-    nobody, wrong_token, own_token, others_token, enrollers, admins = MATRIX[route]
-    with fleet(auth_token="old-admin,new-admin", enroll_token="enroller") as api:
+    nobody, wrong_token, own_token, others_token, enrollers, viewers, admins = MATRIX[route]
+    with fleet(auth_token="old-admin,new-admin", enroll_token="enroller", viewer_token="viewer") as api:
         host = urlsplit(api.server.url).netloc
         method, path = route.split(" ")
         body = json.dumps(BODIES[route]) if route in BODIES else None
@@ -2900,7 +2969,7 @@ def test_every_route_admits_whom_it_should(route: str) -> None:
         used = True
         for name, expected in (("", nobody), ("Bearer wrong", wrong_token), ("Bearer {gone}", wrong_token),
                                ("Bearer {own}", own_token), ("Bearer {other}", others_token),
-                               ("Bearer enroller", enrollers), ("Bearer old-admin", admins),
+                               ("Bearer enroller", enrollers), ("Bearer viewer", viewers), ("Bearer old-admin", admins),
                                ("bearer new-admin", admins), *((each, wrong_token) for each in MALFORMED)):
             if used:
                 own, other = (api.server.manager.register(**AGENT) for _ in range(2))
@@ -2908,6 +2977,21 @@ def test_every_route_admits_whom_it_should(route: str) -> None:
             header = name.format(own=own.token, other=other.token, gone=gone.token, admin="new-admin")
             assert status({"Authorization": header} if header else {}) == expected, name
             used = expected < 300 and method != "GET"
+
+
+def test_a_viewer_changes_and_acknowledges_nothing() -> None:
+    with fleet(viewer_token="viewer") as api:
+        agent = api.register()
+        api.post("/api/policy", {"name": "p", "rules": [RULE]}, status=201)
+        before = api.journal()
+        for route in ROUTES.values():
+            if route.path != "/api/events/stream":
+                path = route.path.replace(":id", agent["id"])
+                for query in ("", "?ack=true") if "ack" in route.query else ("",):
+                    api.call(route.method, path + query, token="viewer", status=200 if route.method == "GET" else 403)
+        assert api.journal() == before
+        assert api.beat(agent)["pendingPolicies"] == 1
+        assert api.get(f"/api/agents/{agent['id']}")["activePolicyVersion"] is None
 
 
 def test_without_an_enroll_token_there_is_no_enroller(api: Client) -> None:
@@ -5152,7 +5236,7 @@ def test_readme_settings() -> None:
 
 
 def test_readme_api() -> None:
-    roles = (manager.ADMIN, manager.ENROLLER, manager.AGENT, manager.NEWCOMER)
+    roles = (manager.ADMIN, manager.VIEWER, manager.ENROLLER, manager.AGENT, manager.NEWCOMER)
     rows = [[each.method, f"`{each.path}`",
              "anyone" if manager.ANYONE in each.allow else ", ".join(role for role in roles if role in each.allow),
              each.summary] for each in manager.ENDPOINTS]
