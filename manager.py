@@ -148,6 +148,7 @@ _HOST = _matching(r"[0-9A-Za-z.:_-]{1,255}", "a host name or an address")
 _NETWORKS = _several(ipaddress.ip_network, 64, "addresses or networks such as 10.0.0.0/8, with commas between")
 _ORIGINS = _several(_matching(r"https?://[0-9A-Za-z.:\[\]_-]+", "").parse, 64,
                     "origins such as https://console.example.org, with commas between")
+_ORG = _matching(r"(?=.*\S)[^\x00-\x1f\x7f-\x9f]{1,128}", "1 to 128 characters without control characters")
 _SWITCH = Parser({"1": True, "true": True, "0": False, "false": False}.__getitem__, "1 or 0, true or false")
 _TLS = _matching("auto|require|off", "auto, require or off")
 _LEVEL = _matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
@@ -223,6 +224,11 @@ class Config:
     open_enrollment: bool = _setting(
         False, "MANAGER_OPEN_ENROLLMENT", _SWITCH, "1 lets agents register without a token, as the Guard agent "
         "shipped on npm does", shown="0")
+    open_enrollment_org: str | None = _setting(
+        None, "MANAGER_OPEN_ENROLLMENT_ORG", _ORG, "org of the agents that register without a token")
+    reenroll: bool = _setting(
+        True, "MANAGER_REENROLL", _SWITCH, "0 lets an enroller register no known machine_id again: that takes the "
+        "admin's token or the agent's own", shown="1")
     max_streams: int = _setting(
         500, "MANAGER_MAX_STREAMS", _whole(0, 100_000), "event streams that may be open at once")
     threads: int = _setting(
@@ -584,8 +590,9 @@ class Census(NamedTuple):
     policies: int
 
 
-ENTRY_TYPES = ("agent_registered", "agent_online", "agent_stale", "agent_offline", "agent_updated",
-               "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated", "policy_created")
+ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
+               "agent_updated", "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated",
+               "policy_created")
 SEVERITIES = ("critical", "high", "medium", "low")
 PERIODS_MS = {"1h": 3_600_000, "6h": 6 * 3_600_000, "24h": _DAY_MS, "7d": 7 * _DAY_MS, "30d": 30 * _DAY_MS}
 SOURCE_KEYS = ("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip", "client_ip")
@@ -1046,6 +1053,16 @@ MIGRATIONS = (
     CREATE TABLE policies_in_force ( -- the newest of each scope: 'all', 'org:…' or 'agent:…'
         scope TEXT PRIMARY KEY, version INTEGER NOT NULL REFERENCES policies (version)) WITHOUT ROWID;
     """,
+    """
+    -- A token issued by registering again; it replaces token_digest when it is first used.
+    ALTER TABLE agents ADD COLUMN new_token_digest BLOB;
+    CREATE INDEX agents_new_token ON agents (new_token_digest) WHERE new_token_digest IS NOT NULL;
+    -- Whether the agent registered without a token.
+    ALTER TABLE agents ADD COLUMN newcomer INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX agents_newcomer ON agents (newcomer) WHERE newcomer;
+    -- Whether the agent was heard since its last registration and since this manager started.
+    ALTER TABLE contacts ADD COLUMN heard INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 _LEAST_SQLITE = (3, 35)
@@ -1371,7 +1388,7 @@ _AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'v
 _BEAT = """
     UPDATE contacts SET seen_ms = max(seen_ms, ?), heartbeat_ms = ?, uptime = coalesce(?, uptime),
         cpu = coalesce(?, cpu), memory = coalesce(?, memory)
-    WHERE agent = ? AND announced = 'online' AND seen_ms >= ?
+    WHERE agent = ? AND announced = 'online' AND heard AND seen_ms >= ?
         AND coalesce(?, version) = version AND coalesce(?, 0) <= acknowledged"""
 _IN_FORCE = """
     SELECT acknowledged,
@@ -1445,7 +1462,8 @@ class Manager:
         with self.store.transaction() as db:
             for status, age_ms in ((Status.ONLINE, 0), (Status.STALE, self.liveness.stale_after_ms + 1),
                                    (Status.OFFLINE, self.liveness.offline_after_ms + 1)):
-                db.execute("UPDATE contacts SET seen_ms = ? WHERE announced = ?", (now.tick_ms - age_ms, status))
+                db.execute("UPDATE contacts SET seen_ms = ?, heard = 0 WHERE announced = ?",
+                           (now.tick_ms - age_ms, status))
         self._none_due_until_ms = now.tick_ms + self.liveness.stale_after_ms
 
     def keep_watch(self, late_ms: int = 0) -> None:
@@ -1528,8 +1546,9 @@ class Manager:
         db.execute("UPDATE contacts SET announced = ? WHERE agent = ?", (status, key))
         self.store.journal(at_ms, "agent_" + status, THE_MANAGER, agent_id, org_id, {"hostname": hostname})
 
-    def _contact(self, db: sqlite3.Connection, now: Moment, row: sqlite3.Row) -> None:
-        """Hear an agent: announce what fell due before, then that it is back."""
+    def _contact(self, db: sqlite3.Connection, now: Moment, row: sqlite3.Row, *, heard: bool = True) -> None:
+        """Record a contact: announce what fell due before, then that the agent is back. A registration does not
+        count as `heard`: its answer may have been lost."""
         who = (row["key"], row["id"], row["org_id"], row["hostname"])
         announced, seen_ms = Status(row["announced"]), row["seen_ms"]
         for before, after, age_ms in ((Status.ONLINE, Status.STALE, self.liveness.stale_after_ms),
@@ -1539,57 +1558,59 @@ class Manager:
                 announced = after
         if announced is not Status.ONLINE:
             self._announce(db, now.wall_ms, Status.ONLINE, *who)
-        db.execute("UPDATE contacts SET seen_ms = ?, heartbeat_ms = ? WHERE agent = ?",
-                   (now.tick_ms, now.wall_ms, row["key"]))
+        db.execute("UPDATE contacts SET seen_ms = ?, heartbeat_ms = ?, heard = ? WHERE agent = ?",
+                   (now.tick_ms, now.wall_ms, heard, row["key"]))
 
     # Agents
 
     def register(self, hostname: str, os: str, version: str, *, ip: str | None = None, org_id: str | None = None,
                  tags: Sequence[str] | None = None, arch: str | None = None, machine_id: str | None = None,
                  caller: Caller = LOCAL) -> Registration:
-        """Register an agent, or again one that holds its own token or whose machine has fallen silent.
+        """Register an agent, or an agent again (contract, section Agents, rules 1 to 3).
 
-        Raises Conflict when the fleet is full.
+        The token of an agent that registers again works beside its former one until it is first used. A caller of
+        role "anyone" (open enrolment) chooses neither org_id nor machine_id nor tags: the journal has them as claimed.
+        Raises Conflict when the fleet is full, Forbidden, Unauthorized.
         """
         token = "pga_" + secrets.token_urlsafe(24)
-        told: dict[str, Any] = {
-            "hostname": hostname, "os": os, "ip": ip or caller.address, "org_id": org_id, "arch": arch,
-            "machine_id": machine_id, "tags": None if tags is None else to_json(list(dict.fromkeys(tags))),
-            "token_digest": digest(token)}
+        newcomer = caller.role == "anyone"
+        claimed = {name: value for name, value in (("org_id", org_id), ("machine_id", machine_id), ("tags", tags))
+                   if newcomer and value is not None}
+        if newcomer:
+            org_id, machine_id, tags = self.config.open_enrollment_org, None, None
+        given: dict[str, Any] = {
+            "hostname": hostname, "os": os, "ip": ip or caller.address, "arch": arch,
+            "tags": None if tags is None else to_json(list(dict.fromkeys(tags)))}
         with self.store.transaction() as db:
             now = self.now()  # here, because a sweep while this waited has judged who could fall silent next
             row, clone = self._known(db, now, org_id, machine_id, caller)
+            given["ip"] = given["ip"] or (row["ip"] if row else "127.0.0.1")
+            entry: dict[str, Any] = {"hostname": hostname, "ip": given["ip"], "os": os, "version": version}
             if row:
-                known = dict(row)
-                if caller.role == "agent":  # its token reaches itself only: not another org, nor another's machine
-                    told |= {name: known[name] for name in ("org_id", "machine_id")}
+                agent_id, org_id, key = row["id"], row["org_id"], row["key"]
+                given["new_token_digest"] = digest(token)
                 db.execute(
-                    "UPDATE agents SET " + ", ".join(f"{name} = :{name}" for name in told) + " WHERE key = :key",
-                    {**{name: known[name] if value is None else value for name, value in told.items()},
-                     "key": row["key"]})
-                self._contact(db, now, row)
-                agent_id, org_id, key = row["id"], org_id or row["org_id"], row["key"]
+                    "UPDATE agents SET " + ", ".join(f"{name} = coalesce(:{name}, {name})" for name in given)
+                    + " WHERE key = :key", {**given, "key": key})
+                self._contact(db, now, row, heard=False)
                 db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, key))
+                entry |= {"formerHostname": row["hostname"], "formerIp": row["ip"]}
             else:
-                self._find_room(db)
+                self._find_room(db, newcomer)
                 agent_id = self._new_id(db)
-                told |= {"id": agent_id, "registered_ms": now.wall_ms, "ip": told["ip"] or "127.0.0.1",
-                         "tags": told["tags"] or "[]"}
-                key = db.execute(f"INSERT INTO agents ({', '.join(told)}) VALUES "
-                                 f"({', '.join(':' + name for name in told)})", told).lastrowid
+                given |= {"id": agent_id, "org_id": org_id, "machine_id": machine_id, "registered_ms": now.wall_ms,
+                          "tags": given["tags"] or "[]", "token_digest": digest(token), "newcomer": newcomer}
+                key = db.execute(f"INSERT INTO agents ({', '.join(given)}) VALUES "
+                                 f"({', '.join(':' + name for name in given)})", given).lastrowid
                 db.execute("INSERT INTO contacts (agent, seen_ms, heartbeat_ms, announced, version) "
                            "VALUES (?, ?, ?, 'online', ?)", (key, now.tick_ms, now.wall_ms, version))
-            self.store.journal(now.wall_ms, "agent_registered", caller, agent_id, org_id, {
-                "hostname": hostname, "os": os, "version": version, "again": row is not None})
+                entry |= {"claimed": claimed} if claimed else {}
+            self.store.journal(now.wall_ms, "agent_reregistered" if row else "agent_registered", caller, agent_id,
+                               org_id, entry)
             if clone:
                 self.store.journal(now.wall_ms, "identity_conflict", caller, agent_id, org_id, {
                     "hostname": hostname, "machineId": machine_id, "otherAgentId": clone})
             return Registration(self._agent(db, now, agent_id), token, row is None)
-
-    def forget_token(self, token: str) -> None:
-        """Void a token that never reached its agent, so that the machine may register again at once."""
-        with self.store.transaction() as db:
-            db.execute("UPDATE agents SET token_digest = NULL WHERE token_digest = ?", (digest(token),))
 
     def _known(self, db: sqlite3.Connection, now: Moment, org_id: str | None, machine_id: str | None,
                caller: Caller) -> tuple[sqlite3.Row | None, str | None]:
@@ -1600,22 +1621,29 @@ class Manager:
             if row is None:
                 raise Unauthorized("the token is wrong, or its agent was deregistered")
             return row, None
-        if machine_id is None or caller.role not in ("admin", "enroller"):
+        if machine_id is None:
             return None, None
         rows = db.execute(both + "WHERE a.machine_id = ? AND a.org_id IS ? ORDER BY c.seen_ms DESC",
                           (machine_id, org_id)).fetchall()
-        silent = [row for row in rows if row["token_digest"] is None
-                  or self.liveness.status(row["seen_ms"], now.tick_ms) is not Status.ONLINE]
-        if silent:
-            return silent[0], None
+        for row in rows:
+            if not row["heard"] or self.liveness.status(row["seen_ms"], now.tick_ms) is not Status.ONLINE:
+                if caller.role == "enroller" and not self.config.reenroll:
+                    raise Forbidden(f"machine_id: is that of {row['id']}; registering it again takes an admin's token "
+                                    "or the agent's own (MANAGER_REENROLL is 0)")
+                return row, None
         return None, rows[0]["id"] if rows else None
 
-    def _find_room(self, db: sqlite3.Connection) -> None:
+    def _find_room(self, db: sqlite3.Connection, newcomer: bool) -> None:
+        """Raises Conflict when the fleet is full, or the half of it that is open to newcomers without a token."""
         most = self.config.max_agents
         (newest,) = db.execute("SELECT coalesce(max(key), 0) FROM agents").fetchone()
         # There are never more agents than keys, so until these run out nothing need be counted.
         if newest >= most and db.execute("SELECT count(*) FROM agents").fetchone()[0] >= most:
             raise Conflict(f"the fleet is full: MANAGER_MAX_AGENTS allows {most} agents")
+        if newcomer and newest >= most // 2 and db.execute(
+                "SELECT count(*) FROM agents WHERE newcomer").fetchone()[0] >= most // 2:
+            raise Conflict(f"no more agents may register without a token: they may be half of MANAGER_MAX_AGENTS, "
+                           f"{most // 2}")
 
     def _new_id(self, db: sqlite3.Connection) -> str:
         """An id that no agent has, and none had whose threats or entries are still kept."""
@@ -1767,9 +1795,22 @@ class Manager:
                                {"hostname": row["hostname"]})
 
     def holder(self, token_digest: bytes) -> Identity | None:
-        """The agent to whom the token of this digest was given."""
+        """The agent to whom the token of this digest was given.
+
+        The first use of a token issued by registering again ends its agent's former one, and shows that the answer
+        to that registration arrived.
+        """
+        select = "SELECT key, id, org_id FROM agents WHERE "
         with self.store.read() as db:
-            row = db.execute("SELECT key, id, org_id FROM agents WHERE token_digest = ?", (token_digest,)).fetchone()
+            row = db.execute(select + "token_digest = ?", (token_digest,)).fetchone()
+            pending = row is None and db.execute(select + "new_token_digest = ?", (token_digest,)).fetchone()
+        if pending:
+            with self.store.transaction(durable=False) as db:
+                db.execute("UPDATE contacts SET heard = 1 WHERE agent = ?", (pending["key"],))
+                db.execute("UPDATE agents SET token_digest = new_token_digest, new_token_digest = NULL "
+                           "WHERE new_token_digest = ?", (token_digest,))
+                # Read again: another registration may have replaced the token meanwhile.
+                row = db.execute(select + "token_digest = ?", (token_digest,)).fetchone()
         return row and _identity(row)
 
     # Threat events
@@ -1801,6 +1842,7 @@ class Manager:
                      to_json(event["details"]))).lastrowid
                 ids.append(f"evt_{key:012x}")
                 stored.append(event)
+            db.execute("UPDATE contacts SET heard = 1 WHERE agent = ? AND NOT heard", (agent["key"],))
             if stored:
                 worst = min((event["severity"] for event in stored), key=SEVERITIES.index)
                 self.store.journal(now.wall_ms, "threats_reported", caller, agent_id, agent["org_id"], {
@@ -2098,7 +2140,6 @@ class Reply(NamedTuple):
     status: int
     body: bytes
     headers: tuple[tuple[str, str], ...] = (_JSON_TYPE,)
-    lost: Callable[[], None] | None = None  # called if the answer is known not to have arrived
 
 
 class Call(NamedTuple):
@@ -2353,8 +2394,6 @@ class Api:
             query = clean_query(route.query, environ.get("QUERY_STRING", "")) if route.query else {}
             reply = route.serve(Call(self.manager, self, route, caller, path, query, body, environ))
             if fault and fault.drop == "after":
-                if reply.lost:
-                    reply.lost()
                 raise Dropped
         except Dropped:
             raise
@@ -2396,7 +2435,7 @@ class Api:
             headers += (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), *_CORS_HEADERS)
         if self.hsts and self._is_https(environ):
             headers += (("Strict-Transport-Security", "max-age=31536000"),)
-        return Reply(reply.status, reply.body, headers, reply.lost)
+        return Reply(reply.status, reply.body, headers)
 
     def refuse(self, status: int, text: str, environ: dict[str, Any], headers: Iterable[tuple[str, str]] = ()) -> Reply:
         """Word a refusal of what has no route, or never became a request."""
@@ -2413,10 +2452,16 @@ class Api:
     def _admit(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str]) -> Caller:
         """Who calls, if they may. Where anyone may, a credential is not looked at."""
         address = self._limit(environ)
-        newcomer = NEWCOMER in route.allow and self.manager.config.open_enrollment
-        if ANYONE in route.allow or (newcomer and "HTTP_AUTHORIZATION" not in environ):
-            if newcomer:
-                self._newcomers.count(address, self.manager.now().tick_ms)
+        newcomer = (NEWCOMER in route.allow and self.manager.config.open_enrollment
+                    and "HTTP_AUTHORIZATION" not in environ)
+        if newcomer:
+            # Any web page may have a browser send a form here; it cannot send JSON unless its origin is allowed.
+            if environ.get("HTTP_ORIGIN", "") not in ("", *self.manager.config.cors_allowed_origins):
+                raise Forbidden("Origin: is not among CORS_ALLOWED_ORIGINS")
+            if "json" not in environ.get("CONTENT_TYPE", "").lower():
+                raise ManagerError("Content-Type: must be application/json", status=415)
+            self._newcomers.count(address, self.manager.now().tick_ms)
+        if newcomer or ANYONE in route.allow:
             return Caller(ANYONE, address)
         scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         token = token.strip()
@@ -2531,7 +2576,6 @@ def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bott
     app.api = api
 
     def as_response(reply: Reply) -> bottle.HTTPResponse:
-        bottle.request.environ["manager.lost"] = reply.lost
         return bottle.HTTPResponse(reply.body, reply.status, headers=list(reply.headers))
 
     def route(each: Endpoint) -> Callable[..., bottle.HTTPResponse]:
@@ -2592,9 +2636,8 @@ def _register(call: Call) -> Reply:
     made = call.manager.register(**call.body, caller=call.caller)
     # The shipped agent looks for its identity beside `data`.
     beside = {"agentId": made.agent.id, "token": made.token} if call.caller.role == ANYONE else {}
-    reply = success({**agent_shape(made.agent, detail=False), "token": made.token}, 201 if made.created else 200,
-                    beside=beside)
-    return reply._replace(lost=lambda: call.manager.forget_token(made.token))
+    return success({**agent_shape(made.agent, detail=False), "token": made.token}, 201 if made.created else 200,
+                   beside=beside)
 
 
 @endpoint("POST", "/api/agents/:id/heartbeat", "Say that an agent is alive", allow=(AGENT,), body=HEARTBEAT,
@@ -3131,9 +3174,7 @@ class Task(WSGITask):  # type: ignore[misc]
     def service(self) -> None:
         try:
             super().service()
-        except (ClientDisconnected, Dropped):
-            if lost := (self.environ or {}).get("manager.lost"):
-                lost()
+        except Dropped:
             raise ClientDisconnected from None
         finally:
             stream = (self.environ or {}).pop("manager.stream", None)

@@ -208,7 +208,8 @@ def port_of(url: str) -> int:
 
 def journal_of(fleet: Manager) -> list[tuple[str, int]]:
     """Type and instant (ms since the start of the clock) of every entry but the registrations."""
-    return [(entry.type, entry.at_ms - START_MS) for entry in fleet.journal() if entry.type != "agent_registered"]
+    return [(entry.type, entry.at_ms - START_MS) for entry in fleet.journal()
+            if entry.type not in ("agent_registered", "agent_reregistered")]
 
 
 @pytest.fixture
@@ -276,6 +277,9 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
      "the path of a file"),
     ("open_enrollment", None, "MANAGER_OPEN_ENROLLMENT", False, [("1", True), ("0", False)], ["yes", "2", "on"],
      "1 or 0"),
+    ("open_enrollment_org", None, "MANAGER_OPEN_ENROLLMENT_ORG", None, [("Sites open", "Sites open")],
+     ["x" * 129, "a\nb", "  "], "1 to 128 characters without control characters"),
+    ("reenroll", None, "MANAGER_REENROLL", True, [("0", False), ("1", True)], ["yes"], "1 or 0"),
     ("max_streams", None, "MANAGER_MAX_STREAMS", 500, [("1", 1)], ["-1", "all"], "a whole number from "),
     ("threads", None, "MANAGER_THREADS", 4, [("1", 1), ("256", 256)], ["0", "257"], "a whole number from 1 to 256"),
     ("log_level", None, "MANAGER_LOG_LEVEL", "INFO", [("DEBUG", "DEBUG"), ("ERROR", "ERROR")], ["LOUD", "10"],
@@ -1104,8 +1108,9 @@ def test_a_holder_of_an_agents_token_registers_it_again(api: Client, clock: Manu
     assert (again["id"], again["tags"], again["org_id"]) == (first["id"], ["a", "b"], "o")
     assert (again["hostname"], again["version"], again["status"]) == ("web-2", "1.3.0", "online")
     assert again["registeredAt"] == first["registeredAt"] and again["token"] != first["token"]
-    api.refusal("POST", f"/api/agents/{first['id']}/heartbeat", {}, token=first["token"], status=401)
+    assert api.beat(first)["id"] == first["id"], "the former token works until the new one is used"
     assert api.beat(again)["id"] == first["id"]
+    api.refusal("POST", f"/api/agents/{first['id']}/heartbeat", {}, token=first["token"], status=401)
     detail = api.get(f"/api/agents/{first['id']}")
     assert (detail["cpu"], detail["uptime"], detail["ip"]) == (7, 3, "198.51.100.7")
     assert len(api.get("/api/agents")) == 1
@@ -1117,8 +1122,8 @@ def test_a_holder_of_an_agents_token_registers_it_again(api: Client, clock: Manu
     (67, "o", "admin", True), (1000, "o", "admin", True), (67, "o", "enroller", True),
     (66, "o", "admin", False), (0, "o", "enroller", False),
     (1000, "other", "admin", False), (1000, None, "admin", False)])
-def test_a_machine_is_registered_again_once_its_agent_is_silent(silent_s: float, org_id: str | None, caller: str,
-                                                                same: bool) -> None:
+def test_a_machine_whose_agent_was_heard_is_registered_again_once_it_is_silent(
+        silent_s: float, org_id: str | None, caller: str, same: bool) -> None:
     with Server(port=0, clock=ManualClock(), enroll_token="join") as server:
         api = Client(server)
         first = api.register(machine_id="m", org_id="o", tags=["a"])
@@ -1130,9 +1135,9 @@ def test_a_machine_is_registered_again_once_its_agent_is_silent(silent_s: float,
         assert api.get(f"/api/agents/{again['id']}")["cpu"] == (7 if same else None)
         assert again["tags"] == (["a"] if same else [])
         assert again["token"] != first["token"]
+        api.beat(again)
         path = f"/api/agents/{first['id']}/heartbeat"
         api.call("POST", path, {}, token=first["token"], status=401 if same else 200)
-        api.beat(again)
         conflicts = api.journal("identity_conflict")
         assert [entry["agentId"] for entry in conflicts] == ([again["id"]] if not same and org_id == "o" else [])
         assert len(api.get("/api/agents")) == 2 - same
@@ -1140,6 +1145,97 @@ def test_a_machine_is_registered_again_once_its_agent_is_silent(silent_s: float,
             server.clock.advance(67)
             tagged = api.post("/api/agents/register", {**AGENT, "machine_id": "m", "org_id": "o", "tags": ["z"]})
             assert tagged["id"] == first["id"] and tagged["tags"] == ["z"]
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["lost reply", "restart"])
+@pytest.mark.parametrize("heard", ["", "heartbeat", "events"])
+@pytest.mark.parametrize("caller", ["admin", "enroller"])
+def test_an_online_agent_registers_again_by_machine_id_if_not_heard_since(
+        caller: str, heard: str, restart: bool, tmp_path: Path) -> None:
+    """Contract, rule 3: since its last registration, or since this manager started."""
+    def register(api: Client, status: int) -> Any:
+        token = {"admin": "admin", "enroller": "join"}[caller]
+        return api.post("/api/agents/register", {**AGENT, "machine_id": "m"}, token=token, status=status)
+
+    server = Server(port=0, clock=ManualClock(), data_dir=tmp_path, tls="off", enroll_token="join")
+    with server:
+        api = Client(server)
+        first = register(api, 201)
+        again = register(api, 200)
+        assert again["id"] == first["id"] and not api.journal("identity_conflict")
+        body = {"events": [THREAT]} if heard == "events" else {}
+        if heard:  # with the admin's token, as the published page has agents do
+            api.call("POST", f"/api/agents/{first['id']}/{heard}", body, status=201 if heard == "events" else 200)
+        if not restart:
+            last = register(api, 201 if heard else 200)
+            assert (last["id"] == first["id"]) is (not heard)
+            assert len(api.journal("identity_conflict")) == bool(heard)
+    if restart:
+        with server:
+            api = Client(server)
+            last = register(api, 200)
+            assert last["id"] == first["id"]
+            api.beat(first)
+            api.beat(last)
+            register(api, 201)
+            assert len(api.journal("identity_conflict")) == 1
+
+
+def test_a_whole_fleet_that_registers_again_after_a_restart_keeps_its_ids(tmp_path: Path) -> None:
+    server = Server(port=0, clock=ManualClock(), data_dir=tmp_path, tls="off")
+    ids = []
+    for _ in range(2):
+        with server:
+            fleet = server.manager
+            ids.append([fleet.register(**AGENT, machine_id=f"m{n}").agent.id for n in range(100)])
+            for agent_id in ids[-1]:
+                fleet.heartbeat(agent_id)
+    assert ids[0] == ids[1]
+
+
+def test_a_lost_reply_to_registering_again_locks_no_agent_out(api: Client, clock: ManualClock) -> None:
+    first = api.register(machine_id="m")
+    api.beat(first)
+    clock.advance(67)
+    for caller in ("admin", first["token"], "admin"):
+        lost = api.post("/api/agents/register", {**AGENT, "machine_id": "m"}, token=caller)
+        assert lost["id"] == first["id"]
+        if caller == "admin":
+            clock.advance(67)
+    latest = api.post("/api/agents/register", {**AGENT, "machine_id": "m"}, token=first["token"])
+    api.refusal("GET", f"/api/agents/{first['id']}", token=lost["token"], status=401)
+    api.beat(first)
+    assert api.get(f"/api/agents/{first['id']}", token=latest["token"])["id"] == first["id"], "a first use"
+    api.refusal("POST", f"/api/agents/{first['id']}/heartbeat", {}, token=first["token"], status=401)
+    api.beat(latest)
+    assert not api.journal("identity_conflict")
+
+
+def test_registering_again_is_journalled_with_old_and_new_address_and_under_the_agents_own_org(api: Client) -> None:
+    first = api.register(org_id="o", machine_id="m", ip="192.0.2.1")
+    again = api.post("/api/agents/register", {**AGENT, "hostname": "web-2", "org_id": "other", "machine_id": "n"},
+                     token=first["token"])
+    assert (again["org_id"], again["machine_id"]) == ("o", "m")
+    assert len(api.journal("agent_registered")) == 1
+    (entry,) = api.journal("agent_reregistered")
+    assert (entry["org_id"], entry["agentId"], entry["actor"]["role"]) == ("o", first["id"], "agent")
+    assert {"hostname": "web-2", "formerHostname": "web-1", "ip": "198.51.100.7",
+            "formerIp": "192.0.2.1"}.items() <= entry["data"].items()
+
+
+def test_with_reenroll_off_only_an_admin_or_the_agent_itself_registers_it_again() -> None:
+    with Server(port=0, clock=ManualClock(), enroll_token="join", reenroll=False) as server:
+        api = Client(server)
+        body = {**AGENT, "machine_id": "m"}
+        first = api.post("/api/agents/register", body, token="join", status=201)
+        for silent_s in (0, 1000):
+            server.clock.advance(silent_s)
+            before = api.journal()
+            assert "MANAGER_REENROLL" in api.refusal("POST", "/api/agents/register", body, token="join", status=403)
+            assert api.journal() == before
+        assert api.post("/api/agents/register", body, token=first["token"])["id"] == first["id"]
+        assert api.post("/api/agents/register", body)["id"] == first["id"]
+        api.post("/api/agents/register", {**AGENT, "machine_id": "n"}, token="join", status=201)
 
 
 def test_without_machine_id_every_registration_is_another_agent(api: Client, clock: ManualClock) -> None:
@@ -1299,13 +1395,12 @@ def test_the_journal_is_kept_for_its_retention_and_goes_on_counting() -> None:
 def test_a_race_has_one_winner(server: Server, clock: ManualClock) -> None:
     api = Client(server)
     first = api.register(machine_id="m")
-    clock.advance(67)
     register = ("POST", "/api/agents/register", {**AGENT, "machine_id": "m"}, server.token)
     answers = at_once(server, [register] * 8)
-    assert Counter(status for status, _ in answers) == {200: 1, 201: 7}
-    assert {body["data"]["id"] for status, body in answers if status == 200} == {first["id"]}
-    assert len({body["data"]["id"] for _, body in answers}) == 8 == len(api.get("/api/agents"))
-    assert len(api.journal("identity_conflict")) == 7
+    assert [(status, body["data"]["id"]) for status, body in answers] == [(200, first["id"])] * 8
+    tokens = [body["data"]["token"] for _, body in answers]
+    answers = at_once(server, [("POST", f"/api/agents/{first['id']}/heartbeat", {}, token) for token in tokens])
+    assert Counter(status for status, _ in answers) == {200: 1, 401: 7}, "the last one issued holds"
 
     path = f"/api/agents/{first['id']}"
     answers = at_once(server, [("POST", f"{path}/events", {"events": [{**THREAT, "id": "e"}]}, server.token)] * 8)
@@ -2410,6 +2505,7 @@ def test_the_journal_says_what_happened_and_who_did_it() -> None:
         enroller = {"role": "enroller", "address": "198.51.100.7"}
         by_manager = {"role": "manager"}
         agent = api.post("/api/agents/register", {**AGENT, "org_id": "o", "machine_id": "m"}, token="enrol", status=201)
+        api.beat(agent)
         clone = api.register(org_id="o", machine_id="m", hostname="web-2")
         itself = {"role": "agent", "agent_id": agent["id"]}
         path = f"/api/agents/{agent['id']}"
@@ -4856,6 +4952,43 @@ def test_a_broken_event_of_the_shipped_agent_is_refused(open_server: Server, eve
     assert api.get("/api/threats") == []
 
 
+def test_a_newcomer_chooses_neither_org_nor_machine_id_nor_tags() -> None:
+    with Server(port=0, clock=ManualClock(), open_enrollment=True, open_enrollment_org="open") as server:
+        api = Client(server)
+        known = api.register(machine_id="m", org_id="open")
+        claimed = {"org_id": "acme", "machine_id": "m", "tags": ["production"]}
+        made = api.post("/api/agents/register", {**AGENT, **claimed}, token=None, status=201)
+        assert made["id"] != known["id"] and made["tags"] == [] and made["org_id"] == "open"
+        assert "machine_id" not in made and not api.journal("identity_conflict")
+        entry = api.journal("agent_registered")[-1]
+        assert (entry["org_id"], entry["data"]["claimed"]) == ("open", claimed)
+        again = api.post("/api/agents/register", {**AGENT, **claimed}, token=made["token"])
+        assert again["id"] == made["id"] and again["org_id"] == "open"
+
+
+def test_newcomers_fill_half_of_the_fleet_at_most() -> None:
+    with Server(port=0, clock=ManualClock(), open_enrollment=True, max_agents=4) as server:
+        api = Client(server)
+        api.register()
+        first, _ = (api.post("/api/agents/register", AGENT, token=None, status=201) for _ in range(2))
+        said = api.refusal("POST", "/api/agents/register", AGENT, token=None, status=409)
+        assert "MANAGER_MAX_AGENTS" in said and "2" in said
+        api.register()
+        api.call("DELETE", f"/api/agents/{first['id']}")
+        api.post("/api/agents/register", AGENT, token=None, status=201)
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({}, 201), ({"Content-Type": "application/json; charset=utf-8"}, 201), ({"Content-Type": "text/plain"}, 415),
+    ({"Content-Type": ""}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+    ({"Origin": "https://a.example"}, 201), ({"Origin": "https://b.example"}, 403), ({"Origin": "null"}, 403)])
+def test_a_web_page_cannot_have_a_browser_register_agents(headers: dict[str, str], status: int) -> None:
+    with Server(port=0, clock=ManualClock(), open_enrollment=True, cors_allowed_origins="https://a.example") as server:
+        api = Client(server)
+        api.call("POST", "/api/agents/register", AGENT, token=None, headers=headers, status=status)
+        assert len(api.get("/api/agents")) == (status == 201)
+
+
 def test_open_enrolment_is_throttled_per_address_and_takes_over_nobody(open_server: Server, clock: ManualClock) -> None:
     api, elsewhere = Client(open_server), Client(open_server, address="198.51.100.8")
     known = api.register(machine_id="m-1")
@@ -5047,7 +5180,7 @@ def test_a_thousand_agents_over_a_week_agree_with_a_model_in_every_status_count_
                                            machine_id=f"m-{number}")
                     assert again.agent.id == agent and not again.created
                     model.contact(now, agent)
-                    model.journal.append((now, "agent_registered", agent))
+                    model.journal.append((now, "agent_reregistered", agent))
                 elif what < 0.87:
                     fleet.deregister(agent)
                     for table in (model.seen, model.announced, model.acknowledged):
