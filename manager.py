@@ -1053,6 +1053,7 @@ MIGRATIONS = (
     CREATE TABLE policies_in_force ( -- the newest of each scope: 'all', 'org:…' or 'agent:…'
         scope TEXT PRIMARY KEY, version INTEGER NOT NULL REFERENCES policies (version)) WITHOUT ROWID;
     """,
+    # The repair of files whose migration 1 was another belongs before this one: it makes the table of agents anew.
     """
     -- A token issued by registering again; it replaces token_digest when it is first used.
     ALTER TABLE agents ADD COLUMN new_token_digest BLOB;
