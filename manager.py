@@ -20,13 +20,15 @@ The file is a house of rooms. A room uses only the rooms above it:
     5  Manager       the use cases, one method each: no HTTP, no threads, no sleep
     6  HTTP          the routes: who may call, what they take, what they answer
     7  Event streams the journal as server-sent events; they hold connections, not threads
-    9  Server        waitress on one loop: lane, socket map, streams, TLS; clocks, start and stop
-    10 Command line  main()
+    8  Server        waitress on one loop: lane, socket map, streams, TLS; clocks, start and stop
+    9  Command line  main()
+    10 Dashboard     the page: HTML, style and script as constants, last because it is data
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import contextlib
 import enum
@@ -2141,6 +2143,7 @@ class Reply(NamedTuple):
     status: int
     body: bytes
     headers: tuple[tuple[str, str], ...] = (_JSON_TYPE,)
+    common: tuple[tuple[str, str], ...] = _COMMON_HEADERS
 
 
 class Call(NamedTuple):
@@ -2431,7 +2434,7 @@ class Api:
 
     def finish(self, reply: Reply, environ: Mapping[str, Any]) -> Reply:
         """Add the headers that every answer has."""
-        headers = (*reply.headers, ("X-Request-Id", request_id(environ)), *_COMMON_HEADERS)
+        headers = (*reply.headers, ("X-Request-Id", request_id(environ)), *reply.common)
         if (origin := environ.get("HTTP_ORIGIN")) and origin in self.manager.config.cors_allowed_origins:
             headers += (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), *_CORS_HEADERS)
         if self.hsts and self._is_https(environ):
@@ -2735,7 +2738,7 @@ def _drop_override(call: Call) -> Reply:
 
 @endpoint("GET", "/api/overview", "Show the fleet at a glance", query=OF_ORG)
 def _overview(call: Call) -> Reply:
-    return success(call.manager.overview(**call.query))
+    return success(call.manager.overview(**call.query), headers=[("X-Caller", call.caller.role)])
 
 
 @endpoint("GET", "/api/events", "Read the journal, which is the audit log, in order", query=ENTRY_FILTER)
@@ -2933,7 +2936,7 @@ class Streams:
 
 
 ########################################################################################################
-# 9  Server ############################################################################################
+# 8  Server ############################################################################################
 ########################################################################################################
 
 
@@ -4043,7 +4046,7 @@ def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 ########################################################################################################
-# 10  Command line #####################################################################################
+# 9  Command line ######################################################################################
 ########################################################################################################
 
 
@@ -4106,6 +4109,893 @@ def _greeting(server: Server) -> Iterator[str]:
     yield from (note for note in server.notes if note.startswith("Warning"))
     if not server.certificate and not _is_loopback(config.host):
         yield "Warning: tokens cross the network in plaintext; set MANAGER_TLS=auto, or put a TLS proxy in front"
+
+
+########################################################################################################
+# 10  Dashboard ########################################################################################
+########################################################################################################
+
+# One page without a library and without a build step. Everything that came from an agent goes in as a text node.
+_STYLE = r""":root{color-scheme:light dark;--bg:light-dark(#f5f6f8,#0e1216);--card:light-dark(#fff,#151a20);
+--text:light-dark(#1a2027,#e2e7ec);--soft:light-dark(#586370,#98a4b0);--line:light-dark(#dde1e6,#29313a);
+--hover:light-dark(#f0f3f7,#1b222a);--accent:light-dark(#0a5cc2,#74b3ff);--edge:light-dark(#b9c1ca,#3d4854);
+--green:light-dark(#18733a,#52c77a);--amber:light-dark(#8f5200,#e3a53f);--red:light-dark(#bd1e2c,#ff7f7c);
+--rose:light-dark(#98103f,#ff6fa0);--blue:light-dark(#4a6076,#93abc3);
+font:14px/1.45 system-ui,"Noto Sans CJK TC","PingFang TC","Microsoft JhengHei",sans-serif}
+*{box-sizing:border-box}
+[hidden]{display:none!important}
+body{margin:0;background:var(--bg);color:var(--text);font-variant-numeric:tabular-nums}
+a{color:var(--accent);text-decoration:none}
+a:hover{text-decoration:underline}
+:focus-visible{outline:2px solid var(--accent);outline-offset:1px;border-radius:3px}
+header{display:flex;align-items:center;gap:0 14px;padding:0 20px;background:var(--card);
+border-bottom:1px solid var(--line);position:sticky;top:0;z-index:2}
+.name{font-weight:650;white-space:nowrap;display:flex;gap:9px;align-items:center;color:inherit}
+.mark{flex:none;width:26px}
+nav{display:flex;flex:1;overflow-x:auto;scrollbar-width:none;gap:2px}
+nav a{padding:14px 10px 11px;color:var(--soft);white-space:nowrap;border-bottom:3px solid transparent;
+outline-offset:-3px!important}
+nav [aria-current=page]{color:var(--text);border-color:var(--accent);font-weight:600}
+.tools,.lamp,.bar,.counts button,.state{display:flex;align-items:center;gap:6px}
+.lamp{white-space:nowrap;color:var(--soft)}
+.lamp i{width:9px;height:9px;border-radius:50%;background:var(--green)}
+.lamp .reconnecting{background:none;border:2px solid var(--amber)}
+.lamp .stopped{background:var(--red);border-radius:0}
+main{max-width:1560px;margin:auto;padding:16px 20px 48px;outline:0}
+h1{font-size:20px;margin:0 auto 0 0;overflow-wrap:anywhere}
+h2{font-size:14px;margin:0 0 8px}
+.bar{flex-wrap:wrap;gap:8px;margin:0 0 12px}
+.card,.scroll,dialog{background:var(--card);border:1px solid var(--line);border-radius:8px;min-width:0}
+.card{padding:14px 16px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr));gap:12px;margin-bottom:12px}
+.wide{grid-column:1/-1}
+button,input,select,textarea,.menu>summary{font:inherit;color:inherit;background:var(--card);
+border:1px solid var(--edge);border-radius:6px;padding:4px 10px;min-height:32px}
+button{cursor:pointer;white-space:nowrap}
+button:hover,tbody tr:hover,tr:focus-within{background:var(--hover)}
+button:disabled{opacity:.5;cursor:default}
+button.main{background:var(--accent);color:var(--card);border-color:var(--accent);font-weight:600}
+button.danger,.error{color:var(--red)}
+button.plain,th button{border:0;background:none;padding:4px 7px;color:var(--soft);min-height:0}
+th button{padding:0;font-weight:600}
+[type=checkbox]{min-height:0;width:15px;height:15px;margin:0;accent-color:var(--accent);vertical-align:-2px}
+[type=search]{width:250px}
+.bar input:not([type]){width:116px}
+textarea{width:100%;min-height:190px}
+.counts{display:flex;flex-wrap:wrap;gap:8px;margin-bottom:12px}
+.counts button{gap:8px;padding:7px 14px;border-color:var(--line);border-radius:8px}
+.counts b{font-size:20px;line-height:1.2;color:var(--text)}
+.counts [aria-pressed=true]{border-color:var(--accent);box-shadow:inset 0 0 0 1px var(--accent)}
+.scroll{overflow-x:auto}
+.card .scroll{border:0}
+table{border-collapse:collapse;width:100%}
+th{text-align:left;font-size:12.5px;color:var(--soft);white-space:nowrap}
+th,td{padding:6px 10px;border-bottom:1px solid var(--line)}
+tbody tr:last-child>*{border-bottom:0}
+td{overflow-wrap:anywhere}
+.n{text-align:right;white-space:nowrap}
+.host{font-weight:600;min-width:90px;display:inline-block}
+.nowrap,.state{white-space:nowrap;overflow-wrap:normal}
+.soft,dt,summary,.empty{color:var(--soft)}
+.state{display:inline-flex;font-weight:600}
+.state svg{width:11px;height:11px;fill:currentColor}
+.state+.soft{margin-left:6px;font-size:12.5px;white-space:nowrap}
+.online{color:var(--green)}.stale{color:var(--amber)}.offline,.high{color:var(--red)}
+.critical{color:var(--rose)}.medium{color:var(--amber)}.low{color:var(--blue)}.none{color:var(--line)}
+.tag{display:inline-block;background:var(--hover);border:1px solid var(--line);border-radius:4px;padding:0 6px;
+margin:1px 4px 1px 0;font-size:12.5px;max-width:190px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;
+vertical-align:middle}
+.meter{display:inline-block;width:40px;height:6px;background:var(--line);margin-right:7px;vertical-align:1px}
+.meter i,.hbar{display:block;height:100%;background:var(--blue)}
+.hbar{height:4px;min-width:2px}
+.changed{animation:fade 1.6s}
+@keyframes fade{from{background:light-dark(#fff2c4,#3a3316)}}
+.bulk{position:sticky;bottom:8px;margin:8px 0;border-color:var(--accent)}
+.empty{padding:36px 20px;text-align:center}
+.empty b{display:block;color:var(--text);font-size:16px}
+pre,code,textarea{font:12px/1.55 ui-monospace,monospace}
+pre{background:var(--bg);border:1px solid var(--line);border-radius:6px;padding:9px 11px;margin:8px 0;
+white-space:pre-wrap;overflow-wrap:anywhere;text-align:left}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:5px 18px;margin:0}
+dd{margin:0;overflow-wrap:anywhere;min-width:0}
+summary{cursor:pointer;padding:4px 0}
+.foot{margin-top:14px}
+.menu{position:relative}
+.menu>div{position:absolute;right:0;z-index:3;width:max-content;display:grid;gap:5px}
+dialog{color:inherit;padding:20px;max-width:min(600px,94vw);max-height:84vh}
+dialog::backdrop{background:#0007}
+.signin{max-width:380px;margin:12vh auto;display:grid;gap:12px;padding:28px}
+.signin label{display:grid;gap:4px}
+.toast{position:fixed;left:50%;bottom:20px;transform:translateX(-50%);background:var(--text);color:var(--bg);
+border-radius:8px;padding:9px 16px;max-width:92vw;z-index:5}
+.toast:empty{display:none}
+.chart{display:block;width:100%;height:110px;fill:currentColor}
+.strip{height:22px;margin-top:12px}
+.ends{display:flex;justify-content:space-between;gap:8px}
+@media(prefers-reduced-motion:reduce){.changed{animation:none}}
+@media(max-width:1180px){.c-ip,.c-org_id,.c-os{display:none}}
+@media(max-width:980px){header{flex-wrap:wrap;padding:6px 12px 0}.tools{margin-left:auto}nav{order:3;flex:1 0 100%}
+nav a{padding:7px 9px 6px}main{padding:12px 12px 40px}.c-policy,.c-memory{display:none}}
+@media(max-width:640px){.c-tags,.c-version,.c-cpu,.c-recentThreats,.roomy{display:none}th,td{padding:6px 7px}
+[type=search]{width:100%}.host{min-width:0}.counts{display:grid;grid-template-columns:1fr 1fr}
+.c-status .state+.soft{display:block;margin-left:17px}}"""
+
+_SCRIPT = r""""use strict";
+const root = document.documentElement;
+const DAY_MS = 86400000;
+let lang = localStorage.lang || (navigator.language.startsWith("zh") ? "zh" : "en");
+let theme = localStorage.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+let token = sessionStorage.token || "";
+let role = "admin";
+let paths = {};      // what the manager offers, from its OpenAPI document
+let overview = {};
+let skewMs = 0;      // the manager's clock less the reader's
+let lastSeq = 0;     // number of the latest journal entry heard
+let view = {};       // name, id, load(live), and entry(entry) if it shows the journal
+let shownMs = 0;     // when what is shown was read
+
+// The text in the reader's language; each %s is replaced by an argument.
+const t = (text, ...args) => (lang === "zh" && ZH[text] || text).replace(/%s/g, () => args.shift());
+
+// An element, "tag.class". Every text goes in as a text node, never as HTML.
+function h(what, props, ...kids) {
+  const [tag, name] = what.split(".");
+  const svg = ["svg", "path", "rect", "circle"].includes(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  if (props?.constructor !== Object) [props, kids] = [{}, [props, ...kids]];
+  node.append(...kids.flat(3).filter((kid) => kid || kid === 0));
+  if (name) node.setAttribute("class", name);
+  for (const [key, value] of Object.entries(props)) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (key === "value" || key === "checked") node[key] = value;
+    else if (value || value === 0) node.setAttribute(key, value === true ? "" : value);
+  }
+  return node;
+}
+const btn = (text, onclick, kind = "", more = {}) => h("button." + kind, {onclick, ...more}, text);
+const card = (title, ...kids) => h("section.card", h("h2", title), kids);
+const tag = (text, ...more) => h("span.tag", {title: text}, text, more);
+const empty = (title, ...rest) => h("div.empty", h("b", title), rest);
+const table = (heads, rows, more = {}) => h("div.scroll", {tabindex: 0, role: "group", "aria-label": heads.join()},
+  h("table", more, h("thead", h("tr", heads.map((head) => h("th", {scope: "col"}, t(head))))), h("tbody", rows)));
+
+const now = () => Date.now() + skewMs;
+const locale = () => (lang === "zh" ? "zh-Hant" : "en-GB");
+const number = (value) => (value || 0).toLocaleString(locale());
+function span(ms) {
+  const s = Math.max(0, Math.round(ms / 1000));
+  return s < 60 ? t("%s s", s) : s < 3600 ? t("%s min", s / 60 | 0) : s < 172800 ? t("%s h", s / 3600 | 0)
+    : t("%s d", s / 86400 | 0);
+}
+// An instant in the reader's zone, with the UTC one on hover.
+const when = (iso) => iso ? h("time", {datetime: iso, title: iso}, new Date(iso).toLocaleString(locale(),
+  {dateStyle: "short", timeStyle: "medium"})) : "–";
+// How long ago, kept up to date by tick(). Heartbeats are not in the journal: `capMs` is the most it can be.
+const living = (iso, form, capMs) => iso ? h("time", {datetime: iso, title: iso, "data-form": form, "data-cap": capMs},
+  age(iso, form, capMs)) : "–";
+function age(iso, form, capMs) {
+  const ms = now() - Date.parse(iso);
+  return t(form, capMs && ms > capMs ? "< " + span(capMs) : span(ms));
+}
+const shape = (...kids) => h("svg", {viewBox: "0 0 12 12", "aria-hidden": "true"}, kids);
+const SHAPES = {online: "M6 0a6 6 0 1 0 0 12a6 6 0 1 0 0-12", stale: "M6 0L12 12H0z", offline: "M0 0H12V12H0z"};
+const state = (status) => h("span", {class: "state " + status}, shape(h("path", {d: SHAPES[status]})), t(status));
+const mark = (bad) => h("svg.mark", {viewBox: "0 0 32 32", "aria-hidden": "true", xmlns: "http://www.w3.org/2000/svg"},
+  h("path", {d: "M3 14a13 13 0 0 1 26 0zM3 18a13 13 0 0 0 26 0z", fill: "#2f7fe0"}),
+  h("path", {d: "M16 4v24", stroke: "#fff", "stroke-width": 3}), bad && h("circle", {cx: 23, cy: 9, r: 9, fill: "#d3212f"}));
+
+// The API
+
+const may = (method, path) => paths[path]?.[method] && (role === "admin" || method === "get");
+const takes = (path, name) => paths[path]?.get.parameters.some((each) => each.name === name);
+function address(path, query) {
+  const given = new URLSearchParams(Object.entries(query || {}).filter(([, value]) => value || value === 0 || value === false));
+  return path + (given.size ? "?" + given : "");
+}
+async function api(method, path, body) {
+  const answer = await fetch(path, {method, cache: "no-store", body: body && JSON.stringify(body), headers: {
+    Authorization: "Bearer " + token, ...body && {"Content-Type": "application/json"}}}).catch(() => {
+    throw new Error(t("The manager does not answer. Is it running?"));
+  });
+  const json = await answer.json();
+  if (answer.status === 401) signOut(t("The token is wrong or no longer valid."));
+  if (!json.ok) throw new Error(json.error);
+  return {data: json.data, total: json.pagination?.total, caller: answer.headers.get("X-Caller")};
+}
+const get = async (path, query) => (await api("GET", address(path, query))).data;
+const one = (path, id) => path + encodeURIComponent(id);
+
+async function getOverview() {
+  const {data, caller} = await api("GET", "/api/overview");
+  overview = data;
+  role = caller || "admin";
+  skewMs = Date.parse(data.updatedAt) - Date.now();
+  const bad = data.offlineAgents;
+  document.title = (bad ? t("%s offline", bad) + " – " : "") + "Panguard Manager";
+  document.querySelector("link").href = "data:image/svg+xml,"
+    + encodeURIComponent(new XMLSerializer().serializeToString(mark(bad)));
+}
+
+// The journal's latest entries that match. It is read forwards, so start far enough back.
+async function latest(filter, wanted) {
+  for (let back = 200; ; back *= 10) {
+    const start = Math.max(0, lastSeq - back);
+    const found = [];
+    for (let after = start, page = {length: 200}; page.length === 200; after = page.at(-1)?.seq) {
+      page = await get("/api/events", {...filter, after, limit: 200});
+      found.push(...page);
+    }
+    if (found.length >= wanted || !start) return found.slice(-200).reverse();
+  }
+}
+
+// Live: one stream a browser, held by the tab that has the lock and shared with the others
+
+const tabs = new BroadcastChannel("panguard-manager");
+let lamp = "reconnecting";
+let leading = false;
+let session = null;
+
+function setLamp(to) {
+  if (lamp !== to && to === "live") soon();
+  lamp = to;
+  if (leading) tabs.postMessage({lamp, lastSeq});
+  tick();
+}
+function hear(entry) {
+  if (entry.seq <= lastSeq) return;
+  lastSeq = entry.seq;
+  if (leading) tabs.postMessage({entry});
+  view.entry?.(entry);
+  soon();
+}
+tabs.onmessage = ({data}) => {
+  if (leading && data.hello) setLamp(lamp);
+  if (leading || !session) return;
+  if (data.lamp) {
+    lastSeq ||= data.lastSeq;
+    setLamp(data.lamp);
+  }
+  if (data.entry) hear(data.entry);
+};
+
+function follow() {
+  session = new AbortController();
+  const {signal} = session;
+  const lead = async () => {
+    leading = true;
+    await stream(signal);
+    leading = false;
+  };
+  if (!navigator.locks) return lead(); // plain HTTP from another machine has none: each tab has its stream
+  tabs.postMessage({hello: true});
+  return navigator.locks.request("panguard-manager", {signal}, lead).catch(() => {});
+}
+
+async function stream(signal) {
+  for (let tries = 0; !signal.aborted; tries++) {
+    const once = new AbortController();
+    const stop = () => once.abort();
+    signal.addEventListener("abort", stop);
+    let silence = setTimeout(stop, 20000);
+    try {
+      const answer = await fetch("/api/events/stream", {signal: once.signal, cache: "no-store", headers: {
+        Authorization: "Bearer " + token, ...lastSeq && {"Last-Event-ID": lastSeq}}});
+      if (answer.status === 401) signOut(t("The token is wrong or no longer valid."));
+      if (!answer.ok) throw answer;
+      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      for (let text = "", part; !(part = await reader.read()).done;) {
+        clearTimeout(silence);
+        silence = setTimeout(stop, 40000); // a keepalive comes every 15 s
+        const events = (text + part.value).split("\n\n");
+        text = events.pop();
+        for (const event of events) {
+          const field = (name) => new RegExp("^" + name + ": (.*)$", "m").exec(event)?.[1];
+          if (field("event") === "connected") lastSeq ||= +field("id");
+          else if (field("data")) hear(JSON.parse(field("data")));
+        }
+        tries = 0;
+        if (lamp !== "live") setLamp("live");
+      }
+    } catch {
+      // lost: try again below
+    }
+    clearTimeout(silence);
+    if (signal.aborted) return;
+    setLamp("reconnecting");
+    await new Promise((done) => setTimeout(done, Math.min(15000, 500 * 2 ** tries) * (1 + Math.random()) / 2));
+  }
+}
+
+// Read again what is shown: at most every 2 s, and only while somebody looks at it.
+let timer = 0;
+function soon() {
+  if (!timer && view.load && !document.hidden) timer = setTimeout(refresh, Math.max(200, shownMs + 2000 - Date.now()));
+}
+async function refresh() {
+  clearTimeout(timer);
+  timer = 0;
+  await attempt(async () => {
+    await getOverview();
+    await view.load?.(true);
+    shownMs = Date.now();
+  });
+}
+document.addEventListener("visibilitychange", soon);
+
+function tick() {
+  for (const each of document.querySelectorAll("[data-form]")) {
+    const text = age(each.dateTime, each.dataset.form, +each.dataset.cap);
+    if (each.textContent !== text) each.textContent = text;
+  }
+  const words = {live: "Live", reconnecting: "Reconnecting"};
+  document.querySelector(".lamp")?.replaceChildren(h("i", {class: lamp}), t(words[lamp] || "Stopped"),
+    lamp === "live" ? "" : h("span.roomy", t("as of %s ago", span(Date.now() - shownMs))));
+}
+setInterval(tick, 1000);
+
+// The frame: sign-in, views, dialogs, keys
+
+function say(text) {
+  const toast = document.querySelector(".toast");
+  toast.textContent = text;
+  clearTimeout(say.timer);
+  say.timer = setTimeout(() => toast.replaceChildren(), 8000);
+}
+// Do something; what fails, or what it gives, is shown as a message.
+async function attempt(work) {
+  try {
+    const done = await work();
+    if (done) say(done);
+    return done;
+  } catch (error) {
+    return token && say(error.message);
+  }
+}
+const act = async (work) => await attempt(work) && refresh();
+
+function frame(...content) {
+  root.lang = lang === "zh" ? "zh-Hant" : "en";
+  root.style.colorScheme = theme;
+  document.body.replaceChildren(...content, h("div.toast", {role: "status"}));
+}
+const switches = () => [
+  btn(lang === "zh" ? "English" : "中文", () => {
+    localStorage.lang = lang = lang === "zh" ? "en" : "zh";
+    start();
+  }, "plain", {lang: lang === "zh" ? "en" : "zh-Hant"}),
+  btn(t(theme === "dark" ? "Light" : "Dark"), () => {
+    localStorage.theme = theme = theme === "dark" ? "light" : "dark";
+    start();
+  }, "plain")];
+
+function signOut(message) {
+  token = "";
+  sessionStorage.removeItem("token");
+  session?.abort();
+  session = null;
+  lastSeq = 0;
+  start(message);
+}
+
+function signIn(message = "") {
+  const field = h("input", {type: "password", id: "token", autocomplete: "current-password", required: true});
+  const problem = h("div.error", {role: "alert"}, message);
+  frame(h("main", h("form.card signin", {onsubmit: async (event) => {
+    event.preventDefault();
+    token = field.value.trim();
+    try {
+      await getOverview();
+      sessionStorage.token = token;
+      start();
+    } catch (error) {
+      token = "";
+      document.querySelector(".error").textContent ||= error.message;
+    }
+  }}, h("div.name", mark(), h("h1", "Panguard Manager")), h("label", {for: "token"}, t("Token"), field), problem,
+  h("button.main", t("Sign in")), h("div.soft", t("An admin's or a viewer's token.")), h("div", switches()))));
+  field.focus();
+}
+
+async function start(message) {
+  view = {};
+  if (!token) return signIn(message);
+  try {
+    await getOverview();
+    paths = (await (await fetch("/openapi.json")).json()).paths;
+  } catch (error) {
+    if (!token) return undefined;
+    frame(h("main", empty(error.message)));
+    return setTimeout(start, 3000);
+  }
+  frame(h("header", h("a.name", {href: "#fleet", "aria-label": "Panguard Manager"}, mark(), h("span.roomy", "Panguard")),
+    h("nav", {"aria-label": t("Views")}, Object.entries(VIEWS).filter(([, [title]]) => title).map(([name, [title]]) =>
+      h("a", {href: "#" + name}, t(title)))),
+    h("div.tools", h("span.lamp"), role !== "admin" && tag(t(role)), switches(), btn(t("Sign out"), () => signOut(), "plain"))),
+  h("main", {tabindex: -1}));
+  tick();
+  if (!session) follow();
+  return show();
+}
+
+// The address's #… is `view/id?filters`.
+function where() {
+  const [path, query] = location.hash.slice(1).split("?");
+  const [name, id] = path.split("/");
+  return {name: VIEWS[name] ? name : "fleet", id, params: new URLSearchParams(query)};
+}
+const link = (name, query, id) => address("#" + name + (id ? one("/", id) : ""), query);
+const param = (name) => where().params.get(name) || "";
+function setParams(changes, replace) {
+  const {name, id, params} = where();
+  const target = link(name, {...Object.fromEntries(params), page: "", ...changes}, id && decodeURIComponent(id));
+  if (!replace) location.hash = target;
+  else {
+    history.replaceState(null, "", target);
+    show();
+  }
+}
+const show = () => token && attempt(async () => {
+  const {name, id} = where();
+  for (const each of document.querySelectorAll("nav a")) {
+    each.setAttribute("aria-current", each.hash === "#" + (name === "agent" ? "fleet" : name) ? "page" : "false");
+  }
+  const main = document.querySelector("main");
+  if (view.name !== name || view.id !== id) {
+    main.replaceChildren();
+    view = {name, id};
+    VIEWS[name][1](view, main, id && decodeURIComponent(id));
+  }
+  await view.load();
+  for (const each of main.querySelectorAll("[data-param]")) {
+    const value = param(each.dataset.param);
+    if (each.options && ![...each.options].some((option) => option.value === value)) each.append(h("option", value));
+    if (each.options || each !== document.activeElement) each.value = value;
+  }
+  shownMs = Date.now();
+});
+addEventListener("hashchange", show);
+
+// Ask before something is done. Gives whether the person agrees.
+const ask = (title, body, yes, kind = "main") => new Promise((resolve) => {
+  const box = h("dialog", {"aria-label": title, onclose: () => {
+    resolve(box.returnValue === "yes");
+    box.remove();
+  }}, h("h2", title), body, h("div.bar foot", yes && btn(yes, () => box.close("yes"), kind),
+    btn(t(yes ? "Cancel" : "Close"), () => box.close(""))));
+  document.body.append(box);
+  box.showModal();
+});
+
+const KEYS = {"/": "Find", j: "Next row", k: "Former row", x: "Tick the row", "?": "Show the keys"};
+addEventListener("keydown", (event) => {
+  const {key, target} = event;
+  if (!KEYS[key] || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog")) return;
+  if (target.matches("input:not([type=checkbox]), textarea, select")) return;
+  const rows = [...document.querySelectorAll("main tbody tr")];
+  const at = rows.findIndex((row) => row.contains(target));
+  event.preventDefault();
+  if (key === "/") document.querySelector("[type=search], [data-param]")?.focus();
+  else if (key === "x") rows[at]?.querySelector("[type=checkbox]")?.click();
+  else if (key === "?") {
+    ask(t("Keys"), h("dl", Object.entries(KEYS).map(([each, what]) => [h("dt", h("code", each)), h("dd", t(what))])));
+  } else rows[Math.max(0, Math.min(rows.length - 1, at + (key === "j" ? 1 : -1)))]?.querySelector("a, button")?.focus();
+});
+
+// Parts that several views use
+
+// A control bound to a parameter of the address. Typing replaces the address, choosing adds to the history.
+function filter(name, label, choices) {
+  if (!takes("/api/" + (view.name === "fleet" ? "agents" : "threats"), name === "period" ? "since" : name)) return "";
+  const bound = {"aria-label": t(label), "data-param": name};
+  if (choices) {
+    return h("select", {...bound, onchange: (event) => setParams({[name]: event.target.value})},
+      h("option", {value: ""}, t(label)), choices.map(([value, text]) => h("option", {value}, text)));
+  }
+  return h("input", {...bound, type: name === "q" && "search", placeholder: t(label), oninput: ({target}) => {
+    clearTimeout(filter.timer);
+    filter.timer = setTimeout(() => setParams({[name]: target.value.trim()}, true), 250);
+  }});
+}
+const agentLink = (id, hostname) => id ? h("a.host", {href: link("agent", {}, id)}, hostname || id) : "–";
+const quoted = (text) => "'" + text.replace(/'/g, "'\\''") + "'";
+const asCurl = (path, method, body) => ["curl", method && "-X " + method, '-H "Authorization: Bearer $TOKEN"', body
+  && "-H 'Content-Type: application/json' -d " + quoted(JSON.stringify(body)), quoted(location.origin + path)]
+  .filter(Boolean).join(" ");
+const foot = (...lines) => h("details.foot", h("summary", t("The same as curl")), lines.map((line) => h("pre", line)));
+const pager = (page, total) => total > LIMIT && h("div.bar",
+  btn(t("Former page"), () => setParams({page: page - 1}), "", {disabled: page < 2}),
+  t("Page %s of %s", page, Math.ceil(total / LIMIT)),
+  btn(t("Next page"), () => setParams({page: page + 1}), "", {disabled: page * LIMIT >= total}));
+const registerLine = (credential) => asCurl("/api/agents/register", "POST", {hostname: "HOST", os: "linux",
+  version: "1.0.0"}).replace("$TOKEN", credential).replace("HOST", "'\"$(hostname)\"'");
+// Fleet
+
+const LIMIT = 100;
+const hidden = new Set((localStorage.hidden || "").split(","));
+const selected = new Map(); // id: hostname
+let newest = "";            // the newest version in the fleet
+
+function meter(value) {
+  if (typeof value !== "number") return "–";
+  const fill = h("i");
+  fill.style.width = value + "%";
+  return [h("span.meter", fill), Math.round(value) + " %"];
+}
+const beatCap = (a) => a.status === "online" && a.staleAt ? Date.parse(a.staleAt) - Date.parse(a.lastHeartbeat) : 0;
+const policyState = (a) => a.pendingPolicies ? h("span.stale", t("%s pending", a.pendingPolicies))
+  : a.activePolicyVersion ? a.activePolicyVersion + " ✓" : h("span.soft", t("none"));
+// name (also the key to sort by), heading, cell, whether it is a number
+const COLUMNS = [
+  ["status", "Status", (a) => [state(a.status), a.statusSince && h("span.soft", living(a.statusSince, "for %s"))]],
+  ["hostname", "Hostname", (a) => agentLink(a.id, a.hostname)],
+  ["tags", "Tags", (a) => a.tags.map((each) => tag(each))], ["os", "OS", (a) => a.os],
+  ["version", "Version", (a) => !newest || a.version === newest ? a.version
+    : h("span.stale", {title: t("The newest in the fleet is %s", newest)}, a.version + " ↑")],
+  ["ip", "Address", (a) => h("span.nowrap", a.ip)], ["policy", "Policy", policyState],
+  ["recentThreats", "Threats 24 h", (a) => a.recentThreats ? h("a", {href: link("threats", {agent_id: a.id})},
+    number(a.recentThreats)) : a.recentThreats ?? "–", true],
+  ["cpu", "CPU", (a) => meter(a.cpu), true], ["memory", "Memory", (a) => meter(a.memory), true],
+  ["lastHeartbeat", "Last heartbeat", (a) => living(a.lastHeartbeat, "%s ago", beatCap(a)), true],
+  ["org_id", "Org", (a) => a.org_id || "–"]];
+const SORTS = ["hostname", "lastHeartbeat", "status", "version", "recentThreats", "cpu", "memory"];
+const fleetFilter = () => Object.fromEntries(["status", "tag", "os", "version", "org_id", "q", "silent_ms"]
+  .map((name) => [name, param(name)]).filter(([, value]) => value));
+
+function buildFleet(view, main) {
+  const counts = h("div.counts");
+  const body = h("div");
+  const bulk = h("div.card bar bulk");
+  const end = h("div");
+  const changes = btn("", () => draw());
+  let rows = new Map(); // by agent's id: what was drawn
+  let [items, total, layout] = [[], 0, ""];
+  const columns = COLUMNS.slice(2).map(([name, label]) => h("label", h("input", {type: "checkbox",
+    checked: !hidden.has(name), onchange: ({target}) => {
+      hidden[target.checked ? "delete" : "add"](name);
+      localStorage.hidden = [...hidden];
+      draw();
+    }}), " ", t(label)));
+  main.append(h("div.bar", h("h1", t("Fleet")), changes, filter("q", "Find hostname, id, address or tag"),
+    filter("tag", "Tag"), filter("os", "OS", Object.keys(overview.agentsByOs).map((os) => [os, os])),
+    filter("version", "Version"), filter("org_id", "Org"),
+    h("details.menu roomy", h("summary", t("Columns")), h("div.card", columns)),
+    btn(t("Export CSV"), () => exportCsv())), counts, body, bulk, end);
+
+  function pick(id, hostname, on) {
+    if (on) selected.set(id, hostname);
+    else selected.delete(id);
+    const box = rows.get(id)?.node.querySelector("input");
+    if (box) box.checked = on;
+    drawBulk();
+  }
+
+  function draw() {
+    changes.hidden = true;
+    const [sort, page, bulky] = [param("sort") || "status", +param("page") || 1, may("post", "/api/agents/bulk")];
+    const shown = COLUMNS.filter(([name]) => !hidden.has(name) && (name !== "org_id" || items.some((a) => a.org_id)));
+    const kept = layout === (layout = shown.join() + newest) ? rows : new Map();
+    rows = new Map(items.map((a) => {
+      const text = JSON.stringify(a);
+      const old = kept.get(a.id);
+      return [a.id, old?.text === text ? old : {text, node: h("tr", {class: old && "changed"},
+        bulky && h("td", h("input", {type: "checkbox", checked: selected.has(a.id), "aria-label": t("Select %s", a.hostname),
+          onchange: ({target}) => pick(a.id, a.hostname, target.checked)})),
+        shown.map(([name, , cell, numeric]) => h("td", {class: "c-" + name + (numeric ? " n" : "")}, cell(a))))}];
+    }));
+    const heads = shown.map(([name, label, , numeric]) => {
+      const way = !takes("/api/agents", "sort") ? "" : sort === name ? "ascending" : sort === "-" + name && "descending";
+      return h("th", {scope: "col", class: "c-" + name + (numeric ? " n" : ""), "aria-sort": way}, SORTS.includes(name) && takes("/api/agents", "sort")
+        ? btn(t(label) + (way ? way === "ascending" ? " ▲" : " ▼" : ""),
+          () => setParams({sort: (way === "ascending" ? "-" : "") + name})) : t(label));
+    });
+    const all = h("input", {type: "checkbox", "aria-label": t("Select this page"), checked: items.every((a) =>
+      selected.has(a.id)), onchange: ({target}) => items.forEach((a) => pick(a.id, a.hostname, target.checked))});
+    const {activeElement} = document;
+    if (!items.length) {
+      body.replaceChildren(location.hash.includes("?") ? empty(t("No agent matches."), h("a", {href: "#fleet"}, t("Show all")))
+        : empty(t("No agents yet"), t("Register the first one. On its machine, run:"), h("pre", registerLine("TOKEN"))));
+    } else {
+      if (!body.querySelector("tbody")) {
+        body.replaceChildren(table([], [], {"aria-label": t("Fleet"), onmouseleave: () => changes.hidden || draw()}), h("div"));
+      }
+      const [head, rest] = body.querySelectorAll("thead, tbody");
+      head.replaceChildren(h("tr", bulky && h("th", {scope: "col"}, all), heads));
+      const nodes = [...rows.values()].map((row) => row.node);
+      if (nodes.length !== rest.children.length || nodes.some((node, at) => node !== rest.children[at])) {
+        rest.replaceChildren(...nodes);
+      }
+      body.lastChild.replaceChildren(h("p.soft", t("%s agents", number(total))), pager(page, total) || "");
+    }
+    if (activeElement !== document.activeElement) { // it was moved or drawn anew
+      const label = activeElement.getAttribute("aria-label") || activeElement.textContent;
+      [...body.querySelectorAll("a, button, input")].find((each) =>
+        (each.getAttribute("aria-label") || each.textContent) === label)?.focus();
+    }
+    drawBulk();
+  }
+
+  function drawBulk() {
+    bulk.hidden = !selected.size;
+    const title = t("%s selected", selected.size);
+    if (bulk.contains(document.activeElement)) return bulk.firstChild.replaceChildren(title);
+    const name = h("input", {"aria-label": t("New tag"), placeholder: t("New tag"), maxlength: 64});
+    const every = h("input", {type: "checkbox"});
+    const tagging = (label, field) => btn(t(label), () => name.value.trim() ? change(every.checked,
+      t(label) + ": " + name.value.trim(), {[field]: [name.value.trim()]}) : name.focus());
+    return bulk.replaceChildren(h("b", title), total > items.length && h("label", every, " ",
+      t("all %s that match", number(total))) || "", name, tagging("Add tag", "addTags"), tagging("Remove tag", "removeTags"),
+    btn(t("Deregister") + "…", () => change(every.checked, t("Deregister"), {deregister: true}), "danger"),
+    btn(t("Clear"), () => {
+      for (const id of [...selected.keys()]) pick(id, "", false);
+      draw();
+    }, "plain"));
+  }
+
+  const change = (every, title, what) => act(async () => {
+    const given = fleetFilter();
+    if (given.tag) given.tag = [given.tag];
+    if (given.silent_ms) given.silent_ms = +given.silent_ms;
+    const which = every ? {filter: Object.keys(given).length ? given : {all: true}} : {ids: [...selected.keys()]};
+    const {data} = await api("POST", "/api/agents/bulk", {...which, ...what, dryRun: true});
+    const names = new Map([...items.map((a) => [a.id, a.hostname]), ...selected]);
+    if (!await ask(title, [h("p", t("%s match, %s would change.", data.matched, data.changed)),
+      h("p", data.ids.slice(0, 20).map((id) => tag(names.get(id) || id)), data.ids.length > 20 && "…")], title,
+    what.deregister && "danger")) return "";
+    const done = (await api("POST", "/api/agents/bulk", {...which, ...what})).data;
+    if (what.deregister) selected.clear();
+    return t("Done: %s of %s changed.", done.changed, done.matched);
+  });
+
+  const exportCsv = () => attempt(async () => {
+    const all = await get("/api/agents", {...fleetFilter(), detail: true});
+    const names = ["id", "status", "hostname", "tags", "os", "version", "ip", "activePolicyVersion", "recentThreats", "cpu",
+      "memory", "lastHeartbeat", "registeredAt", "org_id"];
+    // A cell that begins like a formula would be run by a spreadsheet.
+    const cell = (value) => '"' + String(value ?? "").replace(/^[=+\-@\t\r]/, "'$&").replace(/"/g, '""') + '"';
+    const lines = [names, ...all.map((a) => names.map((name) => a[name]))].map((row) => row.map(cell).join() + "\r\n");
+    const href = URL.createObjectURL(new Blob(["\ufeff", ...lines], {type: "text/csv"}));
+    h("a", {href, download: "fleet.csv"}).click();
+    setTimeout(() => URL.revokeObjectURL(href), 9999);
+    return t("%s agents", number(all.length));
+  });
+
+  view.load = async (live) => {
+    const turn = view.turn = {};
+    const path = address("/api/agents", {...fleetFilter(), sort: param("sort") || "status", page: +param("page") || 1,
+      limit: LIMIT, detail: true});
+    const [answer, silent, top] = await Promise.all([api("GET", path),
+      takes("/api/agents", "silent_ms") && api("GET", "/api/agents?limit=1&silent_ms=" + 30 * DAY_MS),
+      takes("/api/agents", "sort") && get("/api/agents", {sort: "-version", limit: 1})]);
+    if (turn !== view.turn) return;
+    newest = top?.[0]?.version;
+    const count = (label, value, filters) => btn([label, h("b", number(value))],
+      () => setParams({status: "", silent_ms: "", ...filters}), "", {"aria-pressed": String(["status", "silent_ms"].every(
+        (name) => param(name) === (filters[name] || "")))});
+    const at = [...counts.children].indexOf(document.activeElement);
+    counts.replaceChildren(count(t("All"), overview.totalAgents, {}),
+      ...["online", "stale", "offline"].map((status) => count(state(status), overview[status + "Agents"], {status})),
+      silent ? count(t("Silent 30 days"), silent.total, {silent_ms: String(30 * DAY_MS)}) : "");
+    counts.children[at]?.focus();
+    end.replaceChildren(foot(asCurl(path)));
+    const changed = answer.data.filter((a, at) => a.id !== items[at]?.id || JSON.stringify(a) !== rows.get(a.id)?.text);
+    [items, total] = [answer.data, answer.total];
+    // Rows do not move away under the pointer.
+    if (live && changed.length && matchMedia("(hover: hover)").matches && body.querySelector("table:hover")) {
+      changes.hidden = false;
+      changes.textContent = t("%s changed", changed.length);
+    } else draw();
+  };
+}
+
+// Agent
+
+function buildAgent(view, main, id) {
+  const path = one("/api/agents/", id);
+  const name = h("input", {"aria-label": t("New tag"), placeholder: t("New tag"), maxlength: 64});
+  const retag = (change) => act(async () => {
+    await api("PATCH", path, change);
+    name.value = "";
+    return t("Saved.");
+  });
+  const adding = h("form.bar", {onsubmit: (event) => {
+    event.preventDefault();
+    if (name.value.trim()) retag({addTags: [name.value.trim()]});
+  }}, name, h("button", t("Add tag")));
+  const fact = (label, ...value) => [h("dt", t(label)), h("dd", value)];
+
+  view.load = async () => {
+    const a = await get(path).catch((error) => main.replaceChildren(h("h1", id), empty(error.message,
+      h("a", {href: link("threats", {agent_id: id})}, t("Threats")))));
+    if (!a) return;
+    const [threats, policy, scopes, entries, hours] = await Promise.all([get("/api/threats", {agent_id: id, limit: 10}),
+      get(one("/api/policy/agent/", id), {ack: false}), policyScopes(a), latest({agent_id: id}, 20),
+      paths["/api/timeline"] && get("/api/timeline", {agent_id: id})]);
+    const edits = may("patch", "/api/agents/{id}");
+    const [falls, next] = {online: [a.staleAt, "stale"], stale: [a.offlineAt, "offline"]}[a.status] || [];
+    const open = main.querySelector("details")?.open;
+    const typing = document.activeElement === name;
+    main.replaceChildren(h("div.bar", h("h1", a.hostname), state(a.status), edits && btn(t("Deregister") + "…", () =>
+      act(async () => {
+        if (!await ask(t("Deregister %s?", a.hostname), t("Its token stops working. Its threats are kept."),
+          t("Deregister"), "danger")) return "";
+        await api("DELETE", path);
+        location.hash = "#fleet";
+        return t("%s is deregistered.", a.hostname);
+      }), "danger")),
+    h("div.cards",
+      card(t("Why it is %s", t(a.status)), h("dl", a.statusReason && fact("Reason", a.statusReason),
+        a.statusSince && fact("Since", when(a.statusSince), ", ", living(a.statusSince, "for %s")),
+        fact("Last heartbeat", when(a.lastHeartbeat), ", ", living(a.lastHeartbeat, "%s ago", beatCap(a))),
+        falls && fact("Next", t("%s, without a further heartbeat, at", t(next)), " ", when(falls))), hours && strip(hours)),
+      card(t("Machine"), h("dl", fact("Id", h("code", a.id)), fact("OS", a.os, " ", a.arch), fact("Version", a.version),
+        fact("Address", a.ip), fact("Org", a.org_id || "–"), fact("Machine id", a.machine_id || "–"),
+        fact("CPU", meter(a.cpu)), fact("Memory", meter(a.memory)),
+        fact("Uptime", a.uptime === null ? "–" : span(a.uptime * 1000)), fact("Registered", when(a.registeredAt)))),
+      card(t("Tags"), h("p", a.tags.map((each) => tag(each, edits && btn("×", () => retag({removeTags: [each]}), "plain",
+        {"aria-label": t("Remove tag %s", each)}))), !a.tags.length && t("none")), edits && adding),
+      card(t("Policy"), h("p", policyState(a)), policy.rules.length ? table(["Rule", "From", "Settings"],
+        policy.rules.map((rule) => h("tr", h("td", rule.type), h("td", scopeOf(rule, scopes)),
+          h("td", h("code", JSON.stringify(rule.config)))))) : t("No rules.")),
+      h("section.card wide", h("h2", t("Threats")), threats.length ? table(["Severity", "Type", "Source", "When"],
+        threats.map((e) => h("tr", h("td", severity(e.severity)), h("td", h("a", {href: link("threats",
+          {agent_id: id, type: e.type})}, e.type)), h("td", indicator(e)), h("td", when(e.receivedAt))))) : t("none")),
+      h("section.card wide", h("h2", t("Journal")), journalTable(entries)),
+      h("details.wide", {open}, h("summary", t("Raw JSON")), h("pre", JSON.stringify(a, null, 2)))), foot(asCurl(path)));
+    if (typing) name.focus();
+  };
+}
+
+// What each rule comes from: the narrowest scope that has one of its type.
+const policyScopes = async (a) => {
+  const [all, org, policies] = await Promise.all([get("/api/policy/active"), a.org_id && get("/api/policy/active",
+    {org_id: a.org_id}), get("/api/policy", {limit: 200})]);
+  return [["this agent", policies.find((each) => each.agent_id === a.id)], ["its org", org], ["all agents", all]];
+};
+function scopeOf(rule, scopes) {
+  const [name, policy] = scopes.find(([, each]) => each?.rules.some(({type}) => type === rule.type)) || [];
+  return name ? t(name) + ", " + policy.version : "–";
+}
+
+// Threats
+
+const SEVERITIES = ["critical", "high", "medium", "low"];
+const STATES = {open: "Open", acknowledged: "Acknowledged", false_positive: "False positive"};
+const detail = (...keys) => (threat) => keys.map((key) => threat.details[key])
+  .find((value) => value && typeof value === "string");
+const source = detail("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip", "client_ip");
+const fileOf = detail("sha256", "sha1", "md5", "fileHash", "hash", "malwareHash");
+const severity = (name) => h("span", {class: "state " + name}, shape([9, 6, 3, 0]
+  .slice(0, 4 - SEVERITIES.indexOf(name))
+  .map((y, at) => h("rect", {x: at * 3, y, width: 2, height: 12 - y}))), t(name));
+const indicator = (e) => source(e)
+  ? h("a", {href: link("threats", {source_ip: source(e)}), title: t("Same source")}, source(e))
+  : fileOf(e) ? h("a", {href: link("threats", {file_hash: fileOf(e)}), title: t("Same file")}, fileOf(e).slice(0, 12) + "…")
+    : "–";
+const choices = (words) => Object.entries(words).map(([value, text]) => [value, t(text)]);
+
+function buildThreats(view, main) {
+  const body = h("div");
+  main.append(h("div.bar", h("h1", t("Threats")), filter("severity", "Severity", SEVERITIES.map((each) => [each, t(each)])),
+    filter("type", "Type"), filter("agent_id", "Agent id"), filter("source_ip", "Source"), filter("file_hash", "File hash"),
+    may("patch", "/api/threats/{id}") && filter("state", "State", choices(STATES)), filter("period", "Any time",
+      choices({3600000: "1 h", 86400000: "24 h", 604800000: "7 d"}))), body);
+  view.load = async () => {
+    const page = +param("page") || 1;
+    const query = {page, limit: LIMIT};
+    for (const name of ["severity", "type", "agent_id", "source_ip", "file_hash", "state"]) query[name] = param(name);
+    if (param("period")) query.since = new Date(now() - param("period")).toISOString();
+    const path = address("/api/threats", query);
+    const {data, total} = await api("GET", path);
+    const groups = Map.groupBy(data, (e) => JSON.stringify([e.type, e.agentId, source(e), e.state]));
+    body.replaceChildren(...attacks(data), data.length ? table(["Severity", "Type", "Agent", "Source", "Count", "Latest",
+      "State", "Details"], [...groups.values()].map(threatRow)) : location.hash.includes("?")
+      ? empty(t("No threat matches."), h("a", {href: "#threats"}, t("Show all")))
+      : empty(t("No threats reported"), t("When an agent reports one, it appears here by itself.")),
+    h("p.soft", t("%s threats", number(total))), pager(page, total) || "", foot(asCurl(path)));
+  };
+}
+
+// Threats that the manager has correlated, joined into attacks.
+function attacks(threats) {
+  const left = new Map(threats.map((each) => [each.id, each]));
+  const found = [];
+  for (const start of threats) {
+    const group = [];
+    for (const todo = [start.id]; todo.length;) {
+      const each = left.get(todo.pop());
+      if (!each) continue;
+      left.delete(each.id);
+      group.push(each);
+      todo.push(...each.correlatedWith);
+    }
+    if (group.length > 1) found.push(group);
+  }
+  return found.slice(0, 5).map((group) => {
+    const hosts = new Map(group.map((each) => [each.agentId, each.hostname]));
+    return h("p.card", h("b", t("Correlated attack on %s agents", hosts.size)), " ",
+      severity(SEVERITIES.find((name) => group.some((each) => each.severity === name))), " ",
+      [...new Set(group.map((each) => each.type))].join(", "), " · ", indicator(group[0]), " · ",
+      living(group[0].receivedAt, "%s ago"), h("br"), [...hosts].map(([id, name]) => h("span.tag", agentLink(id, name))));
+  });
+}
+
+function threatRow(group) {
+  const [e] = group;
+  const word = t(STATES[e.state || "open"]);
+  return h("tr", h("td", severity(e.severity)), h("td", h("a", {href: link("threats", {type: e.type})}, e.type),
+    e.note && h("div.soft", e.note)), h("td", agentLink(e.agentId, e.hostname)), h("td", indicator(e)),
+  h("td", number(group.length)), h("td", living(e.receivedAt, "%s ago")),
+  h("td", may("patch", "/api/threats/{id}") ? btn(word, () => triage(group)) : word),
+  h("td", btn(t("Details"), () => ask(e.type, [h("p", e.hostname, " · ", when(e.receivedAt)),
+    h("pre", JSON.stringify(e, null, 2))]), "plain")));
+}
+function triage(group) {
+  const choice = h("select", {"aria-label": t("State"), value: group[0].state},
+    choices(STATES).map(([value, text]) => h("option", {value}, text)));
+  const note = h("input", {"aria-label": t("Note"), placeholder: t("Note"), value: group[0].note || ""});
+  return act(async () => {
+    if (!await ask(t("State of %s threats", group.length), h("div.bar", choice, note), t("Save"))) return "";
+    for (const {id} of group) await api("PATCH", one("/api/threats/", id), {state: choice.value, note: note.value || null});
+    return t("Saved.");
+  });
+}
+// Journal
+
+const journalTable = (entries) => entries.length ? table(["When", "Type", "Agent", "What"], entries.map(journalRow)) : t("none");
+function journalRow({at, type, agentId, actor, seq, data, ...rest}) {
+  const fields = {...rest, ...data};
+  const what = Object.entries(fields).filter(([, value]) => value !== null && value !== "").map(([name, value]) =>
+    name + ": " + (typeof value === "object" ? JSON.stringify(value) : value)).join(", ");
+  const who = typeof actor === "object" ? Object.values(actor).join(" ") : actor;
+  return h("tr", {"data-seq": seq}, h("td.nowrap", when(at)), h("td.nowrap", t(type)),
+    h("td", agentLink(agentId, fields.hostname)), h("td", what, h("div.soft", who)));
+}
+
+// The views, in their order: title of the link, and what builds one
+
+const VIEWS = {
+  fleet: ["Fleet", buildFleet],
+  agent: ["", buildAgent],
+  threats: ["Threats", buildThreats],
+};
+
+start();
+const ZH = {};"""  # noqa: E501, RUF001
+_SENT = {name: re.sub(r"\n +", "\n", text) for name, text in (("style", _STYLE), ("script", _SCRIPT))}
+
+
+def _source(name: str) -> str:
+    """The source expression that lets the page run this inline style or script only (CSP Level 3, 2.3.1)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(_SENT[name].encode()).digest()).decode()}'"
+
+
+DASHBOARD = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Panguard Manager</title>
+<link rel="icon" href="data:,">
+<style>{_SENT['style']}</style>
+</head>
+<body>
+<noscript>The dashboard needs JavaScript. The API and the command line work without it.</noscript>
+<script>{_SENT['script']}</script>
+</body>
+</html>
+""".encode()
+# Trusted types keep text out of every way that would read it as HTML.
+_PAGE_HEADERS = tuple((name, (
+    f"default-src 'none'; style-src {_source('style')}; script-src {_source('script')}; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+    "trusted-types"
+    if name == "Content-Security-Policy" else value)) for name, value in _COMMON_HEADERS)
+
+
+@endpoint("GET", "/", "Show the dashboard", public=True, media="text/html; charset=utf-8")
+def _dashboard(call: Call) -> Reply:
+    return Reply(200, DASHBOARD, (("Content-Type", call.route.media),), common=_PAGE_HEADERS)
 
 
 if __name__ == "__main__":

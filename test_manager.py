@@ -34,6 +34,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -5515,3 +5516,196 @@ def test_openapi_fuzzed(server: Server, api: Client, caplog: pytest.LogCaptureFi
                 check()
     assert not caplog.records
 
+
+
+########################################################################################################
+# 10  Dashboard ########################################################################################
+########################################################################################################
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'`${1}</script><script>alert(2)</script>&amp;"
+
+
+def test_dashboard_runs_its_own_style_and_script_only(api: Client) -> None:
+    answer = api.call("GET", "/", token=None)
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    policy = dict(part.strip().partition(" ")[::2] for part in answer.headers["Content-Security-Policy"].split(";"))
+    for tag in ("style", "script"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+        assert policy[f"{tag}-src"] == f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert set(re.findall(r"https?://[^\s\"']*", answer.text)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", answer.text)
+
+
+def test_dashboard_size(api: Client) -> None:
+    assert len(api.call("GET", "/", token=None).body) <= 45_000
+
+
+def test_overview_names_the_callers_role(api: Client) -> None:
+    assert api.call("GET", "/api/overview").headers["X-Caller"] == "admin"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium from the system's packages."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser'")
+    path = shutil.which("chromium")
+    if not path:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", "--no-first-run"])
+        yield browser
+        browser.close()
+
+
+class Screen:
+    """A browser with one tab on a server's dashboard. What it logs and whom it asks is collected."""
+
+    def __init__(self, browser: Any, server: Server, **options: Any) -> None:
+        self.server = server
+        self.context = browser.new_context(**{"locale": "en-GB", "viewport": {"width": 1400, "height": 900}, **options})
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.page = self.tab()
+
+    def tab(self) -> Any:
+        """A further tab."""
+        page = self.context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda said: said.type in ("error", "warning") and self.problems.append(said.text))
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+        return page
+
+    def sign_in(self, page: Any = None, *, token: str = "", at: str = "") -> Any:
+        """Sign in with the admin's token, or another."""
+        page = page or self.page
+        page.goto(f"{self.server.url}/{at}")
+        page.get_by_label("Token").fill(token or self.server.token)
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_text("Live", exact=True).wait_for()
+        return page
+
+    def row(self, hostname: str) -> Any:
+        """The fleet's row of an agent."""
+        return self.page.get_by_role("row").filter(has=self.page.get_by_role("link", name=hostname, exact=True))
+
+
+@pytest.fixture
+def screen(chromium: Any, server: Server) -> Iterator[Screen]:
+    shown = Screen(chromium, server)
+    yield shown
+    shown.context.close()
+    assert not shown.problems
+    assert {url for url in shown.requests if not url.startswith((f"{server.url}/", "data:", "blob:"))} == set()
+
+
+@pytest.mark.browser
+def test_dashboard_sign_in(screen: Screen) -> None:
+    page = screen.page
+    page.goto(f"{screen.server.url}/")
+    page.get_by_label("Token").fill("wrong-token-wrong-token")
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_role("alert").get_by_text("The token is wrong").wait_for()
+    assert [problem for problem in screen.problems if "401" in problem] == screen.problems
+    screen.problems.clear()
+    page.get_by_label("Token").fill(screen.server.token)
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_text("No agents yet").wait_for()
+    page.reload()
+    page.get_by_text("No agents yet").wait_for()  # the tab keeps the token
+    page.get_by_role("button", name="Sign out").click()
+    page.get_by_label("Token").wait_for()
+    page.reload()
+    page.get_by_label("Token").wait_for()
+
+
+@pytest.mark.browser
+def test_dashboard_follows_the_fleet(screen: Screen, api: Client, clock: ManualClock) -> None:
+    screen.sign_in()
+    agent = api.register(hostname="web-1")
+    row = screen.row("web-1")
+    row.get_by_text("online").wait_for()
+    clock.advance(67)
+    row.get_by_text("stale").wait_for()
+    clock.advance(300)
+    row.get_by_text("offline").wait_for()
+    until(lambda: screen.page.title().startswith("1 offline"), "the title counts the offline ones")
+    api.beat(agent)
+    row.get_by_text("online").wait_for()
+    api.call("DELETE", f"/api/agents/{agent['id']}")
+    screen.page.get_by_text("No agents yet").wait_for()
+
+
+@pytest.mark.browser
+def test_dashboard_shows_hostile_text_as_text(screen: Screen, api: Client) -> None:
+    agent = api.register(hostname=HOSTILE, os=HOSTILE, version=HOSTILE, tags=[HOSTILE[:60]], org_id=HOSTILE,
+                         arch=HOSTILE, machine_id=HOSTILE)
+    api.post(f"/api/agents/{agent['id']}/events", {"events": [{
+        "type": HOSTILE, "severity": "high", "details": {"sourceIp": HOSTILE, HOSTILE: HOSTILE},
+        "sigmaRuleId": HOSTILE}]}, status=201)
+    api.post("/api/policy", {"name": HOSTILE, "rules": [{"type": "custom", "config": {HOSTILE: HOSTILE}}]}, status=201)
+    page = screen.sign_in()
+    page.get_by_role("link", name=HOSTILE).first.click()
+    page.get_by_role("heading", name=HOSTILE).wait_for()
+    for view in page.get_by_role("navigation").get_by_role("link").all_inner_texts():
+        page.get_by_role("link", name=view, exact=True).click()
+        page.get_by_role("heading", name=view, level=1).wait_for()
+        page.get_by_text(HOSTILE).first.wait_for()
+        assert page.locator("main img, main script").count() == 0
+
+
+@pytest.mark.browser
+def test_dashboard_edits_tags_and_deregisters(screen: Screen, api: Client) -> None:
+    agent = api.register(hostname="web-1", tags=["old"])
+    page = screen.sign_in(at=f"#agent/{agent['id']}")
+    page.get_by_label("New tag").fill("fresh")
+    page.get_by_role("button", name="Add tag").click()
+    page.get_by_role("button", name="Remove tag fresh").wait_for()
+    page.get_by_role("button", name="Remove tag old").click()
+    page.get_by_role("button", name="Remove tag old").wait_for(state="detached")
+    assert api.get(f"/api/agents/{agent['id']}")["tags"] == ["fresh"]
+    page.get_by_role("button", name="Deregister…").click()
+    dialog = page.get_by_role("dialog", name="Deregister web-1?")
+    dialog.get_by_role("button", name="Cancel").click()
+    assert len(api.get("/api/agents")) == 1
+    page.get_by_role("button", name="Deregister…").click()
+    dialog.get_by_role("button", name="Deregister").click()
+    page.get_by_text("No agents yet").wait_for()
+    assert api.get("/api/agents") == []
+
+
+@pytest.mark.browser
+def test_dashboard_two_tabs_share_one_stream(screen: Screen, api: Client) -> None:
+    def streams() -> int:
+        return sum(url.endswith("/api/events/stream") for url in screen.requests)
+
+    first = screen.sign_in()
+    second = screen.sign_in(screen.tab())
+    assert streams() == 1
+    api.register(hostname="web-1")
+    for page in (first, second):
+        page.bring_to_front()
+        page.get_by_role("link", name="web-1").wait_for()
+    first.close()
+    until(lambda: not second.wait_for_timeout(50) and streams() == 2, "the other tab takes over")
+    api.register(hostname="web-2")
+    second.get_by_role("link", name="web-2").wait_for()
+
+
+@pytest.mark.browser
+def test_dashboard_comes_back_after_a_restart(chromium: Any, tmp_path: Path) -> None:
+    with Server(port=0, data_dir=tmp_path, tls="off") as server:
+        port = urlsplit(server.url).port
+        screen = Screen(chromium, server)
+        page = screen.sign_in()
+    page.get_by_text("Reconnecting").wait_for()
+    page.get_by_text("as of").wait_for()
+    with Server(port=port, data_dir=tmp_path, tls="off") as server:
+        Client(server).register(hostname="web-1")
+        page.get_by_text("Live", exact=True).wait_for()
+        page.get_by_role("link", name="web-1").wait_for()
+        screen.context.close()
