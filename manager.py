@@ -994,7 +994,8 @@ ENTRY_FILTER: Table = {
 # 4  Storage ###########################################################################################
 ########################################################################################################
 
-# Only ever appended to: a file's user_version counts the migrations it has had.
+# Append only: a file's user_version counts the migrations it has had, and released ones never change again. They run
+# with foreign keys off, so that a table can be made anew.
 MIGRATIONS = (
     """
     CREATE TABLE agents (            -- who an agent is; `key` is registration order
@@ -1055,7 +1056,43 @@ MIGRATIONS = (
     CREATE TABLE policies_in_force ( -- the newest of each scope: 'all', 'org:…' or 'agent:…'
         scope TEXT PRIMARY KEY, version INTEGER NOT NULL REFERENCES policies (version)) WITHOUT ROWID;
     """,
-    # The repair of files whose migration 1 was another belongs before this one: it makes the table of agents anew.
+    # Migration 1 was edited before 1.0.0, so files of user_version 1 have one of seven schemas. This makes them one.
+    """
+    CREATE TABLE new_agents (
+        key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, token_digest BLOB,
+        hostname TEXT NOT NULL, os TEXT NOT NULL, arch TEXT, ip TEXT NOT NULL, org_id TEXT, machine_id TEXT,
+        tags TEXT NOT NULL, registered_ms INTEGER NOT NULL);
+    INSERT INTO sqlite_sequence SELECT 'new_agents', seq FROM sqlite_sequence WHERE name = 'agents';
+    INSERT INTO new_agents SELECT key, id, token_digest, hostname, os, arch, ip, org_id, machine_id, tags,
+        registered_ms FROM agents;
+    DROP TABLE agents;
+    ALTER TABLE new_agents RENAME TO agents;
+    CREATE INDEX agents_token ON agents (token_digest, id, org_id) WHERE token_digest IS NOT NULL;
+    CREATE INDEX agents_os ON agents (os);
+    CREATE INDEX agents_org ON agents (org_id);
+    CREATE INDEX agents_machine ON agents (machine_id, org_id) WHERE machine_id IS NOT NULL;
+    CREATE TRIGGER agent_tagged AFTER INSERT ON agents BEGIN
+        INSERT INTO agent_tags SELECT value, new.key FROM json_each(new.tags);
+    END;
+    CREATE TRIGGER agent_retagged AFTER UPDATE OF tags ON agents BEGIN
+        DELETE FROM agent_tags WHERE agent = new.key;
+        INSERT INTO agent_tags SELECT value, new.key FROM json_each(new.tags);
+    END;
+    DROP INDEX IF EXISTS contacts_due;
+    CREATE INDEX IF NOT EXISTS contacts_silent ON contacts (announced, seen_ms) WHERE announced != 'online';
+    DROP INDEX IF EXISTS journal_agent;
+    CREATE INDEX journal_agent ON journal (agent_id) WHERE agent_id IS NOT NULL;
+    DROP INDEX IF EXISTS journal_type;
+    CREATE INDEX journal_type ON journal (type);
+    DROP INDEX IF EXISTS journal_org;
+    CREATE INDEX journal_org ON journal (org_id) WHERE org_id IS NOT NULL;
+    CREATE TABLE IF NOT EXISTS probe (padding BLOB);
+    DROP TABLE IF EXISTS correlations;
+    CREATE TABLE IF NOT EXISTS sightings (
+        org_id TEXT NOT NULL, indicator TEXT NOT NULL, agent_id TEXT NOT NULL, at_ms INTEGER NOT NULL,
+        PRIMARY KEY (org_id, indicator, agent_id)) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS sightings_time ON sightings (at_ms);
+    """,
     """
     -- A token issued by registering again; it replaces token_digest when it is first used.
     ALTER TABLE agents ADD COLUMN new_token_digest BLOB;
@@ -1083,6 +1120,30 @@ _FAULTS = (
     ("disk I/O error", "the disk under {folder} fails to read or write; check it"),
     ("unable to open", "{folder}/manager.db cannot be opened; check that the folder is there and can be written"),
 )
+
+
+def schema_of(db: sqlite3.Connection) -> dict[str, str]:
+    """The SQL of every table, index and trigger by kind and name, without comments, quotes and spacing."""
+    rows = db.execute("SELECT type || ' ' || name, sql FROM sqlite_master WHERE sql IS NOT NULL "
+                      "AND name NOT LIKE 'sqlite_%'")
+    return {name: re.sub(r'--.*|[\s"]', "", sql).replace("IFNOTEXISTS", "") for name, sql in rows}
+
+
+@functools.lru_cache
+def expected_schema(migrations: tuple[str, ...]) -> dict[str, str]:
+    """The schema of a new file that has had these migrations."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(";".join(migrations))
+        return schema_of(db)
+
+
+def sync_path(path: Path) -> None:
+    """Make the contents of a file, or the entries of a folder, survive a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class _Joined(contextlib.AbstractContextManager[sqlite3.Connection]):
@@ -1195,13 +1256,38 @@ class Store:
             raise StartError(f"the file system of {self.folder} cannot share memory, as SQLite must; choose another")
         self._path.chmod(0o600)
         (version,) = db.execute("PRAGMA user_version").fetchone()
+        if 0 < version < len(MIGRATIONS):
+            self._keep_copy(self._path.with_name(f"manager.db.schema-{version}"))
         for number, statements in enumerate(MIGRATIONS[version:], version + 1):
-            db.executescript(f"BEGIN IMMEDIATE; {statements}; PRAGMA application_id = {_APPLICATION_ID}; "
-                             f"PRAGMA user_version = {number}; COMMIT;")
+            db.executescript(f"PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE; {statements}; "
+                             f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {number}; COMMIT;")
+        db.execute("PRAGMA foreign_keys = ON")
+        found = schema_of(db)
+        wrong = [name for name, sql in expected_schema(MIGRATIONS).items() if found.get(name) != sql]
+        if wrong:
+            raise StartError(f"{self._path} lacks what this version needs, or has it in another form "
+                             f"({', '.join(wrong)}); restore a backup")
         db.executescript(
             f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 1000000; "
             f"PRAGMA journal_size_limit = {_LONG_LOG_PAGES * _PAGE_BYTES}; "
             "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
+
+    def _keep_copy(self, path: Path) -> None:
+        """Copy the database to `path`, durably; a copy that is there already is replaced once the new one is whole."""
+        part = path.with_name(path.name + ".new")
+        try:
+            part.unlink(missing_ok=True)
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            with contextlib.closing(sqlite3.connect(part)) as copy:
+                self._writer.backup(copy)
+            sync_path(part)
+            part.replace(path)
+            sync_path(self.folder)
+        except (OSError, sqlite3.Error) as error:
+            part.unlink(missing_ok=True)
+            raise StartError(f"{self._path} must be changed for this version, and no copy of it can be kept first "
+                             f"({error}); make room for {path}") from error
+        log.info("%s is changed for this version; %s is a copy of what it was", self._path, path)
 
     def transaction(self, *, durable: bool = True) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """All or nothing; a durable one is on the disk when it returns, another one after the next that is.
@@ -1345,7 +1431,8 @@ class Store:
 
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
-        return sum(path.stat().st_size for path in self.folder.glob("manager.db*"))
+        return sum(path.stat().st_size for path in map(self.folder.joinpath, ("manager.db", "manager.db-wal"))
+                   if path.exists())
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of the folder."""

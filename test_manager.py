@@ -725,6 +725,124 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
         assert server.manager.agent(agent.id) == agent
 
 
+# The digest of each released migration. Append one at each release; a change of an older one is a mistake.
+RELEASED = ["ed1f0752610b6d27", "46291b0c3314ecff"]
+
+
+def test_released_migrations_never_change() -> None:
+    digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in manager.MIGRATIONS]
+    assert digests[:len(RELEASED)] == RELEASED
+
+
+# What was in place of which text of migration 1 when these commits were current, newest first: each adds to the former.
+SIGHTINGS = re.search(r"CREATE TABLE sightings.*?ROWID;\s*CREATE INDEX sightings_time.*?;", manager.MIGRATIONS[0],
+                      re.DOTALL)[0]
+EARLIER: dict[str, list[tuple[str, str]]] = {
+    "1062d14 (1.0.0 and 1.1.0)": [],
+    "6cfbd5a": [("journal (agent_id)", "journal (agent_id, seq)"), ("journal (type)", "journal (type, seq)"),
+                ("journal (org_id)", "journal (org_id, seq)")],
+    "95dcf60": [("token_digest BLOB,", "token_digest BLOB UNIQUE,"), (
+        "CREATE INDEX agents_token ON agents (token_digest, id, org_id) WHERE token_digest IS NOT NULL;", "")],
+    "65c229d": [("CREATE INDEX contacts_silent ON contacts (announced, seen_ms) WHERE announced != 'online';",
+                 "CREATE INDEX contacts_due ON contacts (announced, seen_ms);")],
+    "ad9acbc": [(SIGHTINGS, "CREATE TABLE correlations (org_id TEXT NOT NULL, indicator TEXT NOT NULL, "
+                 "announced_ms INTEGER NOT NULL, PRIMARY KEY (org_id, indicator)) WITHOUT ROWID;")],
+    "396502c": [("CREATE TABLE probe (padding BLOB);", "")],
+    "1a03308": [("agents (org_id);", "agents (org_id, os);")]}
+
+
+def old_file(path: Path, commit: str) -> None:
+    """The database of an earlier commit with one agent, which has had another after it; user_version is 1."""
+    statements = manager.MIGRATIONS[0]
+    for name, changes in EARLIER.items():
+        for new, old in changes:
+            assert new in statements
+            statements = statements.replace(new, old)
+        if name == commit:
+            break
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(f"PRAGMA page_size = 4096; PRAGMA journal_mode = WAL; {statements} PRAGMA user_version = 1; "
+                         f"PRAGMA application_id = {0x50474D31}; PRAGMA foreign_keys = ON;")
+        for number, token in ((1, hashlib.sha256(b"secret").digest()), (2, None)):
+            agent = f"agent-0000000{number}"
+            db.execute("INSERT INTO agents VALUES (?, ?, ?, 'web-1', 'linux', NULL, '192.0.2.1', 'acme', 'm', "
+                       "'[\"a\"]', 1)", (number, agent, token))
+            db.execute("INSERT INTO contacts (agent, seen_ms, heartbeat_ms, announced, version) "
+                       "VALUES (?, 0, 1, 'online', '1.0')", (number,))
+            db.execute("INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) VALUES "
+                       "(?, 'agent_registered', '{\"role\": \"admin\"}', 'acme', ?, '{}')", (START_MS, agent))
+        db.execute("DELETE FROM agents WHERE key = 2")
+        db.commit()
+
+
+def sqlite_dump(path: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return list(db.iterdump())
+
+
+@pytest.mark.parametrize("commit", EARLIER)
+def test_a_file_of_any_earlier_schema_is_brought_to_the_present_one(commit: str, tmp_path: Path) -> None:
+    old_file(tmp_path / "manager.db", commit)
+    before = sqlite_dump(tmp_path / "manager.db")
+    with Server(port=0, data_dir=tmp_path, clock=ManualClock()) as server:
+        api = Client(server)
+        assert api.get("/api/agents?tag=a&org_id=acme")[0]["id"] == "agent-00000001"
+        path = "/api/agents/agent-00000001"
+        assert api.post(f"{path}/heartbeat", {}, token="secret")["status"] == "online"
+        api.post(f"{path}/events", {"events": [THREAT]}, token="secret", status=201)
+        server.manager.sweep()
+        assert api.get("/health")["status"] == "healthy"
+        assert [entry["seq"] for entry in api.journal("agent_registered")] == [1, 2]
+        api.register()
+        with contextlib.closing(sqlite3.connect(tmp_path / "manager.db")) as db:
+            assert manager.schema_of(db) == manager.expected_schema(manager.MIGRATIONS)
+            assert db.execute("SELECT max(key) FROM agents").fetchone() == (3,), "no key is given twice"
+            assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+        api.call("DELETE", path)
+        assert api.get("/api/agents?tag=a") == []
+    copy = tmp_path / "manager.db.schema-1"
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert sqlite_dump(copy) == before, "the file as it was is kept"
+
+
+def test_a_start_goes_on_after_a_migration_that_ended_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_file(tmp_path / "manager.db", "1a03308")
+    before = sqlite_dump(tmp_path / "manager.db")
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "MIGRATIONS", (manager.MIGRATIONS[0], manager.MIGRATIONS[1] + "; SELECT nonsense"))
+        with pytest.raises(StartError):
+            Server(port=0, data_dir=tmp_path).start()
+    assert sqlite_dump(tmp_path / "manager.db") == before
+    (tmp_path / "manager.db.schema-1.new").write_bytes(b"the beginning of a copy")
+    with Server(port=0, data_dir=tmp_path) as server:
+        assert server.manager.health() == (1, 1)
+    assert sqlite_dump(tmp_path / "manager.db.schema-1") == before
+    assert not (tmp_path / "manager.db.schema-1.new").exists()
+
+
+def test_without_a_copy_nothing_is_migrated(tmp_path: Path, run_main: Any) -> None:
+    old_file(tmp_path / "manager.db", "1a03308")
+    (tmp_path / "manager.db.schema-1").mkdir()
+    status, said = run_main("--port", 0, "--data-dir", tmp_path)
+    assert status == 1
+    one_sentence(said, "manager.db.schema-1", "copy")
+    assert pragma(tmp_path / "manager.db", "user_version") == 1
+
+
+@pytest.mark.parametrize(("damage", "named"), [
+    ("DROP TABLE sightings", "sightings"), ("DROP INDEX contacts_silent", "contacts_silent"),
+    ("DROP TRIGGER agent_tagged", "agent_tagged"), ("ALTER TABLE agents ADD COLUMN nick TEXT", "agents")])
+def test_a_file_of_another_schema_than_its_version_has_is_refused(damage: str, named: str, tmp_path: Path,
+                                                                  run_main: Any) -> None:
+    with Server(port=0, data_dir=tmp_path):
+        pass
+    with contextlib.closing(sqlite3.connect(tmp_path / "manager.db")) as db:
+        db.executescript(damage)
+    status, said = run_main("--port", 0, "--data-dir", tmp_path)
+    assert status == 1
+    one_sentence(said, named, "restore a backup")
+
+
 def newer_file(path: Path) -> None:
     with Server(port=0, data_dir=path.parent) as server:
         server.manager.register(**AGENT)
