@@ -3419,6 +3419,22 @@ MALFORMED_HTTP = {
     "3 MiB in chunks": REGISTER + b"Transfer-Encoding: chunked\r\n\r\n" + 3 * (b"100000\r\n" + b"x" * 2**20 + b"\r\n") +
                        b"0\r\n\r\n",
     "a length of 3 GiB": REGISTER + b"Content-Length: 3221225472\r\n\r\n",
+    "no version": b"GET /health\r\n\r\n",
+    "a target without a slash": b"GET health HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a target with a fragment": b"GET /health#x HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a tab in the target": b"GET /hea\tlth HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a folded header": b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: a\r\n b\r\n\r\n",
+    "600 headers": b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: \r\n" * 600 + b"\r\n",
+    "chunked twice": REGISTER + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
+    "chunked in two headers": REGISTER + 2 * b"Transfer-Encoding: chunked\r\n" + b"\r\n0\r\n\r\n",
+    "an empty encoding": REGISTER + b"Transfer-Encoding:\r\n\r\n",
+    "an empty encoding after chunked": REGISTER + b"Transfer-Encoding: chunked,\r\n\r\n0\r\n\r\n",
+    "a chunk size with a line feed": REGISTER + b"Transfer-Encoding: chunked\r\n\r\n2\n\r\n{}\r\n0\r\n\r\n",
+    "a chunk without a line": REGISTER + b"Transfer-Encoding: chunked\r\n\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "a chunk line of 5 KiB": REGISTER + b"Transfer-Encoding: chunked\r\n\r\n2;" + b"a" * 5120,
+    "a malformed chunk extension": REGISTER + b'Transfer-Encoding: chunked\r\n\r\n2;a="\r\n{}\r\n0\r\n\r\n',
+    "a malformed trailer": REGISTER + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nno colon\r\n\r\n",
+    "5 KiB of trailers": REGISTER + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 853,
 }
 
 
@@ -3440,6 +3456,110 @@ def test_malformed_http_is_refused_in_the_envelope(what: str, server: Server, ca
         after.request("GET", "/health")
         assert json.loads(after.getresponse().read())["data"]["agents"]["total"] == 0
     assert not faults(caplog)
+
+
+SIZE = 30_000
+BEGUN = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = REGISTER + b"Transfer-Encoding: chunked\r\n\r\n"
+LONG_FORMS = {  # status and request; the parser below ours takes from 0.4 s to a minute for most of these
+    "digits in an absolute target": (400, b"GET a://" + b"1" * SIZE + b" x HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "digits in an absolute http target": (400, b"GET http://" + b"1" * SIZE + b" x HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "a host of digits": (404, b"GET http://" + b"1" * SIZE + b"/x HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "blanks before a control character": (400, BEGUN + b"X:" + b" " * SIZE + b"\x7f\r\n\r\n"),
+    "tabs before a value": (200, BEGUN + b"X:" + b"\t" * SIZE + b"1\r\n\r\n"),
+    "blanks after a value": (200, BEGUN + b"X: 1" + b" " * SIZE + b"\r\n\r\n"),
+    "blanks for a value": (200, BEGUN + b"X:" + b" " * SIZE + b"\r\n\r\n"),
+    "blanks between words": (200, BEGUN + b"X: 1" + b" \ta" * (SIZE // 3) + b"\r\n\r\n"),
+    "blanks before each of many values": (200, BEGUN + (b"X:" + b" " * 98 + b"1\r\n") * (SIZE // 103) + b"\r\n"),
+    "many folded lines": (400, BEGUN + b"X: 1" + b"\r\n " * (SIZE // 3) + b"\r\n\r\n"),
+    "many short headers": (400, BEGUN + b"X:\r\n" * (SIZE // 4) + b"\r\n"),
+    "a chunk size of many digits": (400, CHUNKED + b"0" * SIZE),
+    "a chunk line of many extensions": (400, CHUNKED + b"1" + b";a" * (SIZE // 2)),
+    "a quoted chunk extension": (400, CHUNKED + b'1;a="' + b'\\"' * 2000 + b"\r\n"),
+    "trailers": (400, CHUNKED + b"0\r\n" + b"X: 1\r\n" * (SIZE // 6)),
+    "many chunks of one byte": (401, CHUNKED + b"1\r\nx\r\n" * (SIZE // 6) + b"0\r\n\r\n"),
+}
+
+
+def sent_raw(server: Server, data: bytes) -> tuple[bytes, float]:
+    """What a connection answers until it closes, and the processor time in s that this process used for it."""
+    began_s = time.process_time()
+    with socket.create_connection(("127.0.0.1", port_of(server.url)), timeout=LIMIT_S) as connection:
+        answer = b""
+        with contextlib.suppress(OSError):
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            while part := connection.recv(65536):
+                answer += part
+    return answer, time.process_time() - began_s
+
+
+@pytest.mark.parametrize("what", LONG_FORMS)
+def test_long_requests_are_parsed_in_linear_time(what: str, server: Server) -> None:
+    status, data = LONG_FORMS[what]
+    answer, cpu_s = sent_raw(server, data)
+    assert answer[8:12] == b" %d" % status
+    assert cpu_s < 0.3, "quadratic: some milliseconds are enough"
+
+
+PIECES = [b"GET ", b"POST ", b"/", b"http://", b"a://", b"9" * 50, b" ", b" " * 500, b"\t", b"\t" * 500, b" HTTP/1.1",
+          b"\r\n", b"\r", b"\n", b":", b"X:", b"X: ", b"Host: x\r\n", b"Transfer-Encoding: chunked\r\n", b",", b";",
+          b";a=", b'"', b'\\"', b"\\", b"1\r\nx\r\n", b"0\r\n", b"\x00", b"\x7f", b"\xff", b"%2e", b"a b ",
+          b"Content-Length: 9\r\n", b"\r\n ", b"#", b"?", b"_"]
+STARTS = [b"", b"GET ", b"GET http://", BEGUN, BEGUN + b"X:", REGISTER, CHUNKED, CHUNKED + b"2;", CHUNKED + b"0\r\n",
+          CHUNKED + b"0\r\nX:"]
+
+
+@pytest.mark.parametrize("start", range(len(STARTS)))
+def test_no_32_kilobytes_take_more_than_linear_time(start: int, server: Server) -> None:
+    choose = random.Random(start)
+    for _ in range(12):
+        few = choose.sample(PIECES, choose.randint(1, 4))
+        data = STARTS[start]
+        while len(data) < 32_000:
+            data += choose.choice(few) * choose.choice([1, 1, 1, 10, 1000])
+        answer, cpu_s = sent_raw(server, data[:32_000] + choose.choice([b"", b"\r\n\r\n", b"\x7f\r\n\r\n"]))
+        assert answer == b"" or answer.startswith(b"HTTP/1."), data[:200]
+        assert cpu_s < 1, f"{cpu_s} s for {few} after {STARTS[start]!r}"
+    assert ask(port_of(server.url), "GET", "/health")[0] == 200
+
+
+def test_chunks_with_extensions_and_trailers_are_taken_in_any_two_pieces(server: Server) -> None:
+    who, body = server.manager.register(**AGENT), b'{"cpu": 7, "uptime": 5}'
+    chunks = (b"%x;a=b;c=\"d \\\" e\"\r\n%b\r\n" % (10, body[:10]) + b"00%X\r\n%b\r\n" % (len(body) - 10, body[10:])
+              + b"0;last\r\nX-A: 1\r\nX-B:\r\n\r\n")
+    head = request("POST", f"/api/agents/{who.agent.id}/heartbeat", b"", "Transfer-Encoding: Chunked", token=who.token)
+    with socket.create_connection(("127.0.0.1", port_of(server.url)), timeout=LIMIT_S) as connection:
+        for cut in range(len(chunks)):
+            connection.sendall(head + chunks[:cut])
+            select.select([connection], [], [], 0.002)  # so that they most often arrive apart
+            connection.sendall(chunks[cut:])
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert (answer.status, json.loads(answer.read())["data"]["id"]) == (200, who.agent.id), cut
+    assert server.manager.agent(who.agent.id).cpu == 7
+
+
+@pytest.mark.parametrize("path", ["//metrics", "///metrics", "/api//agents", "/metr%ffics", "/metrics%ff", "/%6detrics",
+                                  "/metrics%2f", "/%2e/metrics", "/x/%2E%2e/metrics", "/openapi%2ejson", "/%2fmetrics",
+                                  "/api%2Fagents", "http://x//metrics", "http://x/%6Detrics"])
+def test_no_path_is_repaired(path: str, server: Server, api: Client) -> None:
+    for method in ("GET", "POST", "OPTIONS"):
+        answer, _ = sent_raw(server, request(method, path, b"", "Connection: close", token=server.token))
+        assert answer.startswith(b"HTTP/1.1 404 ") and b"there is nothing at this path" in answer, answer
+    if path.startswith("/") and not re.search("%(?!ff)", path):  # the application knows the others decoded only
+        assert api.refusal("GET", path, status=404) == "there is nothing at this path"
+
+
+@pytest.mark.parametrize("path", ["/api/agents/{id}//heartbeat", "//api/agents/{id}/heartbeat",
+                                  "/api/agents/%61{id}/heartbeat", "/api/agents/{id}%ff/heartbeat",
+                                  "/api/agents/{id}/heartb%65at"])
+def test_no_path_of_a_heartbeat_is_repaired(path: str, server: Server) -> None:
+    who = server.manager.register(**AGENT)
+    for line in ("X-A: lane", "Expect: pool"):
+        answer, _ = sent_raw(server, request("POST", path.replace("{id}", who.agent.id), b"{}", line,
+                                             "Connection: close", token=who.token))
+        assert answer.startswith(b"HTTP/1.1 404 ") and b"there is nothing at this path" in answer, answer
 
 
 def test_a_client_that_leaves_in_the_middle_disturbs_nobody(server: Server, caplog: pytest.LogCaptureFixture) -> None:
