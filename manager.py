@@ -426,10 +426,14 @@ class Status(str, enum.Enum):
 
 
 class Moment(NamedTuple):
-    """One reading of a clock, in ms: `wall_ms` since 1970 is shown, `tick_ms` never steps and decides liveness."""
+    """One reading of a clock, in ms: `wall_ms` since 1970 is shown, `tick_ms` never steps and decides liveness.
+
+    `suspended_ms` is how long the machine has been suspended so far, if the tick stands still meanwhile.
+    """
 
     wall_ms: int
     tick_ms: int
+    suspended_ms: int = 0
 
     def wall_of(self, tick_ms: int) -> int:
         """The instant, on today's wall clock, at which the tick stood at `tick_ms`."""
@@ -442,9 +446,11 @@ class Clock(Protocol):
     def now(self) -> Moment:
         """One reading."""
 
-    def every(self, interval_s: float, callback: Callable[[float], bool]) -> Callable[[], None]:
-        """Call `callback(late_s)` every interval, or at once while it is true, until the function returned is
-        called."""
+    def stalled_ms(self) -> int:
+        """How long, so far, this process was not run although the tick went on: stopped, or given no CPU time."""
+
+    def every(self, interval_s: float, callback: Callable[[], bool]) -> Callable[[], None]:
+        """Call `callback()` every interval, or at once while it is true, until the function returned is called."""
 
 
 class Liveness(NamedTuple):
@@ -594,7 +600,7 @@ class Census(NamedTuple):
 
 ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
                "agent_updated", "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated",
-               "policy_created")
+               "policy_created", "silence_forgiven")
 SEVERITIES = ("critical", "high", "medium", "low")
 PERIODS_MS = {"1h": 3_600_000, "6h": 6 * 3_600_000, "24h": _DAY_MS, "7d": 7 * _DAY_MS, "30d": 30 * _DAY_MS}
 SOURCE_KEYS = ("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip", "client_ip")
@@ -1486,8 +1492,8 @@ _IN_FORCE = """
         (SELECT version FROM policies_in_force WHERE scope = 'org:' || ?),
         (SELECT version FROM policies_in_force WHERE scope = 'agent:' || ?)
     FROM contacts WHERE agent = ?"""
-_TIMER_MS = 1000  # the timer runs at least as often
-_STILL_MS = 500  # lateness of the timer that is no more than the machine's being busy
+_FORGIVEN_PER_HOUR = 10  # a dead agent may not stay online for as long as somebody disturbs the manager
+_HOUR_MS = 3_600_000
 _SWEEP_STEP = 2000  # agents announced in one transaction: some 30 ms, so that no heartbeat waits long
 _SILENT = "announced != 'online'"  # said in so many words, or SQLite does not use the index of the silent
 _SWEEP_READ = 50 * _SWEEP_STEP
@@ -1534,16 +1540,24 @@ class Manager:
         self.events_reported: Counter[str] = Counter()
         self._probed_ms = self.started.tick_ms - 1000
         self._none_due_until_ms = 0  # on the tick: until then every agent announced as online is
-        self._watched_ms: int | None = None  # on the tick: when the timer, if there is one, last ran
-        self.excuse_silence()
+        self._stalled_ms, self._suspended_ms = clock.stalled_ms(), self.started.suspended_ms
+        self._forgiven_ms = 0  # how far the tick that decides liveness is behind the clock's
+        self._forgiven_at: deque[int] = deque(maxlen=_FORGIVEN_PER_HOUR)  # on the tick that decides liveness
+        # Less matters to no agent, and happens on any busy machine.
+        self._least_forgiven_ms = max(500, config.heartbeat_timeout_ms // 20)
+        self._to_journal: list[tuple[int, str, int]] = []  # what was forgiven: wall_ms, cause, duration in ms
+        self._writable_ms = self.started.tick_ms  # when contacts could last be recorded, on the same tick
+        self._outage_ms: int | None = None  # that instant, while they cannot be recorded
+        self.reset_silence()
 
     def now(self) -> Moment:
-        """One reading of the clock."""
-        return self.clock.now()
+        """One reading of the clock. Its tick decides liveness: it leaves out the time that is forgiven."""
+        now, outage_ms = self.clock.now(), self._outage_ms
+        return Moment(now.wall_ms, now.tick_ms - self._forgiven_ms if outage_ms is None else outage_ms)
 
     # Liveness
 
-    def excuse_silence(self) -> None:
+    def reset_silence(self) -> None:
         """Begin the silence of every agent anew within the status it was last announced with.
 
         For the start: nobody could be heard before it, and the tick of another run means nothing in this one.
@@ -1556,23 +1570,65 @@ class Manager:
                            (now.tick_ms - age_ms, status))
         self._none_due_until_ms = now.tick_ms + self.liveness.stale_after_ms
 
-    def keep_watch(self, late_ms: int = 0) -> None:
-        """Called by the timer, `late_ms` after it should have been: forgive the silence while this process stood
-        still."""
-        now = self.now()
-        with self.store.transaction(durable=False) if late_ms > _STILL_MS else contextlib.nullcontext() as db:
-            still_ms = now.tick_ms - (now.tick_ms if self._watched_ms is None else self._watched_ms)
-            if db and still_ms > _STILL_MS:
-                log.warning("this process stood still for %.1f s; no agent is blamed for it", still_ms / 1000)
-                db.execute("UPDATE contacts SET seen_ms = min(seen_ms + ?, ?)", (still_ms, now.tick_ms))
-        self._watched_ms = now.tick_ms
+    def forgive_suspend(self) -> None:
+        """Leave out of every agent's silence the time in which this process was stopped.
 
-    def sweep(self) -> int:
+        Called by the timer, and before an agent is found to have been silent. That the manager was busy forgives
+        nothing. At most ten times are forgiven in an hour of what is not forgiven, each of any length.
+        """
+        before_ms, self._stalled_ms = self._stalled_ms, self.clock.stalled_ms()
+        self._forgive("process_stopped", self._stalled_ms - before_ms)
+
+    def forgive_outage(self) -> None:
+        """The same for the time in which no contact could be recorded. Called by the timer only."""
+        now = self.clock.now()
+        suspended_ms, self._suspended_ms = now.suspended_ms - self._suspended_ms, now.suspended_ms
+        if suspended_ms >= self._least_forgiven_ms:  # the tick stood still, so there is nothing to leave out
+            self._to_journal.append((now.wall_ms, "machine_suspended", suspended_ms))
+        tick_ms = now.tick_ms - self._forgiven_ms
+        if not self.store.failed:
+            if self._outage_ms is not None:
+                self._forgive("database_unavailable", tick_ms - self._outage_ms)
+            self._writable_ms, self._outage_ms = now.tick_ms - self._forgiven_ms, None
+        elif self._outage_ms is None and self._may_forgive(tick_ms):
+            self._outage_ms = self._writable_ms
+
+    def _may_forgive(self, tick_ms: int) -> bool:
+        return len(self._forgiven_at) < _FORGIVEN_PER_HOUR or tick_ms - self._forgiven_at[0] >= _HOUR_MS
+
+    def _forgive(self, cause: str, duration_ms: int) -> None:
+        if duration_ms < self._least_forgiven_ms:
+            return
+        now = self.clock.now()
+        tick_ms = now.tick_ms - self._forgiven_ms - duration_ms
+        if not self._may_forgive(tick_ms):
+            log.warning("%s for %d ms; it counts as silence, because this happened too often", cause, duration_ms)
+            return
+        self._forgiven_at.append(tick_ms)
+        self._forgiven_ms += duration_ms
+        self._none_due_until_ms = 0
+        self._to_journal.append((now.wall_ms, cause, duration_ms))
+
+    def journal_forgiven(self) -> None:
+        """Write to the journal what was forgiven, after the changes of status that had fallen due before."""
+        if not self._to_journal:
+            return
+        now, forgiven = self.now(), self._to_journal[:]
+        with self.store.transaction() as db:
+            self.sweep(now._replace(wall_ms=now.wall_ms - sum(duration_ms for *_, duration_ms in forgiven)))
+            db.execute("UPDATE contacts SET seen_ms = :now WHERE seen_ms > :now", {"now": now.tick_ms})
+            for at_ms, cause, duration_ms in forgiven:
+                log.warning("%s for %d ms; it counts as silence of no agent", cause, duration_ms)
+                self.store.journal(at_ms, "silence_forgiven", THE_MANAGER, None, None,
+                                   {"cause": cause, "durationMs": duration_ms})
+        del self._to_journal[:len(forgiven)]
+
+    def sweep(self, as_of: Moment | None = None) -> int:
         """Announce every change of status that has fallen due, in the order it fell due; their number."""
         announced = 0
-        while due := self._fallen_due(self.now()):
+        while due := self._fallen_due(as_of or self.now()):
             for first in range(0, len(due), _SWEEP_STEP):
-                announced += self._announce_step(due[first:first + _SWEEP_STEP])
+                announced += self._announce_step(due[first:first + _SWEEP_STEP], as_of or self.now())
         return announced
 
     def _fallen_due(self, now: Moment) -> list[tuple[int, int, str]]:
@@ -1603,9 +1659,8 @@ class Manager:
         gap_ms = self.liveness.offline_after_ms - self.liveness.stale_after_ms
         return [change for change in due[:_SWEEP_READ] if change[0] < due[0][0] + gap_ms]
 
-    def _announce_step(self, due: Sequence[tuple[int, int, str]]) -> int:
+    def _announce_step(self, due: Sequence[tuple[int, int, str]], now: Moment) -> int:
         """Announce those changes of status that nobody has been heard to avert meanwhile, in one short transaction."""
-        now = self.now()
         with self.store.transaction(durable=False) as db:
             db.executemany("INSERT INTO temp.due (due_ms, agent, status) VALUES (?, ?, ?)", due)
             db.execute(
@@ -1672,6 +1727,7 @@ class Manager:
             "hostname": hostname, "os": os, "ip": ip or caller.address, "arch": arch,
             "tags": None if tags is None else to_json(list(dict.fromkeys(tags)))}
         with self.store.transaction() as db:
+            self.forgive_suspend()  # the timer may not have run yet since the process was stopped
             now = self.now()  # here, because a sweep while this waited has judged who could fall silent next
             row, clone = self._known(db, now, org_id, machine_id, caller)
             given["ip"] = given["ip"] or (row["ip"] if row else "127.0.0.1")
@@ -1756,10 +1812,14 @@ class Manager:
             if agent is None or agent.id != agent_id:
                 agent = _identity(self._row(db, now, agent_id))
             key, _, org_id = agent
-            told = (now.tick_ms, now.wall_ms, uptime, cpu, memory, key, now.tick_ms - self.liveness.stale_after_ms)
-            if not db.execute(_BEAT, (*told, version, policy_version)).rowcount:
+            stale_after_ms = self.liveness.stale_after_ms
+            if not db.execute(_BEAT, (now.tick_ms, now.wall_ms, uptime, cpu, memory, key,
+                                      now.tick_ms - stale_after_ms, version, policy_version)).rowcount:
+                self.forgive_suspend()  # as in register()
+                now = self.now()
                 self._hear_news(db, now, agent, version, policy_version)
-                db.execute(_BEAT, (*told, None, None))
+                db.execute(_BEAT, (now.tick_ms, now.wall_ms, uptime, cpu, memory, key,
+                                   now.tick_ms - stale_after_ms, None, None))
             acknowledged, *versions = db.execute(_IN_FORCE, (org_id, agent_id, key)).fetchone()
             self.heartbeats += 1
         in_force = [(version, ()) for version in versions if version]
@@ -1767,8 +1827,6 @@ class Manager:
 
     def _hear_news(self, db: sqlite3.Connection, now: Moment, agent: Identity, version: str | None,
                    policy_version: int | None) -> None:
-        if self._watched_ms is not None:  # the timer may not have woken yet after a sleep
-            self.keep_watch(now.tick_ms - self._watched_ms - _TIMER_MS)
         row = self._row(db, now, agent.id)
         self._contact(db, now, row)
         if version not in (None, row["version"]):
@@ -2158,7 +2216,7 @@ class Manager:
 
         Raises Unavailable when it cannot be written.
         """
-        now = self.now()
+        now = self.clock.now()
         if now.tick_ms - self._probed_ms >= 1000 or self.store.failed:  # nobody is to wear out the disk by asking
             self.store.probe()
             self._probed_ms = now.tick_ms
@@ -2166,7 +2224,7 @@ class Manager:
             with self.store.transaction(durable=False):
                 pass
         with self.store.read() as db:
-            counts = self._counts(db, now)
+            counts = self._counts(db, self.now())
         return sum(counts.values()), counts[Status.ONLINE]
 
     def census(self) -> Census:
@@ -2551,7 +2609,7 @@ class Api:
                 raise Forbidden("Origin: is not among CORS_ALLOWED_ORIGINS")
             if "json" not in environ.get("CONTENT_TYPE", "").lower():
                 raise ManagerError("Content-Type: must be application/json", status=415)
-            self._newcomers.count(address, self.manager.now().tick_ms)
+            self._newcomers.count(address, self.manager.clock.now().tick_ms)
         if newcomer or ANYONE in route.allow:
             return Caller(ANYONE, address)
         scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
@@ -2559,7 +2617,7 @@ class Api:
         caller = self._identify(token, address) if scheme.lower() == "bearer" and token else None
         if caller is None:
             if token:
-                self._failed_logins.count(address, self.manager.now().tick_ms)
+                self._failed_logins.count(address, self.manager.clock.now().tick_ms)
                 raise Unauthorized("the token is wrong, or its agent was deregistered")
             raise Unauthorized("a token is required: Authorization: Bearer …")
         if caller.role not in route.allow:
@@ -2583,7 +2641,7 @@ class Api:
         """The client's address, having counted its request. Raises Throttled."""
         address = self.client_address(environ)
         if self._requests:
-            self._requests.count(address, self.manager.now().tick_ms)
+            self._requests.count(address, self.manager.clock.now().tick_ms)
         return address
 
     def client_address(self, environ: Mapping[str, Any]) -> str:
@@ -2870,7 +2928,7 @@ def _metrics(call: Call) -> Reply:
 @endpoint("GET", "/health", "Say whether the manager can do its work; 503 if not", public=True)
 def _health(call: Call) -> Reply:
     health: dict[str, Any] = {"status": "healthy", "version": __version__,
-                              "uptime": (call.manager.now().tick_ms - call.manager.started.tick_ms) // 1000}
+                              "uptime": (call.manager.clock.now().tick_ms - call.manager.started.tick_ms) // 1000}
     try:
         total, online = call.manager.health()
     except Unavailable as error:
@@ -2952,7 +3010,7 @@ class EventStream:
     def start(self, channel: Any) -> None:
         """Take over a connection whose headers have been sent."""
         self.channel = channel
-        now = self.streams.manager.now()
+        now = self.streams.manager.clock.now()
         self.sent_ms = now.tick_ms
         data = to_json({"at": iso(now.wall_ms), "version": __version__})
         channel.publish(f"id: {self.after}\nevent: connected\ndata: {data}\n\n".encode())
@@ -3023,14 +3081,14 @@ class Streams:
             for stream in group:
                 data = b"".join(text for entry, text in texts if entry.seq > stream.after and stream.wants(entry))
                 if data and stream.channel.publish(data):
-                    stream.sent_ms = self.manager.now().tick_ms
+                    stream.sent_ms = self.manager.clock.now().tick_ms
                 stream.after = max(stream.after, texts[-1][0].seq if texts else 0)
                 stream.live = len(texts) == len(entries) < _BATCH
         return not all(stream.live for stream in streams)
 
     def keep_alive(self) -> None:
         """Say something on every stream that has been silent for 15 s."""
-        tick_ms = self.manager.now().tick_ms
+        tick_ms = self.manager.clock.now().tick_ms
         with self._lock:
             silent = [stream for stream in self._joined if tick_ms - stream.sent_ms >= _KEEPALIVE_MS]
         for stream in silent:
@@ -3046,33 +3104,68 @@ class Streams:
 class SystemClock:
     """The clock of the machine: wall time for what is shown, monotonic time for what is decided."""
 
-    def now(self) -> Moment:
-        """One reading of the machine's two clocks."""
-        return Moment(time.time_ns() // 1_000_000, time.monotonic_ns() // 1_000_000)
+    _READING_NS = 10_000_000  # a process that is stopped between two of the clocks reads them again
+    _BUSY_S = 0.5  # a thread may wake so late on a busy machine
 
-    def every(self, interval_s: float, callback: Callable[[float], bool]) -> Callable[[], None]:
-        """Repeat `callback(late_s)` in a thread of its own; what it raises is logged and the thread goes on."""
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stalled_ms = 0
+        self._watch_s = math.inf  # how often this process is seen to run, at least
+        self._ran_s = self._cpu_s = 0.0  # when it was seen to run last, and the CPU time that it had used by then
+
+    def now(self) -> Moment:
+        """One reading of the machine's clocks."""
+        boot = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # goes on while the machine is suspended
+        while True:
+            tick_ns, boot_ns, wall_ns = time.monotonic_ns(), time.clock_gettime_ns(boot), time.time_ns()
+            if time.monotonic_ns() - tick_ns < self._READING_NS:
+                return Moment(wall_ns // 1_000_000, tick_ns // 1_000_000, (boot_ns - tick_ns) // 1_000_000)
+
+    def stalled_ms(self) -> int:
+        """How long, in ms, this process was not run: the time since it was seen to run, less the CPU time used since.
+
+        Measured while `every()` runs, by a thread that waits for nothing else: neither a slow disk nor a slow callback
+        delays it, and what delays it because it computes uses CPU time.
+        """
+        with self._lock:
+            ran_s, cpu_s = time.monotonic(), time.process_time()
+            if ran_s - self._ran_s > self._watch_s + self._BUSY_S:
+                self._stalled_ms += max(0, round(1000 * (ran_s - self._ran_s - (cpu_s - self._cpu_s))))
+            self._ran_s, self._cpu_s = ran_s, cpu_s
+            return self._stalled_ms
+
+    def every(self, interval_s: float, callback: Callable[[], bool]) -> Callable[[], None]:
+        """Repeat `callback()` in a thread of its own; what it raises is logged and the thread goes on."""
         over = threading.Event()
 
         def repeat() -> None:
-            wait_s, began_s = interval_s, time.monotonic()
+            wait_s = interval_s
             while not over.wait(wait_s):
-                late_s = time.monotonic() - began_s - wait_s
-                wait_s, began_s = interval_s, time.monotonic()
+                wait_s = interval_s
                 try:
-                    if callback(late_s):
+                    if callback():
                         wait_s = 0.02  # others go first
                 except Unavailable:
                     pass  # logged where it arose; the next round tries again
                 except Exception:
                     log.exception("the timer failed")
 
-        thread = threading.Thread(target=repeat, name="panguard-timer", daemon=True)
-        thread.start()
+        def watch() -> None:
+            while not over.wait(interval_s):
+                self.stalled_ms()
+
+        self.stalled_ms()
+        self._watch_s = interval_s
+        threads = [threading.Thread(target=repeat, name="panguard-timer", daemon=True),
+                   threading.Thread(target=watch, name="panguard-watch", daemon=True)]
+        for thread in threads:
+            thread.start()
 
         def stop() -> None:
             over.set()
-            thread.join()
+            for thread in threads:
+                thread.join()
+            self._watch_s = math.inf
         return stop
 
 
@@ -3081,23 +3174,44 @@ class ManualClock:
 
     def __init__(self, start: float = 1_772_884_800.0) -> None:
         self._now = Moment(round(start * 1000), 0)
-        self._callbacks: list[Callable[[float], bool]] = []
+        self._stalled_ms = 0
+        self._callbacks: list[Callable[[], bool]] = []
 
     def now(self) -> Moment:
         """Where the clock stands."""
         return self._now
 
-    def every(self, interval_s: float, callback: Callable[[float], bool]) -> Callable[[], None]:
-        """Call `callback(0.0)` at the end of every `advance()`, whatever the interval."""
+    def stalled_ms(self) -> int:
+        """The sum of what `stall()` was told, in ms."""
+        return self._stalled_ms
+
+    def every(self, interval_s: float, callback: Callable[[], bool]) -> Callable[[], None]:
+        """Call `callback()` at the end of every `advance()`, whatever the interval."""
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and do what fell due meanwhile before returning."""
+        """Let time pass, and do what fell due meanwhile before returning. Raises ValueError below 0."""
+        self._pass(seconds)
+
+    def stall(self, seconds: float) -> None:
+        """Let time pass while this process is stopped, as by SIGSTOP."""
+        self._pass(seconds, stalled=True)
+
+    def suspend(self, seconds: float) -> None:
+        """Let time pass while the machine is suspended."""
+        self._pass(seconds, suspended=True)
+
+    def _pass(self, seconds: float, *, stalled: bool = False, suspended: bool = False) -> None:
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"time can pass for 0 s or longer, not for {seconds} s; step() sets the clock back")
         passed_ms = round(seconds * 1000)
-        self._now = Moment(self._now.wall_ms + passed_ms, self._now.tick_ms + passed_ms)
+        self._stalled_ms += passed_ms if stalled else 0
+        ticked_ms = 0 if suspended else passed_ms
+        self._now = Moment(self._now.wall_ms + passed_ms, self._now.tick_ms + ticked_ms,
+                           self._now.suspended_ms + passed_ms - ticked_ms)
         for callback in tuple(self._callbacks):
-            while callback(0.0):
+            while callback():
                 pass
 
     def step(self, seconds: float) -> None:
@@ -4031,7 +4145,6 @@ class Server:
             self._api.streams_open = lambda: self._streams.count
             self._serve(app, folder, undo)
             interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
-            self.manager.keep_watch()
             undo.callback(self.clock.every(interval_s, self._tick))
             self._undo = undo.pop_all()
         self._running = True
@@ -4073,8 +4186,13 @@ class Server:
             except StartError as error:
                 log.error("%s; the former one stays in use", error)
 
-    def _tick(self, late_s: float) -> bool:
-        self.manager.keep_watch(round(late_s * 1000))
+    def _tick(self) -> bool:
+        if self.manager.store.failed:
+            with contextlib.suppress(Unavailable):
+                self.manager.store.probe()
+        self.manager.forgive_suspend()
+        self.manager.forgive_outage()
+        self.manager.journal_forgiven()
         self.manager.sweep()
         self._streams.keep_alive()
         self.manager.store.fold()

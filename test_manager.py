@@ -601,19 +601,117 @@ def test_a_step_of_the_system_clock_expires_nobody(api: Client, clock: ManualClo
     assert [entry["at"] for entry in api.journal("agent_stale")] == [manager.iso(START_MS + 7_200_000 + 66_000)]
 
 
-def test_a_process_that_was_suspended_blames_nobody() -> None:
-    class Suspended(ManualClock):
-        def every(self, interval_s: float, callback: Callable[[float], None]) -> Callable[[], None]:
-            self.tick = callback
-            return lambda: None
+@pytest.mark.parametrize("first", ["timer", "heartbeat", "registration"])
+def test_a_stopped_process_blames_nobody_whatever_runs_first_after_it(first: str,
+                                                                      by_hand: tuple[Manager, ManualClock]) -> None:
+    fleet, clock = by_hand
+    dead, alive = (fleet.register(**AGENT, machine_id=each).agent for each in ("m-1", "m-2"))
+    fleet.heartbeat(alive.id)
+    clock.advance(60)
+    clock.stall(3600)
+    if first == "heartbeat":
+        fleet.heartbeat(alive.id, version="2", cpu=7)
+        assert fleet.agent(alive.id).cpu == 7
+    elif first == "registration":
+        assert fleet.register(**AGENT, machine_id="m-2").created, "its machine is online: this one is a clone"
+    fleet.forgive_suspend()
+    fleet.journal_forgiven()
+    assert fleet.sweep() == 0 and fleet.agent(dead.id).status is Status.ONLINE
+    (entry,) = [each for each in fleet.journal() if each.type == "silence_forgiven"]
+    assert entry.data == {"cause": "process_stopped", "durationMs": 3_600_000}
+    clock.advance(6.001)
+    fleet.sweep()
+    assert fleet.agent(dead.id).status is Status.STALE, "the time before and after counts"
+    assert fleet.agent(alive.id).status is (Status.ONLINE if first == "heartbeat" else Status.STALE)
+    clock.advance(100)
+    fleet.sweep()
+    assert fleet.agent(alive.id).status is Status.STALE, "whoever was heard before it was forgiven gains nothing"
 
-    clock = Suspended()
-    with Server(port=0, clock=clock) as server:
-        agent = server.manager.register(**AGENT).agent
-        clock.advance(3600)
-        clock.tick(3599.0)
-        assert server.manager.agent(agent.id).status is Status.ONLINE
-        assert journal_of(server.manager) == []
+
+def test_what_fell_due_before_the_process_was_stopped_is_journalled_at_its_instant(
+        by_hand: tuple[Manager, ManualClock]) -> None:
+    fleet, clock = by_hand
+    fleet.register(**AGENT)
+    clock.advance(66.5)
+    clock.stall(3600)
+    fleet.forgive_suspend()
+    fleet.journal_forgiven()
+    assert journal_of(fleet) == [("agent_stale", 66_000), ("silence_forgiven", 3_666_500)]
+
+
+def test_a_suspended_machine_blames_nobody_and_is_journalled(server: Server, clock: ManualClock) -> None:
+    agent = server.manager.register(**AGENT).agent
+    clock.advance(60)
+    clock.suspend(86_400)
+    assert server.manager.agent(agent.id).status is Status.ONLINE
+    (entry,) = server.manager.journal(type="silence_forgiven")
+    assert entry.data == {"cause": "machine_suspended", "durationMs": 86_400_000}
+    clock.advance(6.001)
+    assert [each for each in journal_of(server.manager) if each[0] == "agent_stale"] == [("agent_stale", 86_466_000)]
+
+
+def test_a_manager_disturbed_again_and_again_announces_a_dead_agent_all_the_same(
+        server: Server, clock: ManualClock) -> None:
+    server.manager.register(**AGENT)
+    for _ in range(200):
+        clock.advance(0.1)
+        clock.stall(4)
+    entries = server.manager.journal()
+    assert Counter(entry.type for entry in entries) == {
+        "agent_registered": 1, "silence_forgiven": 10, "agent_stale": 1, "agent_offline": 1}
+    assert entries[-1].at_ms - START_MS <= 300_000 + 10 * 4_000 + 10_000
+
+
+def test_a_short_stop_is_not_forgiven(server: Server, clock: ManualClock) -> None:
+    agent = server.manager.register(**AGENT).agent
+    for _ in range(34):
+        clock.stall(2)
+    assert server.manager.agent(agent.id).status is Status.STALE
+    assert not server.manager.journal(type="silence_forgiven")
+
+
+def test_a_busy_process_is_not_taken_for_a_stopped_one() -> None:
+    clock, calls = manager.SystemClock(), []
+
+    def busy() -> bool:
+        ends_s = time.process_time() + 1.5
+        while time.process_time() < ends_s:  # as a regular expression that backtracks, or a large sweep
+            pass
+        calls.append(None)
+        return False
+    stop = clock.every(0.05, busy)
+    until(lambda: len(calls) >= 2, "the callback did not run")
+    with_cpu_ms = clock.stalled_ms()
+    stop()
+    # What another process took of the CPU meanwhile may count, what this one used may not.
+    assert with_cpu_ms < time.process_time() * 1000
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
+def test_a_process_stopped_by_a_signal_blames_nobody(tmp_path: Path) -> None:
+    with Running(tmp_path / "data", MANAGER_TLS="off", MANAGER_HEARTBEAT_TIMEOUT_MS="2000",
+                 MANAGER_OFFLINE_TIMEOUT_MS="600000") as running:
+        def entries(*types: str) -> list[Any]:
+            return [each for each in running.ask("GET", "/api/events?limit=200")[1]["data"] if each["type"] in types]
+
+        agent = running.ask("POST", "/api/agents/register", AGENT)[1]["data"]
+        running.process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        running.process.send_signal(signal.SIGCONT)
+        assert running.ask("GET", f"/api/agents/{agent['id']}")[0] == 200
+        stop, stale = until(lambda: len(found := entries("silence_forgiven", "agent_stale")) >= 2 and found[:2],
+                            "the agent fell silent, too")
+        assert (stop["type"], stale["type"]) == ("silence_forgiven", "agent_stale")
+        assert stop["data"]["cause"] == "process_stopped" and stop["data"]["durationMs"] >= 2000
+
+
+@pytest.mark.parametrize("seconds", [-0.001, math.nan, math.inf, -math.inf])
+def test_a_manual_clock_refuses_time_that_cannot_pass(seconds: float) -> None:
+    clock = ManualClock()
+    before = clock.now()
+    with pytest.raises(ValueError, match="time can pass"):
+        clock.advance(seconds)
+    assert clock.now() == before
 
 
 @pytest.mark.parametrize("restarts", [1, 2, 3])
@@ -1076,6 +1174,25 @@ def test_a_sweep_that_could_not_write_is_made_up_for(api: Client, server: Server
         assert api.get(f"/api/agents/{agent['id']}")["status"] == "stale"
     clock.advance(1)
     assert journal_of(server.manager) == [("agent_stale", 66_000)]
+
+
+def test_an_outage_of_the_database_counts_against_no_agent() -> None:
+    with fleet(heartbeat_timeout_ms=3000) as api:
+        alive, dead = api.register(), api.register()
+        advance(api, 1)
+        with locked(api.server.manager.store.folder):
+            for _ in range(20):
+                api.call("POST", f"/api/agents/{alive['id']}/heartbeat", {}, token=alive["token"], status=503)
+                with suppress(manager.Unavailable):
+                    advance(api, 1)
+                assert api.get("/api/agents?status=online"), "a read blames nobody either"
+        api.beat(alive)
+        advance(api, 1)
+        assert [each["type"] for each in api.journal()] == ["agent_registered"] * 2 + ["silence_forgiven"]
+        (entry,) = api.journal("silence_forgiven")
+        assert entry["data"] == {"cause": "database_unavailable", "durationMs": 21_000}
+        advance(api, 2.301)
+        assert [each["agentId"] for each in api.journal("agent_stale")] == [dead["id"]], "the time before counts"
 
 
 def test_a_database_locked_at_the_start_is_refused_in_one_sentence(tmp_path: Path, run_main: Any) -> None:
