@@ -138,6 +138,12 @@ def _parse_path(text: str) -> Path:
         raise ValueError from error
 
 
+def _as_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(text)
+    return None
+
+
 _DAY_MS = 86_400_000
 _PORT = _whole(0, 65535)
 _MS = _whole(1, 1000 * _DAY_MS)
@@ -147,6 +153,9 @@ _FOLDER = Parser(_parse_path, "the path of a folder")
 _FILE = Parser(_parse_path, "the path of a file")
 _LEAST_TOKEN = 16  # characters of a token that an operator sets: guessing it is hopeless
 _HOST = _matching(r"[0-9A-Za-z.:_-]{1,255}", "a host name or an address")
+_DNS_NAME = _matching(r"(?=.{1,253}$)[0-9A-Za-z_-]{1,63}(\.[0-9A-Za-z_-]{1,63})*", "a host name")
+_TLS_NAMES = _several(lambda text: str(_as_ip(text) or _DNS_NAME.parse(text)), 16,
+                      "host names or addresses, with commas between")
 _NETWORKS = _several(ipaddress.ip_network, 64, "addresses or networks such as 10.0.0.0/8, with commas between")
 _ORIGINS = _several(_matching(r"https?://[0-9A-Za-z.:\[\]_-]+", "").parse, 64,
                     "origins such as https://console.example.org, with commas between")
@@ -223,6 +232,9 @@ class Config:
         option="--tls-cert")
     tls_key: Path | None = _setting(
         None, "MANAGER_TLS_KEY", _FILE, "private key (PEM) of that certificate", option="--tls-key")
+    tls_name: tuple[str, ...] = _setting(
+        (), "MANAGER_TLS_NAME", _TLS_NAMES, "further names and addresses, with commas between, for the self-signed "
+        "certificate", option="--tls-name", shown="none")
     open_enrollment: bool = _setting(
         False, "MANAGER_OPEN_ENROLLMENT", _SWITCH, "1 lets agents register without a token, as the Guard agent "
         "shipped on npm does", shown="0")
@@ -1152,6 +1164,17 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def private_file(path: Path) -> None:
+    """Make a file that only its owner can read, if there is none. Raises OSError, also if it cannot be written.
+
+    One that is there is not opened: closing it would end this process' locks on it (POSIX).
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
 class _Joined(contextlib.AbstractContextManager[sqlite3.Connection]):
     """Use of a transaction that this thread is within already; what fails here fails the whole of it."""
 
@@ -1191,27 +1214,42 @@ class Store:
         if sqlite3.sqlite_version_info < _LEAST_SQLITE:
             raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: this manager needs 3.35 or later")
         try:
+            new = [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for each in new:
+                sync_path(each.parent)
+            held = folder.stat()
         except OSError as error:
             raise StartError(f"the data folder {folder} cannot be made ({error.strerror}); choose another") from None
+        if held.st_uid not in (os.geteuid(), 0):
+            raise StartError(f"the data folder {folder} belongs to another user, who could replace what is in it; "
+                             "chown it to the user that runs the manager, or choose another --data-dir")
+        if held.st_mode & 0o022:
+            raise StartError(f"other users can write to the data folder {folder}; run: "
+                             f"chmod go-w {shlex.quote(str(folder))}")
         self._path = folder / "manager.db"
         self._guard = self._take_folder()
         with contextlib.ExitStack() as undo:
             undo.callback(self._guard.close)
             try:
                 self._check_file()
+                private_file(self._path)
+                sync_path(folder)
                 self._writer = self._connect()
                 undo.callback(self._writer.close)
                 self._migrate()
             except sqlite3.Error as error:
                 raise StartError(self._sentence(error) or f"{self._path} cannot be used ({error})") from error
+            except OSError as error:
+                raise StartError(f"{self._path} cannot be written ({error.strerror}); change its owner") from None
             undo.pop_all()
 
     def _take_folder(self) -> sqlite3.Connection:
         """A lock on the folder that ends with the process, however it ends."""
         try:
+            private_file(self.folder / "lock")  # whoever can open it can hold it
             guard = sqlite3.connect(self.folder / "lock", timeout=0, isolation_level=None, check_same_thread=False)
-        except sqlite3.Error:
+        except (sqlite3.Error, OSError):
             raise StartError(f"the data folder {self.folder} cannot be written; choose another or change its owner") \
                 from None
         try:
@@ -1224,7 +1262,6 @@ class Store:
                 if "locked" in str(error) else
                 f"the data folder {self.folder} cannot be written ({error}); choose another or change its owner"
             ) from None
-        (self.folder / "lock").chmod(0o600)  # whoever can open it can hold it
         return guard
 
     def _check_file(self) -> None:
@@ -4112,6 +4149,8 @@ class Server:
         self.clock = clock or SystemClock()
         self.notes: list[str] = []
         self.on_death: Callable[[], None] = lambda: None
+        self._own_pair: OwnCertificate | None = None
+        self._renewal_tick_ms = -sys.maxsize
         self._undo = contextlib.ExitStack()
         self._running = False
 
@@ -4196,6 +4235,7 @@ class Server:
         self.manager.sweep()
         self._streams.keep_alive()
         self.manager.store.fold()
+        self._renew_certificate()
         return self.manager.purge()
 
     def _warn_of_readers(self, path: Path) -> None:
@@ -4216,6 +4256,7 @@ class Server:
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
+            sync_path(folder)
         except (OSError, ValueError) as error:
             raise StartError(f"the admin's token in {path} cannot be used ({str(error) or 'it is malformed'}); "
                              "remove the file to get a new one") from None
@@ -4245,20 +4286,21 @@ class Server:
             self._streams.wake.set()
             follower.join()
 
-        self._web = WebServer(
-            app, config, error_reply=self._api.refuse,
-            lane=Lane(_HEARTBEAT_LINE, self._lane, lambda: bool(self.faults)), tls_context=self._tls(folder),
-            plaintext_allowed=self._plaintext_allowed, streams=self._streams, on_death=lambda: self.on_death())
-        follower.start()
-        undo.callback(stop_following)
+        context = self._tls(folder)
         try:
+            self._web = WebServer(  # which looks the host up
+                app, config, error_reply=self._api.refuse,
+                lane=Lane(_HEARTBEAT_LINE, self._lane, lambda: bool(self.faults)), tls_context=context,
+                plaintext_allowed=self._plaintext_allowed, streams=self._streams, on_death=lambda: self.on_death())
+            follower.start()
+            undo.callback(stop_following)
             self._web.start()
         except (OSError, ValueError) as error:
             raise StartError(f"cannot listen on {config.host} port {config.port} ({error}); "
                              "choose another with --host or --port") from None
         undo.callback(self._web.stop)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-        if self._web.tls_context and _is_loopback(host):
+        if self._web.tls_context and host in ("127.0.0.1", "::1"):
             host = "localhost"
         self.url = (f"http{'s' * bool(self._web.tls_context)}://" + (f"[{host}]" if ":" in host else host)
                     + f":{self._web.port}")
@@ -4281,23 +4323,43 @@ class Server:
         return self.config.tls != "require" and (_is_loopback(address) or self._api.is_proxy(address))
 
     def _tls(self, folder: Path) -> ssl.SSLContext | None:
-        config = self.config
-        if config.tls == "off" or (config.data_dir is None and config.tls == "auto" and not config.tls_cert):
+        config, local = self.config, _is_loopback(self.config.host)
+        if config.tls == "off" or (config.data_dir is None and config.tls == "auto" and not config.tls_cert and local):
             return None
         if config.tls_cert and config.tls_key:
             self._pair = (config.tls_cert, config.tls_key)
         else:
-            self._pair = (folder / "cert.pem", folder / "key.pem")
-            made = all(path.exists() for path in self._pair)
-            if not made and (problem := _make_pair(config.host, *self._pair)):
-                advice = "install openssl, or set MANAGER_TLS_CERT and MANAGER_TLS_KEY"
-                if config.tls == "require":
-                    raise StartError(f"no certificate could be made ({problem}); {advice}")
-                self.notes.append(f"Warning: no certificate could be made ({problem}), so this port speaks plaintext "
-                                  f"to everybody; {advice}")
-                return None
+            self._own_pair = OwnCertificate(config, folder)
+            self._pair = self._own_pair.pair
+            try:
+                if reason := self._own_pair.fault(self.clock.now().wall_ms):
+                    self._own_pair.make(self.clock.now().wall_ms)
+                    if reason != "missing":
+                        self.notes.append(f"Warning: the former certificate {reason}, so a new one was made; "
+                                          "whoever trusts the former one needs it")
+            except StartError as error:
+                if not all(path.exists() for path in self._pair):
+                    advice = (f"no certificate could be made ({error}); install openssl, or set MANAGER_TLS_CERT and "
+                              "MANAGER_TLS_KEY")
+                    if config.tls == "require" or not local:
+                        raise StartError(f"{advice}, or have plaintext for everybody with --tls off") from None
+                    self.notes.append(f"Warning: {advice}; until then this port speaks plaintext, to this machine only")
+                    return None
+                self.notes.append(f"Warning: the certificate {self._pair[0]} could not be checked ({error})")
         self._warn_of_readers(self._pair[1])
         return tls_context(*self._pair)
+
+    def _renew_certificate(self) -> None:
+        now = self.clock.now()
+        if self._own_pair is None or now.tick_ms < self._renewal_tick_ms or self._own_pair.is_current(now.wall_ms):
+            return
+        self._renewal_tick_ms = now.tick_ms + _RENEWAL_RETRY_MS
+        try:
+            self._own_pair.make(now.wall_ms)
+            self._web.tls_context = tls_context(*self._pair)
+            log.warning("the certificate %s was renewed; whoever trusts the former one needs it", self._pair[0])
+        except StartError as error:
+            log.error("the certificate %s must be renewed, which failed: %s", self._pair[0], error)
 
     @property
     def certificate(self) -> tuple[Path, str] | None:
@@ -4314,40 +4376,131 @@ _HEARTBEAT_LINE = re.compile(rb"POST (?P<path>/api/agents/[0-9A-Za-z_-]+/heartbe
 
 
 def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = _as_ip(host)
+    return host == "localhost" if address is None else address.is_loopback
 
 
-def _make_pair(host: str, certificate: Path, key: Path) -> str | None:
-    """Make a self-signed ECDSA pair for this host, good for ten years; or say why that failed."""
-    names = dict.fromkeys(["localhost", "127.0.0.1", "::1", socket.gethostname(), host])
-    subjects = []
-    for name in names:
-        try:
-            subjects.append(f"IP:{ipaddress.ip_address(name)}")
-        except ValueError:
-            subjects.append(f"DNS:{name}")
-    made = key.with_suffix(".new")
-    with contextlib.suppress(FileNotFoundError):
-        made.unlink()
+def _openssl(*arguments: str, stdin: str = "") -> str:
+    """What the openssl command writes. Raises StartError."""
     try:
-        with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)):
-            pass
-        done = subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-             "-days", "3650", "-subj", "/CN=Panguard Manager", "-addext", "subjectAltName=" + ",".join(subjects),
-             "-keyout", str(made), "-out", str(certificate)],
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+        done = subprocess.run(["openssl", *arguments], input=stdin, capture_output=True, text=True, timeout=10)
     except FileNotFoundError:
-        return "the openssl command is missing"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
+        raise StartError("the openssl command is missing") from None
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise StartError(str(error)) from None
     if done.returncode:
-        return "openssl says " + (done.stderr.strip().splitlines() or ["nothing"])[-1]
-    made.replace(key)
+        raise StartError("openssl says " + (done.stderr.strip().splitlines() or ["nothing"])[-1])
+    return done.stdout
+
+
+def outer_address() -> str | None:
+    """The address by which this machine reaches others, if it has a route. Nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
+        return str(probe.getsockname()[0])
     return None
+
+
+def _interface_addresses() -> list[str]:
+    """The addresses of all interfaces, as far as the system tells them; none that hold on one link only."""
+    found: list[str] = []
+    with contextlib.suppress(OSError, UnicodeError):  # the name may be none
+        found += [str(address[0]) for *_, address in socket.getaddrinfo(socket.gethostname(), None)]
+    with contextlib.suppress(OSError):
+        found += re.findall(r"\|-- (\S+)\n +/32 host LOCAL", Path("/proc/net/fib_trie").read_text())
+        found += [str(ipaddress.IPv6Address(bytes.fromhex(line[:32])))
+                  for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    return sorted(name for name in set(found) if not name.startswith("fe80:"))
+
+
+_RENEWAL_MS = 30 * _DAY_MS  # before its end a certificate is replaced
+_RENEWAL_RETRY_MS = 3_600_000
+_MOST_NAMES = 100  # in a certificate
+_REQUEST = """[req]
+distinguished_name = subject
+x509_extensions = extensions
+prompt = no
+[subject]
+CN = Panguard Manager
+[extensions]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+subjectAltName = """
+
+
+class OwnCertificate:
+    """The self-signed certificate in the data folder: ECDSA, good for a year, for this machine's names.
+
+    One that an operator has put there is used and never replaced.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.pair = folder / "cert.pem", folder / "key.pem"
+        self._starts_s, self._ends_s = 0, sys.maxsize
+        self._everywhere = config.host in ("0.0.0.0", "::")
+        needed = [*config.tls_name, "localhost" if self._everywhere else config.host]
+        if self._everywhere:
+            needed += [socket.gethostname(), outer_address() or ""]
+        self._needed = self._fit(needed)
+
+    @staticmethod
+    def _fit(names: Iterable[str]) -> list[str]:
+        """The names that may stand in a certificate, each once, addresses in their canonical form."""
+        fit: dict[str, None] = {}
+        for name in names:
+            with contextlib.suppress(ValueError):
+                fit[str(_as_ip(name) or _DNS_NAME.parse(name))] = None
+        return list(fit)
+
+    def is_current(self, wall_ms: int) -> bool:
+        """Whether the certificate holds for 30 days to come. openssl goes by the system's clock, as its starts do."""
+        return self._starts_s <= time.time() and wall_ms + _RENEWAL_MS < self._ends_s * 1000
+
+    def fault(self, wall_ms: int) -> str:
+        """Why the certificate must be made: "missing", or what was wrong with it; else "". Raises StartError."""
+        try:
+            if not all(path.exists() and path.read_bytes() for path in self.pair):
+                return "missing"
+        except OSError as error:
+            raise StartError(str(error)) from None
+        text = _openssl("x509", "-in", str(self.pair[0]), "-noout", "-text")
+        if not re.search("Subject: CN ?= ?Panguard Manager\n", text):
+            return ""
+        self._starts_s, self._ends_s = (ssl.cert_time_to_seconds(instant) for instant in re.findall(
+            r"Not (?:Before|After) ?: (.+ GMT)", text))
+        if not self.is_current(wall_ms):
+            return "had less than 30 days left"
+        names = self._fit(re.findall(r"(?:DNS|IP Address):([^,\s]+)", text))
+        if missing := set(self._needed) - set(names):
+            return f"did not name {', '.join(sorted(missing))}"
+        with contextlib.suppress(StartError):
+            tls_context(*self.pair)
+            return ""
+        return "did not belong to its key"
+
+    def make(self, wall_ms: int) -> None:
+        """Make a new pair in the place of the former. Raises StartError."""
+        names = self._fit([*self._needed, "localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn(),
+                           outer_address() or "", *_interface_addresses()])[:_MOST_NAMES]
+        subjects = ",".join(("IP:" if _as_ip(name) else "DNS:") + name for name in names)
+        made = [path.with_suffix(".new") for path in self.pair]
+        try:
+            for path in made:
+                path.unlink(missing_ok=True)
+                private_file(path)
+            _openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-sha256",
+                     "-days", "365", "-config", "/dev/stdin", "-out", str(made[0]), "-keyout", str(made[1]),
+                     stdin=f"{_REQUEST}{subjects}\n")
+            for path in made:
+                sync_path(path)
+            for path, new in zip(self.pair, made, strict=True):
+                new.replace(path)
+            sync_path(self.pair[0].parent)
+        except OSError as error:
+            raise StartError(str(error)) from None
+        self._starts_s, self._ends_s = 0, wall_ms // 1000 + 365 * 86_400
 
 
 def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -4380,6 +4533,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sentence in Config.advice(sys.argv[1:] if argv is None else argv, os.environ):
         log.warning("%s", sentence)
     server = Server(config)
+    os.umask(0o077)
     server.on_death = lambda: os.kill(os.getpid(), signal.SIGTERM)
     # Waited for, not handled: a handler may interrupt itself and then wait for its own lock.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -4410,6 +4564,8 @@ def _greeting(server: Server) -> Iterator[str]:
     assert config.data_dir is not None
     trust = ""
     yield f"Panguard Manager {__version__} listens on {server.url}"
+    if config.host in ("0.0.0.0", "::") and (address := outer_address()):
+        yield f"Other hosts reach it at {server.url.rpartition('//')[0]}//{address}:{server.url.rpartition(':')[2]}"
     yield f"Data directory: {config.data_dir}"
     if server.certificate:
         path, fingerprint = server.certificate

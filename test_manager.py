@@ -20,6 +20,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -276,6 +277,8 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
     ("tls_cert", "--tls-cert", "MANAGER_TLS_CERT", None, [("/c.pem", Path("/c.pem"))], ["a\0b"], "the path of a file"),
     ("tls_key", "--tls-key", "MANAGER_TLS_KEY", None, [("~/k.pem", Path.home() / "k.pem")], ["a\0b"],
      "the path of a file"),
+    ("tls_name", "--tls-name", "MANAGER_TLS_NAME", (), [("a.example,10.0.0.1", ("a.example", "10.0.0.1"))],
+     ["a b", "a.example,", "*.example", "-" * 64, "a..b"], "host names or addresses, with commas between"),
     ("open_enrollment", None, "MANAGER_OPEN_ENROLLMENT", False, [("1", True), ("0", False)], ["yes", "2", "on"],
      "1 or 0"),
     ("open_enrollment_org", None, "MANAGER_OPEN_ENROLLMENT_ORG", None, [("Sites open", "Sites open")],
@@ -1234,7 +1237,7 @@ def cramped(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pa
     folder = tmp_path / "data"
     folder.mkdir()
     if request.param is full_disk:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "none", str(folder)]
         if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
             pytest.skip("only root may mount a small file system")
         request.addfinalizer(lambda: subprocess.run(["umount", "-l", str(folder)], check=True))
@@ -4924,19 +4927,168 @@ def test_a_key_that_others_can_read_is_warned_about(tmp_path: Path) -> None:
             assert len([note for note in server.notes if str(given["tls_key"]) in note]) == count
 
 
-def test_without_openssl_auto_is_plaintext_with_a_warning_and_require_does_not_start(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: dict[str, Path]) -> None:
+@pytest.mark.parametrize("settings", [{}, {"host": "localhost"}], ids=["127.0.0.1", "localhost"])
+def test_without_openssl_auto_speaks_plaintext_to_loopback_with_a_warning(
+        settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: dict[str, Path]) -> None:
     monkeypatch.setenv("PATH", "")
-    with Server(port=0, data_dir=tmp_path) as server:
+    with Server(port=0, data_dir=tmp_path, **settings) as server:
         assert server.url.startswith("http://") and server.certificate is None
         assert any("openssl command is missing" in note and "plaintext" in note for note in server.notes)
-        with contextlib.closing(http.client.HTTPConnection(server.url[7:], timeout=LIMIT_S)) as client:
-            client.request("GET", "/health")
-            assert client.getresponse().status == 200
-    with pytest.raises(StartError, match="install openssl"):
-        Server(port=0, data_dir=tmp_path, tls="require").start()
+        assert ask(port_of(server.url), "GET", "/health")[0] == 200
     with Server(port=0, data_dir=tmp_path, **pair) as server:  # which needs none
         assert server.url.startswith("https://")
+
+
+@pytest.mark.parametrize("settings", [{"tls": "require"}, {"host": "0.0.0.0"}, {"host": "::"},
+                                      {"host": "0.0.0.0", "trusted_proxy": "192.0.2.0/24"}], ids=str)
+def test_without_a_certificate_nothing_is_served_beyond_loopback(
+        settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_main: Any) -> None:
+    monkeypatch.setenv("PATH", "")
+    for folder in ({"data_dir": tmp_path}, {}):
+        with pytest.raises(StartError, match=r"openssl command is missing.*--tls off") as refused:
+            Server(port=0, **folder, **settings).start()
+        assert "\n" not in str(refused.value)
+    with Server(port=0, data_dir=tmp_path, **{**settings, "host": "0.0.0.0", "tls": "off"}) as server:
+        assert server.url.startswith("http://")
+
+
+def shown_certificate(path: Path) -> str:
+    """What openssl says of a certificate."""
+    return subprocess.run(["openssl", "x509", "-in", path, "-noout", "-text"], capture_output=True, text=True,
+                          check=True).stdout
+
+
+def alternative_names(path: Path) -> set[str]:
+    return set(re.findall(r"(?:DNS|IP Address):([^,\s]+)", shown_certificate(path)))
+
+
+def test_the_certificate_made_is_a_servers_for_a_year_and_names_this_machine(tmp_path: Path) -> None:
+    with Server(port=0, data_dir=tmp_path, host="127.0.0.2", tls="auto", tls_name="fleet.example,192.0.2.77"):
+        text, names = shown_certificate(tmp_path / "cert.pem"), alternative_names(tmp_path / "cert.pem")
+    assert "CA:FALSE" in text and "CA:TRUE" not in text and "TLS Web Server Authentication" in text
+    starts, ends = (ssl.cert_time_to_seconds(each) for each in re.findall(r"Not \w+ ?: (.+ GMT)", text))
+    assert ends - starts == 365 * 86_400
+    assert names >= {"localhost", "127.0.0.1", "127.0.0.2", "0:0:0:0:0:0:0:1", "fleet.example", "192.0.2.77"}
+    assert (socket.gethostname() in names) is bool(re.fullmatch(r"[\w.-]+", socket.gethostname()))
+    if shutil.which("ip"):
+        done = subprocess.run(["ip", "-o", "-4", "address"], capture_output=True, text=True)
+        assert names >= set(re.findall(r"inet ([\d.]+)", done.stdout))
+
+
+@pytest.mark.parametrize("name", [
+    "a,DNS:evil.example", "a b", "x" * 300, "a\nbasicConstraints=CA:TRUE", "", "é.example"])
+def test_a_host_name_that_is_none_stays_out_of_the_certificate(name: str, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    monkeypatch.setattr(socket, "getfqdn", lambda: name + ".example")
+    with Server(port=0, data_dir=tmp_path, host="0.0.0.0", tls="auto") as server:
+        assert server.url.startswith("https://")
+    assert "localhost" in alternative_names(tmp_path / "cert.pem")
+    text = shown_certificate(tmp_path / "cert.pem")
+    assert "evil" not in text and "CA:TRUE" not in text and "é" not in text
+
+
+def test_the_certificate_is_made_anew_when_its_names_no_longer_fit(tmp_path: Path) -> None:
+    certificate = tmp_path / "cert.pem"
+
+    def start(**settings: Any) -> tuple[bytes, list[str]]:
+        with Server(port=0, data_dir=tmp_path, tls="auto", **settings) as server:
+            return certificate.read_bytes(), [note for note in server.notes if "certificate" in note]
+    first, notes = start()
+    assert not notes and start() == (first, []) == start(host="localhost")
+    second, notes = start(tls_name="fleet.example")
+    assert second != first and "did not name fleet.example" in notes[0]
+    assert start(tls_name="fleet.example") == (second, []) == start()
+    third, notes = start(host="127.0.0.3")
+    assert third != second and "127.0.0.3" in alternative_names(certificate)
+
+
+def test_the_certificate_is_renewed_while_running_thirty_days_before_it_ends(tmp_path: Path,
+                                                                             caplog: pytest.LogCaptureFixture) -> None:
+    certificate, clock = tmp_path / "cert.pem", ManualClock(time.time())
+    with Server(port=0, data_dir=tmp_path, tls="auto", clock=clock) as server:
+        first = certificate.read_bytes()
+        clock.advance(334 * 86_400)
+        assert certificate.read_bytes() == first
+        clock.advance(86_400)
+        second = certificate.read_bytes()
+        assert second != first and "was renewed" in caplog.text
+        with contextlib.closing(Wire(port_of(server.url), trusting(certificate))) as wire:
+            assert wire.call(request("GET", "/health")).status == 200
+        clock.advance(86_400)
+        assert certificate.read_bytes() == second
+
+
+def test_a_renewal_that_fails_keeps_the_certificate_and_is_tried_again_an_hour_later(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, clock = tmp_path / "cert.pem", ManualClock(time.time())
+    with Server(port=0, data_dir=tmp_path, tls="auto", clock=clock), monkeypatch.context() as without:
+        first = certificate.read_bytes()
+        without.setenv("PATH", "")
+        for advance_s, count in ((340 * 86_400, 1), (60, 1), (3600, 2)):
+            clock.advance(advance_s)
+            assert caplog.text.count("must be renewed, which failed: the openssl command is missing") == count
+        without.undo()
+        assert certificate.read_bytes() == first
+        clock.advance(3600)
+        assert certificate.read_bytes() != first
+
+
+@pytest.mark.parametrize("broken", ["cert.pem empty", "key.pem empty", "cert.pem gone", "key.pem gone", "key.pem other",
+                                    "ended in 1971", "starts later"])
+def test_a_generated_pair_that_cannot_serve_is_made_anew(broken: str, tmp_path: Path) -> None:
+    with Server(port=0, data_dir=tmp_path, tls="auto"):
+        first = (tmp_path / "cert.pem").read_bytes()
+    name, how = broken.split(" ", 1)
+    if how == "empty":
+        (tmp_path / name).write_bytes(b"")
+    elif how == "gone":
+        (tmp_path / name).unlink()
+    elif how == "other":
+        (tmp_path / name).write_bytes(make_pair(tmp_path, "other")["tls_key"].read_bytes())
+    else:
+        year = {"in 1971": 1970, "later": 2090}[how]
+        signed_between(tmp_path, f"{year}0101000000Z", f"{year + 1}0101000000Z")
+    with Server(port=0, data_dir=tmp_path, tls="auto") as server:
+        assert (tmp_path / "cert.pem").read_bytes() != first
+        with contextlib.closing(Wire(port_of(server.url), trusting(tmp_path / "cert.pem"))) as wire:
+            assert wire.call(request("GET", "/health")).status == 200
+
+
+def signed_between(folder: Path, starts: str, ends: str) -> None:
+    """Give the certificate in a folder other dates, with the same names and key."""
+    ca = folder / "ca"
+    ca.mkdir()
+    (ca / "index.txt").touch()
+    (ca / "serial").write_text("01")
+    (ca / "cnf").write_text(f"[ca]\ndefault_ca = d\n[d]\nnew_certs_dir = {ca}\ndatabase = {ca}/index.txt\n"
+                            f"serial = {ca}/serial\ndefault_md = sha256\npolicy = p\n[p]\nCN = supplied\n"
+                            "[e]\nsubjectAltName = DNS:localhost,IP:127.0.0.1,IP:::1\n")
+    for command in (f"req -new -key {folder}/key.pem -subj '/CN=Panguard Manager' -out {ca}/csr",
+                    f"ca -batch -selfsign -config {ca}/cnf -extensions e -keyfile {folder}/key.pem -in {ca}/csr "
+                    f"-startdate {starts} -enddate {ends} -notext -out {folder}/cert.pem"):
+        subprocess.run(["openssl", *shlex.split(command)], check=True, capture_output=True)
+
+
+def test_an_operators_certificate_in_the_data_folder_is_never_replaced(tmp_path: Path) -> None:
+    given = make_pair(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name, path in (("cert.pem", given["tls_cert"]), ("key.pem", given["tls_key"])):
+        shutil.copy(path, tmp_path / "data" / name)
+    with Server(port=0, data_dir=tmp_path / "data", tls="auto", tls_name="fleet.example") as server:
+        assert (tmp_path / "data/cert.pem").read_bytes() == given["tls_cert"].read_bytes()
+        assert not [note for note in server.notes if "Warning" in note]
+
+
+def test_the_line_printed_for_other_hosts_works_there(elsewhere: tuple[str, str, list[str]], tmp_path: Path) -> None:
+    ours, _, there = elsewhere
+    with command(tmp_path, "--host", "0.0.0.0") as (_, greeting, _):
+        line = next((each for each in greeting if each.startswith("Other hosts reach it at https://")), "")
+        port = greeting[0].rpartition(":")[2]
+        assert not line or line.endswith(f":{port}")
+        done = subprocess.run([*there, "curl", "-sS", "--cacert", tmp_path / "data/cert.pem",
+                               f"https://{ours}:{port}/health"], capture_output=True, text=True)
+        assert json.loads(done.stdout)["ok"] is True, done
 
 
 def test_two_hundred_tls_clients_at_once_are_all_served(launch: Launch, pair: dict[str, Path]) -> None:
@@ -5093,6 +5245,77 @@ def test_the_url_of_an_ipv6_address_has_brackets(launch: Launch, pair: dict[str,
     assert site.wire(address="::1").call(beat(site.agent())).status == 200
     site = launch(host="::1", tls="auto", **pair)  # loopback in IPv6 too
     assert site.wire(address="::1", context=None).call(request("GET", "/health")).status == 200
+
+
+def test_another_loopback_address_is_printed_as_it_is_and_its_certificate_fits(tmp_path: Path) -> None:
+    with command(tmp_path, "--host", "127.0.0.2") as (_, greeting, _):
+        assert re.search(r"https://127\.0\.0\.2:\d+$", greeting[0])
+        done = subprocess.run(["bash", "-c", greeting[-1].removeprefix("Try: ")], capture_output=True, text=True)
+        assert json.loads(done.stdout) == {"ok": True, "data": []}, done
+
+
+def test_an_unknown_host_is_said_in_a_sentence(tmp_path: Path, run_main: Any) -> None:
+    status, said = run_main("--host", "nosuchhost.invalid", "--port", "0", "--tls", "off", "--data-dir", tmp_path)
+    assert status == 1 and said.count("\n") == 1 and "cannot listen on nosuchhost.invalid" in said, said
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777, 0o707])
+def test_a_data_folder_that_others_can_write_to_is_refused(mode: int, tmp_path: Path, run_main: Any) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    folder.chmod(mode)
+    status, said = run_main("--port", "0", "--data-dir", folder)
+    assert status == 1 and said.count("\n") == 1 and f"chmod go-w {folder}" in said, said
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022])
+def test_files_are_made_with_their_modes_whatever_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with Server(port=0, data_dir=tmp_path / "data", tls="auto"):
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").iterdir()}
+    finally:
+        os.umask(before)
+    assert set(modes) >= {"manager.db", "lock", "token", "cert.pem", "key.pem"} and set(modes.values()) == {0o600}
+
+
+def test_what_the_start_makes_is_synced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[int, set[str]]] = []
+    folder = tmp_path / "new" / "data"
+
+    def fsync(handle: int) -> None:
+        at = os.fstat(handle)
+        inside = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        synced.append((at.st_ino, inside))
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Server(port=0, data_dir=folder, tls="auto"):
+        inodes = {ino for ino, _ in synced}
+        for path in (folder / "token", folder / "cert.pem", folder / "key.pem", folder, folder.parent, tmp_path):
+            assert path.stat().st_ino in inodes, path
+        of_folder = [names for ino, names in synced if ino == folder.stat().st_ino]
+        assert of_folder[-1] >= {"token", "cert.pem", "key.pem", "manager.db"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+@pytest.mark.parametrize(("name", "mode"), [
+    ("manager.db", 0o600), ("manager.db", 0o644), ("lock", 0o600), ("lock", 0o644), ("token", 0o600),
+    ("cert.pem", 0o600), ("key.pem", 0o600), (".", 0o755)])
+def test_a_file_of_another_owner_is_said_in_a_sentence(name: str, mode: int, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with Server(port=0, data_dir=folder, tls="auto"):
+        pass
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, 65534, 65534)
+    os.chown(folder / name, 12345, 12345)
+    (folder / name).chmod(mode)
+    for path in tmp_path, tmp_path.parent, tmp_path.parent.parent:
+        path.chmod(0o755)
+    as_nobody = ("import _strptime, encodings.ascii, encodings.idna, os, sys, manager; "  # while root
+                 "os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(manager.main())")
+    done = subprocess.run([sys.executable, "-c", as_nobody, "--port", "0", "--data-dir", folder], cwd=PROJECT,
+                          capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(folder) in done.stderr, done
 
 
 def test_localhost_is_served_on_both_of_its_addresses_by_one_port(launch: Launch) -> None:
