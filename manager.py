@@ -1002,10 +1002,11 @@ THREAT_FILTER: Table = {
     "severity": may(one_of(*SEVERITIES)), "type": may(_NAME), "source_ip": may(_NAME), **PAGE}
 OF_ORG: Table = {"org_id": may(_KEY)}
 SUMMARY: Table = {"period": may(one_of(*PERIODS_MS), "24h"), **OF_ORG}
-STREAM_FILTER: Table = {"type": may(one_of(*ENTRY_TYPES)), "agent_id": may(_KEY), "org_id": may(_KEY)}
+STREAM_FILTER: Table = {
+    "type": may(list_of(one_of(*ENTRY_TYPES), len(ENTRY_TYPES))), "agent_id": may(_KEY), "org_id": may(_KEY)}
 ENTRY_FILTER: Table = {
-    "after": may(digits(0, _EXACT), 0), "limit": may(digits(1, 200), 50), "type": may(one_of(*ENTRY_TYPES)),
-    "agent_id": may(_KEY)}
+    "after": may(digits(0, _EXACT), 0), "limit": may(digits(1, 200), 50), **STREAM_FILTER,
+    "since": may(instant()), "until": may(instant()), "order": may(one_of("asc", "desc"), "asc")}
 
 
 ########################################################################################################
@@ -1552,6 +1553,8 @@ _THREAT = f"""json_object('id', {_EVENT_ID.format('t.key')}, 'agentId', t.agent_
     'sigmaRuleId', t.sigma_rule_id, 'timestamp', t.timestamp, 'receivedAt', {sql_iso('t.received_ms')},
     'correlatedWith', json((SELECT json_group_array({_EVENT_ID.format('key')}) FROM (
         {_shared('source_ip')} UNION {_shared('file_hash')} ORDER BY key DESC LIMIT {_LISTED}))))"""
+_ENTRY_CONDITIONS = {"agent_id": "agent_id = :agent_id", "org_id": "org_id = :org_id", "since": "at_ms >= :since",
+                     "until": "at_ms < :until"}
 THE_MANAGER = Caller("manager")
 
 
@@ -1706,8 +1709,10 @@ class Manager:
                 "due_ms - iif(status = 'stale', :stale_after_ms, :offline_after_ms)))", self.liveness._asdict())
             step = db.execute(
                 "INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) "
-                "SELECT ? + due_ms, 'agent_' || status, ?, org_id, id, json_object('hostname', hostname) "
-                "FROM temp.due CROSS JOIN agents ON key = agent ORDER BY due_ms, agent",
+                "SELECT ? + due_ms, 'agent_' || status, ?, org_id, id, json_object("
+                f"'hostname', hostname, 'lastSeen', {sql_iso('heartbeat_ms')}) FROM temp.due "
+                "CROSS JOIN agents ON key = due.agent CROSS JOIN contacts c ON c.agent = due.agent "
+                "ORDER BY due_ms, due.agent",
                 (now.wall_of(0), to_json(THE_MANAGER.actor()))).rowcount
             db.execute("UPDATE contacts SET announced = (SELECT status FROM temp.due WHERE due.agent = contacts.agent) "
                        "WHERE agent IN (SELECT agent FROM temp.due)")
@@ -1723,23 +1728,23 @@ class Manager:
         return hint + ("c.seen_ms < :stale_from" if status is Status.OFFLINE else
                        "c.seen_ms < :online_from AND c.seen_ms >= :stale_from")
 
-    def _announce(self, db: sqlite3.Connection, at_ms: int, status: Status, key: int, agent_id: str,
-                  org_id: str | None, hostname: str) -> None:
-        db.execute("UPDATE contacts SET announced = ? WHERE agent = ?", (status, key))
-        self.store.journal(at_ms, "agent_" + status, THE_MANAGER, agent_id, org_id, {"hostname": hostname})
+    def _announce(self, db: sqlite3.Connection, at_ms: int, status: Status, row: Mapping[str, Any]) -> None:
+        db.execute("UPDATE contacts SET announced = ? WHERE agent = ?", (status, row["key"]))
+        more = {"ip": row["ip"]} if status is Status.ONLINE else {"lastSeen": iso(row["heartbeat_ms"])}
+        self.store.journal(at_ms, "agent_" + status, THE_MANAGER, row["id"], row["org_id"],
+                           {"hostname": row["hostname"], **more})
 
-    def _contact(self, db: sqlite3.Connection, now: Moment, row: sqlite3.Row, *, heard: bool = True) -> None:
+    def _contact(self, db: sqlite3.Connection, now: Moment, row: Mapping[str, Any], *, heard: bool = True) -> None:
         """Record a contact: announce what fell due before, then that the agent is back. A registration does not
         count as `heard`: its answer may have been lost."""
-        who = (row["key"], row["id"], row["org_id"], row["hostname"])
         announced, seen_ms = Status(row["announced"]), row["seen_ms"]
         for before, after, age_ms in ((Status.ONLINE, Status.STALE, self.liveness.stale_after_ms),
                                       (Status.STALE, Status.OFFLINE, self.liveness.offline_after_ms)):
             if announced is before and now.tick_ms - seen_ms > age_ms:
-                self._announce(db, now.wall_of(seen_ms + age_ms), after, *who)
+                self._announce(db, now.wall_of(seen_ms + age_ms), after, row)
                 announced = after
         if announced is not Status.ONLINE:
-            self._announce(db, now.wall_ms, Status.ONLINE, *who)
+            self._announce(db, now.wall_ms, Status.ONLINE, row)
         db.execute("UPDATE contacts SET seen_ms = ?, heartbeat_ms = ?, heard = ? WHERE agent = ?",
                    (now.tick_ms, now.wall_ms, heard, row["key"]))
 
@@ -1775,7 +1780,7 @@ class Manager:
                 db.execute(
                     "UPDATE agents SET " + ", ".join(f"{name} = coalesce(:{name}, {name})" for name in given)
                     + " WHERE key = :key", {**given, "key": key})
-                self._contact(db, now, row, heard=False)
+                self._contact(db, now, {**dict(row), "hostname": hostname, "ip": given["ip"]}, heard=False)
                 db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, key))
                 entry |= {"formerHostname": row["hostname"], "formerIp": row["ip"]}
             else:
@@ -1865,7 +1870,7 @@ class Manager:
     def _hear_news(self, db: sqlite3.Connection, now: Moment, agent: Identity, version: str | None,
                    policy_version: int | None) -> None:
         row = self._row(db, now, agent.id)
-        self._contact(db, now, row)
+        self._contact(db, now, dict(row))
         if version not in (None, row["version"]):
             db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, agent.key))
             self.store.journal(now.wall_ms, "agent_updated", Caller("agent", agent=agent), agent.id, agent.org_id, {
@@ -2031,7 +2036,7 @@ class Manager:
             if stored:
                 worst = min((event["severity"] for event in stored), key=SEVERITIES.index)
                 self.store.journal(now.wall_ms, "threats_reported", caller, agent_id, agent["org_id"], {
-                    "agentId": agent_id, "hostname": agent["hostname"], "count": len(stored), "maxSeverity": worst})
+                    "hostname": agent["hostname"], "count": len(stored), "maxSeverity": worst})
                 self.events_reported.update(event["severity"] for event in stored)
                 for name, extract in (("sourceIp", source_address), ("fileHash", file_hash)):
                     for value in dict.fromkeys(filter(None, (extract(event["details"]) for event in stored))):
@@ -2231,14 +2236,21 @@ class Manager:
 
     # Journal and health
 
-    def journal(self, *, after: int = 0, limit: int = -1, type: str | None = None, agent_id: str | None = None,
-                org_id: str | None = None) -> list[Entry]:
-        """Entries with a `seq` above `after`, in order; at most `limit` of them, if not negative."""
-        where = ["seq > :after"] + [f"{name} = :{name}" for name, value in (
-            ("type", type), ("agent_id", agent_id), ("org_id", org_id)) if value is not None]
+    def journal(self, *, after: int = 0, limit: int = -1, type: str | Sequence[str] | None = None,
+                agent_id: str | None = None, org_id: str | None = None, since: int | None = None,
+                until: int | None = None, order: str = "asc") -> list[Entry]:
+        """Entries with a `seq` above `after`, of one type or several, at or after `since` and before `until` (ms
+        since 1970), in order or the latest first ("desc"); at most `limit` of them, if not negative."""
+        types = [type] if isinstance(type, str) else list(type or ())
+        given = {"after": after, "limit": limit, "agent_id": agent_id, "org_id": org_id, "since": since,
+                 "until": until, **{f"type{number}": each for number, each in enumerate(types)}}
+        where = ["seq > :after"]
+        if types:
+            where.append(f"type IN ({', '.join(f':type{number}' for number in range(len(types)))})")
+        where += [condition for name, condition in _ENTRY_CONDITIONS.items() if given[name] is not None]
         with self.store.read() as db:
-            rows = db.execute(f"SELECT * FROM journal WHERE {' AND '.join(where)} ORDER BY seq LIMIT :limit", {
-                "after": after, "limit": limit, "type": type, "agent_id": agent_id, "org_id": org_id}).fetchall()
+            rows = db.execute(f"SELECT * FROM journal WHERE {' AND '.join(where)} "
+                              f"ORDER BY seq {'DESC' if order == 'desc' else ''} LIMIT :limit", given).fetchall()
         return [Entry(row["seq"], row["at_ms"], row["type"], json.loads(row["actor"]), row["org_id"], row["agent_id"],
                       json.loads(row["data"])) for row in rows]
 
@@ -2827,9 +2839,13 @@ def policy_shape(policy: Policy) -> dict[str, Any]:
 
 
 def entry_shape(entry: Entry) -> dict[str, Any]:
-    """A journal entry as the API shows it."""
-    return {"seq": entry.seq, "at": iso(entry.at_ms), "type": entry.type, "actor": entry.actor, "org_id": entry.org_id,
-            "agentId": entry.agent_id, "data": entry.data}
+    """A journal entry as the API shows it: the fields of its type stand beside those that every entry has.
+
+    `data` of files written by 1.1.0 repeats `agentId` in threats_reported; the common field wins.
+    """
+    common = {"seq": entry.seq, "at": iso(entry.at_ms), "type": entry.type, "agentId": entry.agent_id,
+              "org_id": entry.org_id, "actor": entry.actor}
+    return {**common, **entry.data, **common}
 
 
 @endpoint("POST", "/api/agents/register", "Register an agent", allow=(ENROLLER, AGENT, NEWCOMER), body=REGISTER,
@@ -3042,14 +3058,17 @@ class EventStream:
 
     def wants(self, entry: Entry) -> bool:
         """Whether the entry passes the filters."""
-        return all(getattr(entry, name) == value for name, value in self._wanted.items())
+        return all(getattr(entry, name) in (value if isinstance(value, list) else (value,))
+                   for name, value in self._wanted.items())
 
     def start(self, channel: Any) -> None:
         """Take over a connection whose headers have been sent."""
         self.channel = channel
         now = self.streams.manager.clock.now()
         self.sent_ms = now.tick_ms
-        data = to_json({"at": iso(now.wall_ms), "version": __version__})
+        data = to_json({"seq": self.after, "at": iso(now.wall_ms), "type": "connected", "agentId": None,
+                        "org_id": None, "actor": {"role": "manager"}, "version": __version__,
+                        "message": "Connected to the event stream of Panguard Manager"})
         channel.publish(f"id: {self.after}\nevent: connected\ndata: {data}\n\n".encode())
         self.streams.join(self)
 

@@ -1462,7 +1462,7 @@ def test_registering_again_is_journalled_with_old_and_new_address_and_under_the_
     (entry,) = api.journal("agent_reregistered")
     assert (entry["org_id"], entry["agentId"], entry["actor"]["role"]) == ("o", first["id"], "agent")
     assert {"hostname": "web-2", "formerHostname": "web-1", "ip": "198.51.100.7",
-            "formerIp": "192.0.2.1"}.items() <= entry["data"].items()
+            "formerIp": "192.0.2.1"}.items() <= entry.items()
 
 
 def test_with_reenroll_off_only_an_admin_or_the_agent_itself_registers_it_again() -> None:
@@ -1529,7 +1529,7 @@ def test_tags_are_replaced_added_and_removed(body: dict[str, Any], after: Any, a
     assert api.get(path)["tags"] == after
     for tag in ("a", "b", "c", "x", "y", "z"):
         assert len(api.get(f"/api/agents?tag={tag}")) == (tag in after)
-    changes = [entry["data"]["tags"] for entry in api.journal("agent_updated")]
+    changes = [entry["tags"] for entry in api.journal("agent_updated")]
     assert changes == ([] if after == ["a", "b"] else [{"from": ["a", "b"], "to": after}])
 
 
@@ -1593,7 +1593,7 @@ def test_a_change_of_version_is_journalled_once(api: Client) -> None:
     for version in ("1.2.0", "1.3.0", "1.3.0", None, "1.2.0"):
         api.beat(agent, version=version)
     entries = api.journal("agent_updated")
-    assert [entry["data"]["version"] for entry in entries] == [{"from": "1.2.0", "to": "1.3.0"},
+    assert [entry["version"] for entry in entries] == [{"from": "1.2.0", "to": "1.3.0"},
                                                               {"from": "1.3.0", "to": "1.2.0"}]
     assert {entry["agentId"] for entry in entries} == {agent["id"]}
     assert api.get(f"/api/agents/{agent['id']}")["version"] == "1.2.0"
@@ -1946,7 +1946,7 @@ def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
             of_type = Counter(entry["type"] for entry in entries)
             assert of_type["agent_registered"] - of_type["agent_deregistered"] == len(agents)
             assert of_type["policy_created"] == len(policies)
-            reported = [entry["data"]["count"] for entry in entries if entry["type"] == "threats_reported"]
+            reported = [entry["count"] for entry in entries if entry["type"] == "threats_reported"]
             assert sum(reported) == len(threats)
             if round_number == 4:
                 assert running.end() == 0
@@ -2144,7 +2144,7 @@ WRONG_QUERY: dict[str, Any] = {
     "boolean": lambda schema: ("", "yes", "1", "TRUE"),
     "enum": lambda schema: (*TEXT_QUERY, "nonsense", schema["enum"][0].upper()),
     "format": lambda schema: (*TEXT_QUERY, "0", "yesterday", "2026-03-07", "2026-02-30T12:00:00Z"),
-    "array": lambda schema: (*TEXT_QUERY, "x" * (schema["items"]["maxLength"] + 1)),
+    "array": lambda schema: (*TEXT_QUERY, "x" * (schema["items"].get("maxLength", 255) + 1)),
 }
 
 
@@ -2337,7 +2337,7 @@ def test_a_redelivered_event_keeps_its_id_across_a_restart(tmp_path: Any) -> Non
     with fleet(data_dir=tmp_path) as api:
         assert report(api, agent, threat(own="y"), threat(own="x"), threat(own="z"))[:2] == first[::-1]
         assert len(api.get("/api/threats")) == 3
-        assert [each["data"]["count"] for each in api.journal("threats_reported")] == [2, 1]
+        assert [each["count"] for each in api.journal("threats_reported")] == [2, 1]
 
 
 def test_a_batch_is_stored_whole_or_not_at_all(api: Client) -> None:
@@ -2417,7 +2417,7 @@ def test_an_indicator_is_announced_once_per_window_and_again_after_it(api: Clien
             report(api, agent, THREAT)
         announced.append(len(api.journal("threats_correlated")))
     assert announced == [1, 1, 2, 2, 3]
-    assert api.journal("threats_correlated")[0]["data"]["agentIds"] == sorted(agent["id"] for agent in agents)
+    assert api.journal("threats_correlated")[0]["agentIds"] == sorted(agent["id"] for agent in agents)
 
 
 def test_the_correlation_window_is_a_setting() -> None:
@@ -2781,9 +2781,9 @@ def test_the_journal_says_what_happened_and_who_did_it() -> None:
         for entry, (type, _, actor, data) in zip(entries, expected, strict=True):
             assert actor.items() <= entry["actor"].items(), type
             assert entry["actor"]["role"] != "admin" or entry["actor"] == actor
-            assert data.items() <= entry["data"].items(), type
+            assert data.items() <= entry.items(), type
         assert [entry["seq"] for entry in entries] == sorted({entry["seq"] for entry in entries})
-        assert set(api.journal("policy_created")[0]["data"]) >= {"policyId", "version", "ruleCount"}
+        assert set(api.journal("policy_created")[0]) >= {"policyId", "version", "ruleCount"}
         tokens = ("first", "second", "enrol", agent["token"])
         assert not any(json.dumps(token) in json.dumps(entries) for token in tokens)
 
@@ -2805,6 +2805,57 @@ def test_the_journal_is_read_on_from_where_one_was(api: Client) -> None:
                             (f"type=policy_created&agent_id={agents[3]['id']}", []), ("type=agent_stale", []),
                             (f"after={2**53 - 1}", [])):
         assert [entry["seq"] for entry in api.get(f"/api/events?{query}")] == expected, query
+
+
+def test_an_entry_is_flat_with_the_fields_of_its_type_beside_the_common_ones(api: Client) -> None:
+    agent = api.register(org_id="o", ip="192.0.2.1")
+    api.beat(agent)
+    seen = api.get(f"/api/agents/{agent['id']}")["lastHeartbeat"]
+    report(api, agent, threat(severity="low"), threat(severity="high"))
+    policy(api, agent_id=agent["id"])
+    advance(api, 400)
+    api.beat(agent)
+    shapes = {
+        "threats_reported": {"hostname": "web-1", "count": 2, "maxSeverity": "high"},
+        "policy_created": {"version": "v1", "ruleCount": 1},
+        "agent_stale": {"hostname": "web-1", "lastSeen": seen},
+        "agent_offline": {"hostname": "web-1", "lastSeen": seen},
+        "agent_online": {"hostname": "web-1", "ip": "192.0.2.1"}}
+    for type, expected in shapes.items():
+        (entry,) = api.journal(type)
+        assert list(entry)[:6] == ["seq", "at", "type", "agentId", "org_id", "actor"], type
+        assert (entry["agentId"], entry["org_id"], "data" in entry) == (agent["id"], "o", False), type
+        assert expected.items() <= entry.items(), type
+    assert api.journal("policy_created")[0]["policyId"].startswith("pol_")
+
+
+def test_an_agent_that_registers_again_comes_online_with_its_new_address_and_hostname(api: Client) -> None:
+    agent = api.register(machine_id="m", ip="192.0.2.1")
+    api.beat(agent)
+    advance(api, 67)
+    api.post("/api/agents/register", {**AGENT, "machine_id": "m", "ip": "192.0.2.2", "hostname": "web-2"})
+    (stale,), (online,) = api.journal("agent_stale"), api.journal("agent_online")
+    assert (stale["hostname"], online["hostname"], online["ip"]) == ("web-1", "web-2", "192.0.2.2")
+
+
+def test_the_journal_is_read_by_time_by_several_types_and_backwards(api: Client) -> None:
+    api.register()
+    advance(api, 10)
+    policy(api)
+    api.register()
+    advance(api, 10)
+    policy(api)
+    first, second, third, fourth = api.journal()
+    of_types = "type=policy_created&type=agent_registered"
+    for query, expected in (
+            (f"since={second['at']}", [second, third, fourth]), (f"until={second['at']}", [first]),
+            (f"since={second['at']}&until={fourth['at']}", [second, third]), (of_types, [first, second, third, fourth]),
+            (f"{of_types}&order=desc&limit=3", [fourth, third, second]), ("order=desc&type=agent_registered",
+                                                                       [third, first]),
+            (f"order=desc&after={second['seq']}", [fourth, third]), ("order=asc&limit=1", [first]), ("org_id=o", [])):
+        assert api.get(f"/api/events?{query}") == expected, query
+    for query, named in (("order=up", "order"), ("since=yesterday", "since"), ("type=nope", "type[0]")):
+        assert api.refusal("GET", f"/api/events?{query}", status=400).startswith(f"{named}: must be"), query
 
 
 # What may read a table or an index from end to end. Agents are counted that way; and the online ones are read in order
@@ -2831,7 +2882,8 @@ WORK: dict[str, Any] = {
     "a policy": lambda api, agent: policy(api, org_id="o1"),
     "a fetch": lambda api, agent: api.get(f"/api/policy/agent/{agent['id']}"),
     "the journal": lambda api, agent: [api.get(f"/api/events?limit=5&{query}") for query in (
-        "after=3", "type=agent_stale", f"agent_id={agent['id']}")],
+        "after=3", "type=agent_stale", f"agent_id={agent['id']}", "type=agent_stale&type=agent_online",
+        "since=2026-03-07T12:00:01Z&until=2026-03-07T12:00:02Z", "order=desc&org_id=o1")],
     "health": lambda api, agent: api.get("/health"),
     "a sweep": lambda api, agent: advance(api, 67),
     "a purge": lambda api, agent: advance(api, 31 * 86_400),
@@ -3036,8 +3088,8 @@ def test_the_overview_and_the_journal_have_the_shapes_of_the_contract(api: Clien
         [2, 1, 0, 1, {"darwin": 2}]
     entry = api.journal("agent_offline")[0]
     exactly(entry, {"seq": entry["seq"], "at": manager.iso(START_MS + 300_000), "type": "agent_offline",
-                    "actor": {"role": "manager"}, "org_id": "o", "agentId": offline["id"],
-                    "data": {"hostname": "web-1"}})
+                    "agentId": offline["id"], "org_id": "o", "actor": {"role": "manager"}, "hostname": "web-1",
+                    "lastSeen": offline["registeredAt"]})
 
 
 def test_health_counts_the_fleet_and_the_seconds(api: Client, clock: ManualClock) -> None:
@@ -4028,11 +4080,38 @@ def test_a_stream_says_connected_then_each_entry_as_the_journal_has_it(launch: L
     assert [wire.event() for _ in items] == [(item["seq"], item["type"], item) for item in items]
 
 
+SAMPLE_CLIENT = """
+import json, sys
+for line in sys.stdin.buffer:
+    if line.startswith(b"data: "):
+        data = json.loads(line[6:])
+        if data["type"] != "connected":
+            print(data["type"], data["hostname"], flush=True)
+"""
+
+
+@everywhere
+def test_a_client_that_reads_the_hostname_from_the_data_of_an_event_prints_hostnames(launch: Launch) -> None:
+    site = launch()
+    wire = site.wire()
+    wire.call(request("GET", STREAM, token=site.server.token))
+    lines = [wire.event()]
+    site.agent(hostname="web-1")
+    site.agent(hostname="web-2")
+    lines += [wire.event(), wire.event()]
+    stream = "".join(f"data: {json.dumps(data)}\n\n" for _, _, data in lines)
+    printed = subprocess.run([sys.executable, "-c", SAMPLE_CLIENT], input=stream, capture_output=True, text=True,
+                             timeout=LIMIT_S, check=True).stdout
+    assert printed.splitlines() == ["agent_registered web-1", "agent_registered web-2"]
+    assert lines[0][2]["message"] and set(lines[0][2]) >= {"seq", "at", "type", "agentId", "org_id", "actor"}
+
+
 def test_a_stream_is_filtered_by_type_organisation_and_agent_whether_live_or_resumed(launch: Launch) -> None:
     site = launch()
     a, b = site.agent(org_id="acme").agent.id, site.agent().agent.id
     wanted = {"": [1, 2, 3, 4, 5], "?type=agent_deregistered": [4, 5], "?org_id=acme": [1, 4], f"?agent_id={b}": [2, 5],
-              f"?agent_id={a}&type=agent_registered": [1], f"?org_id=acme&agent_id={b}": []}
+              f"?agent_id={a}&type=agent_registered": [1],
+              "?type=agent_deregistered&type=agent_registered&org_id=acme": [1, 4], f"?org_id=acme&agent_id={b}": []}
     streams = {site.stream(query, *lines): [seq for seq in seqs if seq > after] for query, seqs in wanted.items()
                for lines, after in (((), 2), (("Last-Event-ID: 0",), 0))}
     site.agent(org_id="other")
@@ -4110,7 +4189,7 @@ def test_a_stream_is_the_admins_alone_and_its_parameters_are_checked(launch: Lau
         answer = wire.call(request("GET", STREAM, b"", f"Last-Event-ID: {bad}", token=site.server.token))
         assert (answer.status, answer.error) == (400, "Last-Event-ID: must be the id of an event")
     answer = wire.call(request("GET", STREAM + "?type=nonsense", token=site.server.token))
-    assert answer.status == 400 and answer.error.startswith("type: must be one of")
+    assert answer.status == 400 and answer.error.startswith("type[0]: must be one of")
     assert site.open_streams() == 0
     future = site.stream("", "Last-Event-ID: 999999999999999")  # which is from now on
     site.agent()
@@ -5543,7 +5622,7 @@ def test_a_newcomer_chooses_neither_org_nor_machine_id_nor_tags() -> None:
         assert made["id"] != known["id"] and made["tags"] == [] and made["org_id"] == "open"
         assert "machine_id" not in made and not api.journal("identity_conflict")
         entry = api.journal("agent_registered")[-1]
-        assert (entry["org_id"], entry["data"]["claimed"]) == ("open", claimed)
+        assert (entry["org_id"], entry["claimed"]) == ("open", claimed)
         again = api.post("/api/agents/register", {**AGENT, **claimed}, token=made["token"])
         assert again["id"] == made["id"] and again["org_id"] == "open"
 
