@@ -708,7 +708,7 @@ def test_a_process_stopped_by_a_signal_blames_nobody(tmp_path: Path) -> None:
         stop, stale = until(lambda: len(found := entries("silence_forgiven", "agent_stale")) >= 2 and found[:2],
                             "the agent fell silent, too")
         assert (stop["type"], stale["type"]) == ("silence_forgiven", "agent_stale")
-        assert stop["data"]["cause"] == "process_stopped" and stop["data"]["durationMs"] >= 2000
+        assert stop["cause"] == "process_stopped" and stop["durationMs"] >= 2000
 
 
 @pytest.mark.parametrize("seconds", [-0.001, math.nan, math.inf, -math.inf])
@@ -1196,7 +1196,7 @@ def test_an_outage_of_the_database_counts_against_no_agent() -> None:
         advance(api, 1)
         assert [each["type"] for each in api.journal()] == ["agent_registered"] * 2 + ["silence_forgiven"]
         (entry,) = api.journal("silence_forgiven")
-        assert entry["data"] == {"cause": "database_unavailable", "durationMs": 21_000}
+        assert (entry["cause"], entry["durationMs"]) == ("database_unavailable", 21_000)
         advance(api, 2.301)
         assert [each["agentId"] for each in api.journal("agent_stale")] == [dead["id"]], "the time before counts"
 
