@@ -73,6 +73,7 @@ from waitress.adjustments import Adjustments  # type: ignore[import-untyped]
 from waitress.buffers import OverflowableBuffer  # type: ignore[import-untyped]
 from waitress.channel import ClientDisconnected, HTTPChannel  # type: ignore[import-untyped]
 from waitress.parser import HTTPRequestParser, ParsingError  # type: ignore[import-untyped]
+from waitress.receiver import ChunkedReceiver  # type: ignore[import-untyped]
 from waitress.server import TcpWSGIServer  # type: ignore[import-untyped]
 from waitress.task import (  # type: ignore[import-untyped]
     ErrorTask,
@@ -245,6 +246,13 @@ class Config:
         "admin's token or the agent's own", shown="1")
     max_streams: int = _setting(
         500, "MANAGER_MAX_STREAMS", _whole(0, 100_000), "event streams that may be open at once")
+    connections_per_address: int = _setting(
+        None, "MANAGER_CONNECTIONS_PER_ADDRESS", _whole(1, 1_000_000),
+        "connections that an address may have open without a credential shown on them; a trusted proxy any number",
+        shown="an eighth of all")
+    max_buffered_bytes: int = _setting(
+        32 * 2**20, "MANAGER_MAX_BUFFERED_BYTES", _whole(2 * 2**20, 2**40),
+        "bytes of request bodies kept in memory at once; further bodies are refused with 503", unit="bytes")
     threads: int = _setting(
         4, "MANAGER_THREADS", _whole(1, 256), "threads that serve requests")
     log_level: str = _setting(
@@ -2003,6 +2011,12 @@ class Manager:
                 row = db.execute(select + "token_digest = ?", (token_digest,)).fetchone()
         return row and _identity(row)
 
+    def knows_token(self, token_digest: bytes) -> bool:
+        """Whether an agent has the token of this digest, or will have it once it uses it. Never waits for a writer."""
+        with self.store.read() as db:
+            return db.execute("SELECT 1 FROM agents WHERE token_digest = ? UNION SELECT 1 FROM agents "
+                              "WHERE new_token_digest = ?", (token_digest, token_digest)).fetchone() is not None
+
     # Threat events
 
     def report_events(self, agent_id: str, events: Sequence[Mapping[str, Any]], *,
@@ -2430,7 +2444,7 @@ class Throttle:
 
     def count(self, address: str, tick_ms: int) -> None:
         """Note that `address` does it once more. Raises Throttled when it has used up its minute."""
-        key = self._key(address)
+        key = network_of(address)
         with self._lock:
             began, count = self._windows.get(key, (tick_ms, 0))
             left_ms = began + 60_000 - tick_ms
@@ -2444,10 +2458,11 @@ class Throttle:
             if len(self._windows) > self._MOST:
                 del self._windows[next(iter(self._windows))]
 
-    @staticmethod
-    def _key(address: str) -> str:
-        # Whoever has one IPv6 address has the other 2^64 of its network.
-        return str(ipaddress.ip_network((address, 64), strict=False)) if ":" in address else address
+
+def network_of(address: str) -> str:
+    """The address, or its network of 2^64 for IPv6: whoever has one address there has all of them."""
+    host = address.partition("%")[0]
+    return str(ipaddress.ip_network((host, 64), strict=False)) if ":" in host else host
 
 
 class Latencies:
@@ -2647,7 +2662,20 @@ class Api:
         self.latencies.observe("-", "none", refusal.status, 0.0)
         return self.finish(failure(refusal), environ)
 
-    def _admit(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str]) -> Caller:
+    def may_send_body(self, path: str, authorization: str | None) -> bool:
+        """Whether a request's body is worth receiving: its credential is known, or it registers a newcomer."""
+        if authorization is None:
+            return self.manager.config.open_enrollment and path == "/api/agents/register"
+        scheme, _, token = authorization.partition(" ")
+        token_digest = digest(token.strip())
+        try:
+            return scheme.lower() == "bearer" and (
+                any(hmac.compare_digest(each, token_digest) for each in (*self._admins, *self._others))
+                or self.manager.knows_token(token_digest))
+        except Unavailable:
+            return True  # answered with 503 in the end
+
+    def _admit(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str]) -> Caller:
         """Who calls, if they may. Where anyone may, a credential is not looked at."""
         address = self._limit(environ)
         newcomer = (NEWCOMER in route.allow and self.manager.config.open_enrollment
@@ -2669,6 +2697,7 @@ class Api:
                 self._failed_logins.count(address, self.manager.clock.now().tick_ms)
                 raise Unauthorized("the token is wrong, or its agent was deregistered")
             raise Unauthorized("a token is required: Authorization: Bearer …")
+        environ["manager.authenticated"] = True
         if caller.role not in route.allow:
             raise Forbidden(f"the {caller.role}'s token may not do this")
         if caller.agent and path.get("id", caller.agent.id) != caller.agent.id:
@@ -3283,6 +3312,7 @@ HANDSHAKE_S = 15.0  # for the first byte and a TLS handshake
 REQUEST_S = 30.0  # for a request to arrive, and a second more for each
 SLOWEST_UPLOAD_BYTES_PER_S = 4 * KIB
 IDLE_S = 120.0
+STRANGER_IDLE_S = 15.0  # for connections on which nobody has shown a credential yet
 CLEANUP_S = 5.0  # between two looks at who has had their time
 GRACE_S = 4.0  # at the stop, for what is in flight
 MAX_HEADERS = 32 * KIB
@@ -3291,7 +3321,7 @@ CHUNK_LINE_BYTES = 4 * KIB  # of a chunk line, and of all trailers
 SEND_BYTES = 64 * KIB
 STREAM_BACKLOG = 1 * MIB  # a reader further behind than this is dropped
 LINGER_BYTES = 8 * MIB  # what a client may still send after its last answer
-SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that the house is full
+SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that there are too many
 ACCEPTS_PER_TURN = 128
 LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 FRAMING = frozenset({"connection", "content-length", "server"})  # headers that waitress looks at itself
@@ -3320,7 +3350,7 @@ class UpgradeRequired(Error):  # type: ignore[misc]
     headers = (("Upgrade", "TLS/1.2, HTTP/1.1"), ("Connection", "close, Upgrade"))
 
 
-class HouseFull(Error):  # type: ignore[misc]
+class Overloaded(Error):  # type: ignore[misc]
     code, reason = 503, "Service Unavailable"
     headers = (("Retry-After", "5"),)
 
@@ -3434,7 +3464,7 @@ _MANY_BLANKS = re.compile(rb":[\t ]{9}").search
 _LEADING_BLANKS = re.compile(rb"(\r\n%b:)[\t ]+" % _TOKEN_CHARS)
 
 
-class ChunkedBody:
+class ChunkedBody(ChunkedReceiver):  # type: ignore[misc]
     """A chunked body (RFC 9112, 7.1) for waitress' parser, read in time linear in what arrives.
 
     waitress' own reads unfinished lines and trailers again at every receive, copies the rest at every chunk, and takes
@@ -3442,23 +3472,12 @@ class ChunkedBody:
     """
 
     error: Error | None = None
-    completed = False
+    completed: bool = False
+    buf: OverflowableBuffer
     _unread = b""  # the start of a line
     _chunk_bytes = 0  # of the present chunk, still to come
     _after_chunk = _after_last_chunk = False
     _trailer_bytes = 0
-
-    def __init__(self, buffer: Any) -> None:
-        self._buffer = buffer
-
-    def __len__(self) -> int:
-        return len(self._buffer)
-
-    def getbuf(self) -> Any:
-        return self._buffer
-
-    def getfile(self) -> Any:
-        return self._buffer.getfile()
 
     def received(self, data: bytes) -> int:
         """Read on, and return how many bytes of `data` belong to this body. A fault is left in `error`."""
@@ -3478,7 +3497,7 @@ class ChunkedBody:
                 break
             self._line(data[at:end])
             at = end + 2
-        self._buffer.append(b"".join(pieces))
+        self.buf.append(b"".join(pieces))
         return at + len(self._unread) - before
 
     def _line(self, line: bytes) -> None:
@@ -3505,6 +3524,39 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
     """waitress' parser, given only what it reads in linear time, and strict where two readers might differ."""
 
     body_rcv: Any
+    chunked: bool
+    content_length: int
+    error: Error | None
+    left_out_bytes = 0.0  # of a body that is not to be received
+    counted_bytes = 0  # of its body, as part of what all bodies may have
+
+    def __init__(self, adj: Any, channel: Channel) -> None:
+        super().__init__(adj)
+        self.channel = channel
+
+    def received(self, data: bytes) -> int:
+        """Read on. What follows this request is left with the channel, so that one request is read at a time."""
+        consumed: int = super().received(data)
+        site = self.channel.server.site
+        if self.body_rcv is not None and self.error is None:
+            arrived_bytes = len(self.body_rcv) - self.counted_bytes
+            if site.count_body_bytes(arrived_bytes):
+                self.counted_bytes += arrived_bytes
+            else:
+                self.close()  # others may have its room at once
+                self.error, self.completed = Overloaded("too many bodies are being received; try again"), True
+        if not self.completed:
+            return consumed
+        rest = data[consumed:]
+        if self.left_out_bytes > len(rest):
+            self.headers["CONNECTION"] = "close"
+        self.channel.held = rest[int(min(self.left_out_bytes, len(rest))):]
+        return len(data)
+
+    def close(self) -> None:
+        self.channel.server.site.count_body_bytes(-self.counted_bytes)
+        self.counted_bytes = 0
+        super().close()
 
     def parse_header(self, header_plus: bytes) -> None:
         """Parse the request line and the headers, which waitress has stripped of blanks in front."""
@@ -3530,8 +3582,13 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError("there must not be both Content-Length and Transfer-Encoding")
         if self.body_rcv is None or self.content_length >= self.adj.max_request_body_size:
             self.expect_continue = False  # else it is told to go on, and its answer forgotten
+            return
         if self.chunked:
             self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow))
+        if not self.channel.server.site.may_send_body(self.path, self.headers.get("AUTHORIZATION")):
+            self.left_out_bytes = math.inf if self.chunked else self.content_length
+            self.body_rcv, self.chunked, self.content_length, self.expect_continue = None, False, 0, False
+            self.headers.pop("CONTENT_LENGTH", None)
 
 
 class Task(WSGITask):  # type: ignore[misc]
@@ -3552,6 +3609,8 @@ class Task(WSGITask):  # type: ignore[misc]
         except Dropped:
             raise ClientDisconnected from None
         finally:
+            if not self.channel.authenticated and (self.environ or {}).get("manager.authenticated"):
+                self.channel.sockets.soon(self.channel.authenticate)
             stream = (self.environ or {}).pop("manager.stream", None)
             if stream is not None:  # not handed over: an error, a HEAD, a client that left
                 stream.closed()
@@ -3618,21 +3677,24 @@ class Phase(enum.Enum):
 class Channel(HTTPChannel):  # type: ignore[misc]
     """One connection. Only the loop receives and closes; whoever sends holds `sending`."""
 
-    parser_class, task_class, error_task_class = Request, Task, ErrorReply
+    task_class, error_task_class = Task, ErrorReply
     phase = Phase.HTTP
     refusal: Error | None = None  # the answer to whatever this client asks
     socket: Any  # a plain one, or the SSLSocket made of it
     stream: Stream | None = None
     chunked = False
     handshake_writes = False
-    postponed = False  # its next request waits until the client has taken the answers before
     tolerance = 0  # bytes that may still be dropped
     scheme = "http"
-    held, wanted = b"", 0  # of a request for the lane: what has arrived, and how long it will be
-    began, taken = 0.0, 0  # the request being received
+    held, wanted = b"", 0  # what has arrived of the next request; for the lane also how long it will be
+    began_s, taken = 0.0, 0  # the request being received
+    authenticated = False
+    counted_as = ""  # the address under which it counts as unauthenticated
 
     def __init__(self, server: Listener, sock: socket.socket, addr: Any, adj: Any, map: SocketMap) -> None:
+        self.opened_s = self.active_s = time.monotonic()  # active: when something was last sent
         super().__init__(server, sock, addr, adj, map=map)
+        self.sockets = map
         self.sending = threading.RLock()
         self.outbuf_lock = threading.Condition(self.sending)  # waitress' name for it, and a longer way there
         if server.site.tls_context is not None:
@@ -3645,24 +3707,24 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return not (self.will_close or (busy and self.phase is Phase.HTTP))
 
     def writable(self) -> bool:
-        if self.requests and not self.postponed:  # quiet: a worker is writing, and will say when it has finished
+        if self.requests:  # quiet: a worker is writing, and will say when it has finished
             return bool(self.will_close or self.total_outbufs_len >= self.adj.send_bytes)
         closing = self.will_close or self.close_when_flushed
-        return bool(self.total_outbufs_len or closing or self.handshake_writes or self.postponed)
+        return bool(self.total_outbufs_len or closing or self.handshake_writes)
 
-    def expires(self) -> float:
-        """When this client will have had its time."""
+    def expires_s(self) -> float:
+        """When this client will have had its time, on the monotonic clock."""
         if self.phase in (Phase.FIRST_BYTE, Phase.HANDSHAKE) or self.refusal:
-            return float(self.creation_time + HANDSHAKE_S)
+            return self.opened_s + HANDSHAKE_S
         if self.phase is Phase.LINGER:
-            return float(self.last_activity + HANDSHAKE_S)
+            return self.active_s + HANDSHAKE_S
         if self.phase is Phase.STREAM and not self.total_outbufs_len:
             return math.inf
         if self.requests and self.total_outbufs_len < self.adj.send_bytes:
             return math.inf  # it waits for us
         if (self.request is not None or self.held) and not self.requests and not self.total_outbufs_len:
-            return float(self.began + REQUEST_S + self.taken / SLOWEST_UPLOAD_BYTES_PER_S)
-        return float(self.last_activity + self.adj.channel_timeout)
+            return self.began_s + REQUEST_S + self.taken / SLOWEST_UPLOAD_BYTES_PER_S
+        return self.active_s + (IDLE_S if self.authenticated else STRANGER_IDLE_S)
 
     # What the loop does
 
@@ -3680,45 +3742,60 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.handle_close()
 
     def received(self, data: bytes) -> bool:
-        self.last_activity = time.time()
-        before = self.request
-        if before is None and not self.requests:
-            if not self.held:
-                self.began, self.taken = self.last_activity, 0
-            data = self.held + data
+        """Read one request; what has arrived of later ones waits in `held` until it has been answered."""
+        data, self.held = self.held + data, b""
+        if self.request is None:
+            data = data.lstrip()  # waitress ignores blanks before a request; they begin none and earn no time
+            if not data:
+                return True
+            if not self.wanted:
+                self.began_s, self.taken = time.monotonic(), 0
             if len(data) < self.wanted:
                 self.held = data
                 return True
-            self.held, self.wanted = b"", 0
+            self.wanted = 0
             if not self.refusal and self.server.site.lane.take(self, data):
                 return True
-        super().received(data)
-        if self.request is not before:
-            self.began, self.taken = self.last_activity, 0
         self.taken += len(data)
-        return True
+        return bool(super().received(data))
+
+    def read_next(self) -> None:
+        """Read the request that came with the one before, if the client has taken all answers."""
+        busy = self.requests or self.total_outbufs_len or self.wanted
+        if self.held and not busy and self.phase is Phase.HTTP and self.connected:
+            self.received(b"")
+
+    def parser_class(self, adj: Any) -> Request:
+        return Request(adj, self)
+
+    def authenticate(self) -> None:
+        """Its client has shown a credential: it may be idle for longer, and its address may have more of them."""
+        self.authenticated = True
+        self.server.site.count_stranger(self.counted_as, -1)
+        self.counted_as = ""
 
     def handle_write(self) -> None:
         if self.phase is Phase.HANDSHAKE:
             self._handshake()
-        elif not self.requests or self.postponed:
+        elif not self.requests:
             self._flush_some()
-            if not self.total_outbufs_len and not self.will_close:
-                self.began = self.last_activity  # of the next request: until now we did not listen
-                if self.postponed:
-                    self.postponed = False
-                    self.server.add_task(self)
         elif self.total_outbufs_len >= self.adj.send_bytes:
             self._flush_some_if_lockable()
         if self.will_close:
             self.handle_close()
         elif self.close_when_flushed and not self.total_outbufs_len:
             self._linger()
+        else:
+            self.read_next()
 
     def handle_close(self) -> None:
         with self.sending:
             stream, self.stream = self.stream, None
             super().handle_close()
+        self.server.site.count_stranger(self.counted_as, -1)
+        self.counted_as = ""
+        if self.request is not None:
+            self.request.close()
         if stream is not None:
             stream.closed()
 
@@ -3749,7 +3826,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         try:
             self.socket.do_handshake()
             self.phase = Phase.HTTP
-            self.last_activity = time.time()
+            self.active_s = time.monotonic()
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLWantWriteError:
@@ -3760,7 +3837,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def _linger(self) -> None:
         """Close our half and let the client finish its own, within bounds."""
         self.close_when_flushed = False
-        self.phase, self.tolerance, self.last_activity = Phase.LINGER, LINGER_BYTES, time.time()
+        self.phase, self.tolerance, self.active_s = Phase.LINGER, LINGER_BYTES, time.monotonic()
         with self.sending:
             if isinstance(self.socket, ssl.SSLSocket):
                 with contextlib.suppress(OSError, ValueError):
@@ -3787,12 +3864,14 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         try:
-            return int(self.socket.send(data))
+            sent = int(self.socket.send(data))
         except LATER:
             return 0
         except (OSError, ValueError):
             self.will_close = True
             return 0
+        self.active_s = time.monotonic()
+        return sent
 
     def write_now(self, data: bytes, closing: bool) -> None:
         """Send in the loop, keeping only what the client cannot take yet."""
@@ -3802,13 +3881,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.write_soon(data[sent:])
             if closing or sent < len(data):
                 self.close_when_flushed = closing
-                self._map.soon(self._map.settle, self)
+                self.sockets.soon(self.sockets.settle, self)
 
     def _flush_some(self, do_close: bool = True) -> bool:
         with self.sending:
             flushed = self.connected and bool(super()._flush_some(do_close))
             if not do_close and (self.total_outbufs_len or self.will_close):  # a worker needs the loop's help
-                self._map.soon(self._map.settle, self)
+                self.sockets.soon(self.sockets.settle, self)
             return flushed
 
     def _flush_outbufs_below_high_watermark(self) -> None:
@@ -3816,17 +3895,15 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def service(self) -> None:
         super().service()
-        self._map.soon(self._map.settle, self)
+        self.active_s = time.monotonic()
+        self.sockets.soon(self.sockets.settle, self)
+        self.sockets.soon(self.read_next)
 
     # Streams
 
     def hand_over(self, environ: Environ, chunked: bool) -> None:
         """Keep the connection for a stream and return the worker that opened it."""
-        with self.requests_lock:
-            for request in self.requests[1:]:
-                request.close()
-            del self.requests[1:]
-        self.chunked = chunked
+        self.held, self.chunked = b"", chunked
         environ["manager.stream"].start(self)
         with self.sending:
             if not self.connected:
@@ -3854,13 +3931,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             if not self.connected or self.close_when_flushed or self.phase is Phase.LINGER:
                 return False
             if self.total_outbufs_len + len(data) > STREAM_BACKLOG:
-                self._map.soon(self.handle_close)
+                self.sockets.soon(self.handle_close)
                 return False
             if self.outbufs[-1].buf is not None:  # past 8 KiB waitress' buffers never shrink again
                 self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
             self.outbufs[-1].append(data)
             self.total_outbufs_len += len(data)
-        self._map.soon(self._map.settle, self)
+        self.sockets.soon(self.sockets.settle, self)
         return True
 
 
@@ -3908,7 +3985,7 @@ class Lane:
         environ["wsgi.url_scheme"] = channel.scheme
         environ["wsgi.input"] = io.BytesIO(data[end + 4:])
         if not self._waiting:
-            channel._map.soon(self._serve)
+            channel.sockets.soon(self._serve)
         self._waiting.append((channel, environ))
         return True
 
@@ -3936,6 +4013,8 @@ class Lane:
             replies = [site.error_reply(500, "internal error", {})] * len(waiting)
         date = http_date(int(time.time()))
         for (channel, environ), reply in zip(waiting, replies, strict=True):
+            if not channel.authenticated and environ.get("manager.authenticated"):
+                channel.authenticate()
             closing = site.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
             lines = "".join([f"{name}: {value}\r\n" for name, value in reply.headers])
             channel.write_now(
@@ -4006,7 +4085,9 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
                     time.sleep(0.01)  # the process is out of descriptors: do not spin on it
                 return
-            crowd = len(self._map) - self.site.connection_limit
+            counted_as = self.site.counted_as(address[0])
+            crowd = max(len(self._map) - self.site.connection_limit,
+                        self.site.strangers[counted_as] - self.site.address_limit)
             if crowd >= SPARE_DESCRIPTORS // 2:
                 connection.close()
                 continue
@@ -4016,20 +4097,18 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             except OSError:  # gone already; let out, this would close the listener
                 connection.close()
                 continue
+            channel.counted_as = counted_as
+            self.site.count_stranger(counted_as, 1)
             if crowd >= 0:
-                channel.refusal = HouseFull("too many connections")
+                channel.refusal = Overloaded("too many connections; close those not needed, or try again")
 
     def add_task(self, channel: Channel) -> None:
         request = channel.requests[0]
-        if channel.total_outbufs_len >= SEND_BYTES:
-            channel.postponed = True
-            self._map.soon(self._map.settle, channel)
-            return
         if channel.refusal is not None:
             request.error = channel.refusal
         request.url_scheme = channel.scheme
         if request.error is not None:
-            self._map.soon(channel.service)
+            channel.sockets.soon(channel.service)
         else:
             self.task_dispatcher.add_task(channel)
 
@@ -4053,6 +4132,8 @@ class WebServer:
     lane: what is answered in the loop.
     tls_context: replaceable at any time, for the connections that come after; None serves plaintext to all.
     plaintext_allowed(address): whether that peer may do without TLS where there is a context.
+    may_send_body(path, authorization): whether a request's body is received.
+    counted_as(address): what is counted against the limit of connections per address; "" is not.
     streams: what environ["manager.streams"] is to be.
     """
 
@@ -4060,17 +4141,21 @@ class WebServer:
         self, application: Application, config: Config, *, error_reply: Callable[[int, str, Environ], Reply],
         lane: Lane,
         tls_context: ssl.SSLContext | None, plaintext_allowed: Callable[[str], bool], streams: Streams,
+        may_send_body: Callable[[str, str | None], bool], counted_as: Callable[[str], str],
         on_death: Callable[[], None],
     ) -> None:
         self.application, self.error_reply, self.lane = application, error_reply, lane
         self.tls_context, self.plaintext_allowed, self.streams = tls_context, plaintext_allowed, streams
-        self.on_death = on_death
+        self.may_send_body, self.counted_as, self.on_death = may_send_body, counted_as, on_death
+        self.config = config
+        self.body_bytes = 0  # buffered, of all requests; counted in the loop and in workers
+        self._body_bytes_lock = threading.Lock()
+        self.strangers: Counter[str] = Counter()  # unauthenticated connections by address, counted in the loop
         self.settings = Adjustments(
             host=config.host, port=config.port, threads=config.threads, ident=None,
             clear_untrusted_proxy_headers=False, max_request_body_size=_MOST_BYTES + 1,
             max_request_header_size=MAX_HEADERS, recv_bytes=SEND_BYTES)
-        self.settings.channel_timeout = IDLE_S  # there it would be cut to whole seconds,
-        self.settings.send_bytes = SEND_BYTES  # and this would warn
+        self.settings.send_bytes = SEND_BYTES  # as an argument it would warn
         self.stopping = False
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -4079,6 +4164,8 @@ class WebServer:
         """Bind here, so that a taken port is the caller's exception, then serve in a thread."""
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.connection_limit = max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
+        self.address_limit = self.config.connections_per_address or max(self.connection_limit // 8, 1)
+        self.strangers.clear()
         self.stopping, self.error = False, None
         self.sockets = SocketMap()
         self.workers = Workers(self.settings.threads)
@@ -4110,6 +4197,21 @@ class WebServer:
             error, self.error = self.error, None
             raise error
 
+    def count_body_bytes(self, more: int) -> bool:
+        """Count bytes of bodies that were buffered, or (negative) let go; false if there would be too many."""
+        with self._body_bytes_lock:
+            if more > 0 and self.body_bytes + more > self.config.max_buffered_bytes:
+                return False
+            self.body_bytes += more
+            return True
+
+    def count_stranger(self, address: str, more: int) -> None:
+        """Count an unauthenticated connection of an address, or one fewer."""
+        if address:
+            self.strangers[address] += more
+            if not self.strangers[address]:
+                del self.strangers[address]
+
     def channels(self) -> list[Channel]:
         return [channel for listener in self.listeners for channel in listener.active_channels.values()]
 
@@ -4120,9 +4222,8 @@ class WebServer:
                 self.sockets.turn(max(0.0, next_cleanup - time.monotonic()))
                 if time.monotonic() >= next_cleanup:
                     next_cleanup = time.monotonic() + CLEANUP_S
-                    now = time.time()
                     for channel in self.channels():
-                        if channel.expires() <= now:
+                        if channel.expires_s() <= time.monotonic():
                             channel.handle_close()
             deadline = time.monotonic() + GRACE_S
             self.sockets.turn(0.0)  # what has arrived by now is in flight
@@ -4310,7 +4411,9 @@ class Server:
             self._web = WebServer(  # which looks the host up
                 app, config, error_reply=self._api.refuse,
                 lane=Lane(_HEARTBEAT_LINE, self._lane, lambda: bool(self.faults)), tls_context=context,
-                plaintext_allowed=self._plaintext_allowed, streams=self._streams, on_death=lambda: self.on_death())
+                plaintext_allowed=self._plaintext_allowed, streams=self._streams,
+                may_send_body=self._api.may_send_body, on_death=lambda: self.on_death(),
+                counted_as=lambda address: "" if self._api.is_proxy(address) else network_of(address))
             follower.start()
             undo.callback(stop_following)
             self._web.start()
