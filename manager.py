@@ -1540,6 +1540,7 @@ _IN_FORCE = """
     FROM contacts WHERE agent = ?"""
 _FORGIVEN_PER_HOUR = 10  # a dead agent may not stay online for as long as somebody disturbs the manager
 _HOUR_MS = 3_600_000
+_PROBE_MS = 5000  # between two writes to learn whether the database can be written
 _SWEEP_STEP = 2000  # agents announced in one transaction: some 30 ms, so that no heartbeat waits long
 _SILENT = "announced != 'online'"  # said in so many words, or SQLite does not use the index of the silent
 _SWEEP_READ = 50 * _SWEEP_STEP
@@ -1586,7 +1587,10 @@ class Manager:
         self.started = clock.now()
         self.heartbeats = 0
         self.events_reported: Counter[str] = Counter()
-        self._probed_ms = self.started.tick_ms - 1000
+        self._checked_ms = self._probed_ms = self.started.tick_ms - _PROBE_MS
+        self._agent_counts = (0, 0)  # agents in all, and online, when check_health() last counted them
+        self._fleet_changed = True  # an agent was added or removed since then
+        self._problem: str | None = None  # why it could not write
         self._none_due_until_ms = 0  # on the tick: until then every agent announced as online is
         self._stalled_ms, self._suspended_ms = clock.stalled_ms(), self.started.suspended_ms
         self._forgiven_ms = 0  # how far the tick that decides liveness is behind the clock's
@@ -1597,6 +1601,7 @@ class Manager:
         self._writable_ms = self.started.tick_ms  # when contacts could last be recorded, on the same tick
         self._outage_ms: int | None = None  # that instant, while they cannot be recorded
         self.reset_silence()
+        self.check_health()
 
     def now(self) -> Moment:
         """One reading of the clock. Its tick decides liveness: it leaves out the time that is forgiven."""
@@ -1801,6 +1806,7 @@ class Manager:
                 db.execute("INSERT INTO contacts (agent, seen_ms, heartbeat_ms, announced, version) "
                            "VALUES (?, ?, ?, 'online', ?)", (key, now.tick_ms, now.wall_ms, version))
                 entry |= {"claimed": claimed} if claimed else {}
+                self._agent_counts, self._fleet_changed = (self._agent_counts[0] + 1, self._agent_counts[1] + 1), True
             self.store.journal(now.wall_ms, "agent_reregistered" if row else "agent_registered", caller, agent_id,
                                org_id, entry)
             if clone:
@@ -1988,6 +1994,9 @@ class Manager:
         with self.store.transaction() as db:
             row = self._row(db, now, agent_id)
             db.execute("DELETE FROM agents WHERE key = ?", (row["key"],))
+            total, online = self._agent_counts
+            self._agent_counts = total - 1, online - (row["status"] == Status.ONLINE)
+            self._fleet_changed = True
             db.execute("DELETE FROM policies_in_force WHERE scope = 'agent:' || ?", (agent_id,))
             self.store.journal(now.wall_ms, "agent_deregistered", caller, agent_id, row["org_id"],
                                {"hostname": row["hostname"]})
@@ -2274,21 +2283,38 @@ class Manager:
             row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
         return row[0] if row else 0
 
-    def health(self) -> tuple[int, int]:
-        """How many agents there are and are online, having written to the database.
+    def check_health(self) -> None:
+        """Learn for health() whether the database can be written, and count the agents. The timer calls it."""
+        now, tick_ms = self.now(), self.clock.now().tick_ms  # the former stands still while nothing can be written
+        failed = self._problem is not None or self.store.failed
+        if tick_ms - self._checked_ms < min(900, self.config.heartbeat_timeout_ms // 10) and not failed:
+            return  # the timer comes more often while it purges
+        self._checked_ms = tick_ms
+        try:
+            if failed or tick_ms - self._probed_ms >= _PROBE_MS:
+                self.store.probe()
+                self._probed_ms = tick_ms
+            with self.store.transaction(durable=False) as db:  # in which nobody adds or removes an agent
+                total = self._agent_counts[0]
+                if self._fleet_changed:
+                    (total,) = db.execute("SELECT count(*) FROM agents").fetchone()
+                silent = sum(db.execute(f"SELECT count(*) FROM contacts c WHERE {self._of_status(now, status)}",
+                                        self.liveness.cutoffs(now.tick_ms)).fetchone()[0]
+                             for status in (Status.STALE, Status.OFFLINE))
+                self._agent_counts, self._fleet_changed = (total, total - silent), False
+            self._problem = None
+        except Unavailable as error:
+            self._problem = str(error)
 
-        Raises Unavailable when it cannot be written.
+    def health(self) -> tuple[int, int]:
+        """How many agents there are and are online, as check_health() found or as changed since; from memory.
+
+        Raises Unavailable when the database could not be written then, or a write has failed since.
         """
-        now = self.clock.now()
-        if now.tick_ms - self._probed_ms >= 1000 or self.store.failed:  # nobody is to wear out the disk by asking
-            self.store.probe()
-            self._probed_ms = now.tick_ms
-        else:
-            with self.store.transaction(durable=False):
-                pass
-        with self.store.read() as db:
-            counts = self._counts(db, self.now())
-        return sum(counts.values()), counts[Status.ONLINE]
+        if self._problem or self.store.failed:
+            raise Unavailable(self._problem or "the database is not available: a write failed; the log says why",
+                              retry_after_s=5)
+        return self._agent_counts
 
     def census(self) -> Census:
         """How much there is of everything."""
@@ -3007,22 +3033,41 @@ def _metrics(call: Call) -> Reply:
     return Reply(200, call.api.metrics().encode(), (("Content-Type", call.route.media),))
 
 
-@endpoint("GET", "/health", "Say whether the manager can do its work; 503 if not", public=True)
-def _health(call: Call) -> Reply:
-    health: dict[str, Any] = {"status": "healthy", "version": __version__,
-                              "uptime": (call.manager.clock.now().tick_ms - call.manager.started.tick_ms) // 1000}
+def _state(call: Call, counts: bool) -> Reply:
+    state: dict[str, Any] = {"status": "healthy", "version": __version__,
+                             "uptime": (call.manager.clock.now().tick_ms - call.manager.started.tick_ms) // 1000}
     try:
         total, online = call.manager.health()
     except Unavailable as error:
         reply = failure(error)
         return reply._replace(body=to_json({"ok": False, "error": str(error), "data": {
-            **health, "status": "unhealthy"}}).encode())
-    return success({**health, "agents": {"total": total, "online": online}})
+            **state, "status": "unhealthy"}}).encode())
+    return success({**state, "agents": {"total": total, "online": online}} if counts else state)
+
+
+@endpoint("GET", "/health", "Say whether the manager can do its work; 503 if not", public=True)
+def _health(call: Call) -> Reply:
+    return _state(call, counts=True)
+
+
+@endpoint("GET", "/readyz", "Say the same without counting agents", public=True)
+def _readyz(call: Call) -> Reply:
+    return _state(call, counts=False)
+
+
+@endpoint("GET", "/livez", "Say that the process answers", public=True)
+def _livez(call: Call) -> Reply:
+    return success({"status": "alive"})
+
+
+@functools.cache
+def _openapi_json() -> bytes:
+    return to_json(openapi()).encode()
 
 
 @endpoint("GET", "/openapi.json", "Describe this API as OpenAPI 3.1", public=True, media="application/json")
 def _openapi(call: Call) -> Reply:
-    return Reply(200, to_json(openapi()).encode())
+    return Reply(200, _openapi_json())
 
 
 _FAILURES = {"400": "Invalid input; the text names every offending field", "401": "No token, or a wrong one",
@@ -4346,9 +4391,7 @@ class Server:
                 log.error("%s; the former one stays in use", error)
 
     def _tick(self) -> bool:
-        if self.manager.store.failed:
-            with contextlib.suppress(Unavailable):
-                self.manager.store.probe()
+        self.manager.check_health()
         self.manager.forgive_suspend()
         self.manager.forgive_outage()
         self.manager.journal_forgiven()

@@ -589,6 +589,7 @@ def test_reads_between_two_sweeps_are_right_already(age_s: float, status: str,
         for org_id in (None, "o"):
             assert fleet.overview(org_id=org_id)[f"{each}Agents"] == (each == status)
         assert fleet.census().agents[each] == (each == status)
+    fleet.check_health()
     assert fleet.health() == (1, int(status == "online"))
     assert fleet.create_policy("p", [RULE]).broadcasted_to == (status == "online")
     assert journal_of(fleet) == [("policy_created", round(age_s * 1000))], "a read writes nothing"
@@ -1045,6 +1046,7 @@ def test_a_locked_database_is_a_503_until_it_is_free_and_loses_nothing(api: Clie
     before = api.journal()
     path = f"/api/agents/{agent['id']}"
     with locked(server.manager.store.folder), ThreadPoolExecutor(5) as pool:
+        server.clock.advance(1)  # the timer finds it
         # Each waits a second for the lock: together they do not wait five.
         writes = [pool.submit(Client(server).call, *each, status=503) for each in (
             ("POST", "/api/agents/register", AGENT), ("POST", f"{path}/heartbeat", {"cpu": 99}),
@@ -1056,6 +1058,7 @@ def test_a_locked_database_is_a_503_until_it_is_free_and_loses_nothing(api: Clie
         assert int(answer.headers["Retry-After"]) > 0
         assert answer.json["ok"] is False and "locked" in answer.json["error"]
     assert answers[-1].json["data"]["status"] == "unhealthy"
+    server.clock.advance(1)
     assert api.get("/health")["status"] == "healthy"
     assert api.journal() == before and api.get(path)["cpu"] == 1 and len(api.get("/api/agents")) == 1
     api.beat(agent, cpu=2)
@@ -1170,7 +1173,8 @@ def test_heartbeats_to_a_locked_database_keep_nobody_waiting(server: Server) -> 
     beat = ("POST", f"/api/agents/{agent['id']}/heartbeat", {"cpu": 1}, agent["token"])
     began = time.monotonic()
     with locked(server.manager.store.folder):
-        answers = at_once(server, [beat] * 12 + [("GET", "/health", None, "")])
+        answers = at_once(server, [beat] * 12)
+        assert ask(port_of(server.url), "GET", "/health")[0] == 503, "a write has failed"
     assert {status for status, _ in answers} == {503}
     assert time.monotonic() - began < 10, "each waited for those before it"
     assert at_once(server, [beat])[0][0] == 200
@@ -1275,7 +1279,7 @@ def test_without_room_on_the_disk_writes_are_503_and_nothing_acknowledged_is_los
                 status, body = running.ask("GET", "/api/agents")
                 assert status == 200 and [each["id"] for each in body["data"]] == ids
             assert register() == 201
-            assert running.ask("GET", "/health")[0] == 200
+            until(lambda: running.ask("GET", "/health")[0] == 200, "the timer finds room")
         assert "Traceback" not in running.log.read_text()
     with Running(folder, MANAGER_TLS="off") as running:
         assert [each["id"] for each in running.ask("GET", "/api/agents")[1]["data"]] == ids
@@ -2865,9 +2869,10 @@ def test_the_journal_is_read_by_time_by_several_types_and_backwards(api: Client)
 
 # What may read a table or an index from end to end. Agents are counted that way; and the online ones are read in order
 # of registration, since most agents are online and the page is soon full.
-MAY_SCAN = {"an overview": r"COVERING INDEX agents_os$|SCAN contacts$", "health": r"SCAN contacts$",
+MAY_SCAN = {"an overview": r"COVERING INDEX agents_os$|SCAN contacts$", "health": r"COVERING INDEX agents_\w+$",
             "agents": r"SCAN contacts$|SCAN c$", "threats": r"INDEX threats_(time|type)$",
-            "agents online": r"SCAN contacts$|SCAN c$", "a sweep": r"SCAN contacts$", "a purge": r"SCAN contacts$"}
+            "agents online": r"SCAN contacts$|SCAN c$", "a sweep": r"SCAN contacts$|COVERING INDEX agents_\w+$",
+            "a purge": r"SCAN contacts$"}
 # A search that is none: it begins neither with a value nor with a bound in time or order.
 ENDLESS = re.compile(r"SEARCH \w+ USING [^(]*\((?!\w+=|received_ms|at_ms|seen_ms|rowid)")
 WORK: dict[str, Any] = {
@@ -2889,7 +2894,7 @@ WORK: dict[str, Any] = {
     "the journal": lambda api, agent: [api.get(f"/api/events?limit=5&{query}") for query in (
         "after=3", "type=agent_stale", f"agent_id={agent['id']}", "type=agent_stale&type=agent_online",
         "since=2026-03-07T12:00:01Z&until=2026-03-07T12:00:02Z", "order=desc&org_id=o1")],
-    "health": lambda api, agent: api.get("/health"),
+    "health": lambda api, agent: advance(api, 1),
     "a sweep": lambda api, agent: advance(api, 67),
     "a purge": lambda api, agent: advance(api, 31 * 86_400),
 }
@@ -3100,9 +3105,36 @@ def test_the_overview_and_the_journal_have_the_shapes_of_the_contract(api: Clien
 def test_health_counts_the_fleet_and_the_seconds(api: Client, clock: ManualClock) -> None:
     api.register()
     clock.advance(67.9)
-    api.register()
-    exactly(api.get("/health", token=None), {"status": "healthy", "version": manager.__version__, "uptime": 67,
-                                             "agents": {"total": 2, "online": 1}})
+    gone = api.register()
+    state = {"status": "healthy", "version": manager.__version__, "uptime": 67}
+    exactly(api.get("/health", token=None), {**state, "agents": {"total": 2, "online": 1}})
+    exactly(api.get("/readyz", token=None), state)
+    exactly(api.get("/livez", token=None), {"status": "alive"})
+    api.call("DELETE", f"/api/agents/{gone['id']}")
+    assert api.get("/health", token=None)["agents"] == {"total": 1, "online": 0}
+
+
+def test_no_request_without_a_token_asks_the_database(server: Server, api: Client) -> None:
+    anyones = [each.path for each in manager.ENDPOINTS if "anyone" in each.allow]
+    assert {"/health", "/readyz", "/livez", "/openapi.json"} <= set(anyones)
+    with server.manager.store.transaction(), ThreadPoolExecutor(1) as pool:
+        for path in anyones:  # another thread would wait for this transaction to end
+            assert pool.submit(api.call, "GET", path, token=None).result(LIMIT_S).status_int == 200
+    server.manager.store.close()
+    for path in anyones:
+        api.call("GET", path, token=None)
+
+
+def test_health_says_what_the_timer_last_found(server: Server, api: Client, clock: ManualClock) -> None:
+    with locked(server.manager.store.folder):
+        assert api.get("/health", token=None)["status"] == "healthy"
+        clock.advance(1)
+        for path in ("/health", "/readyz"):
+            answer = api.call("GET", path, token=None, status=503)
+            assert "locked" in answer.json["error"] and answer.json["data"]["status"] == "unhealthy"
+        api.get("/livez", token=None)
+    clock.advance(1)
+    assert api.get("/readyz", token=None)["status"] == "healthy"
 
 
 def test_a_list_is_paged_if_asked(api: Client) -> None:
@@ -3334,6 +3366,8 @@ MATRIX = {route: [int(status) for status in row.split()] for route, row in {
     "GET /api/events/stream":                "401 401 403 403 403 200 200",
     "GET /api/rules/latest":                 "401 401 200 200 403 200 200",
     "GET /metrics":                          "401 401 403 403 403 200 200",
+    "GET /readyz":                           "200 200 200 200 200 200 200",
+    "GET /livez":                           "200 200 200 200 200 200 200",
     "GET /health":                           "200 200 200 200 200 200 200",
     "GET /openapi.json":                     "200 200 200 200 200 200 200",
     "GET /":                                 "200 200 200 200 200 200 200",
