@@ -505,7 +505,8 @@ class Identity(NamedTuple):
 
 
 class Caller(NamedTuple):
-    """Who asks: `role` is admin, viewer, enroller, agent, anyone or manager; `address` the client's, if over HTTP."""
+    """Who asks: `role` is admin, viewer, enroller, agent, anyone or manager; `address` the client's, if over HTTP.
+    An enroller's `credential` is the id of an enrolment token, or None for MANAGER_ENROLL_TOKEN."""
 
     role: str
     address: str | None = None
@@ -544,6 +545,21 @@ class Agent:
     registered_ms: int
     acknowledged: int
     recent_threats: int
+
+
+@dataclass(frozen=True)
+class EnrollToken:
+    """A token that registers at most `max_uses` agents, until `expires_ms` (since 1970), with its org and tags.
+    `token` is the credential itself, given by the call that issued it only."""
+
+    id: str
+    expires_ms: int
+    max_uses: int
+    uses: int
+    org_id: str | None
+    tags: tuple[str, ...]
+    note: str | None
+    token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -620,7 +636,7 @@ class Census(NamedTuple):
 
 ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
                "agent_updated", "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated",
-               "policy_created", "silence_forgiven")
+               "policy_created", "enroll_token_issued", "enroll_token_revoked", "silence_forgiven")
 SEVERITIES = ("critical", "high", "medium", "low")
 PERIODS_MS = {"1h": 3_600_000, "6h": 6 * 3_600_000, "24h": _DAY_MS, "7d": 7 * _DAY_MS, "30d": 30 * _DAY_MS}
 SOURCE_KEYS = ("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip", "client_ip")
@@ -727,13 +743,14 @@ def text(longest: int, *, lines: bool = False) -> Check:
         "pattern": f"^{control.pattern.replace('[', '[^')}*$"})
 
 
-def number(low: float, high: float) -> Check:
-    """A finite number from `low` to `high`; `true` is none."""
+def number(low: float, high: float, *, whole: bool = False) -> Check:
+    """A finite number from `low` to `high`, without a fraction if `whole`; `true` is none."""
     def accept(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
             raise ValueError
         return value
-    return _check(accept, f"a number from {low} to {high}", {"type": "number", "minimum": low, "maximum": high})
+    return _check(accept, f"a {'whole ' * whole}number from {low} to {high}",
+                  {"type": "integer" if whole else "number", "minimum": low, "maximum": high})
 
 
 def digits(low: int, high: int) -> Check:
@@ -967,6 +984,9 @@ RULE: Table = {
 POLICY: Table = {
     "name": need(_NAME), "rules": need(list_of(record(RULE), 500, least=1)),
     "description": may(text(4096, lines=True)), "org_id": may(_KEY), "agent_id": may(_KEY)}
+ENROLL_TOKEN: Table = {
+    "ttlMs": may(number(1, 90 * _DAY_MS, whole=True), _DAY_MS), "maxUses": may(number(1, 1_000_000, whole=True), 1),
+    "org_id": may(_KEY), "tags": may(_TAGS), "note": may(text(255))}
 # The Guard agent as shipped (contract, last section): its bodies, turned into ours before they are checked.
 _SHIPPED_SOURCE_KEYS = (*SOURCE_KEYS, "remoteAddr")
 _SHIPPED_HASH_KEYS = (*HASH_KEYS, "newHash", "currentChecksum")
@@ -1129,6 +1149,13 @@ MIGRATIONS = (
     CREATE INDEX agents_newcomer ON agents (newcomer) WHERE newcomer;
     -- Whether the agent was heard since its last registration and since this manager started.
     ALTER TABLE contacts ADD COLUMN heard INTEGER NOT NULL DEFAULT 0;
+    """,
+    """
+    CREATE TABLE enroll_tokens (
+        id TEXT PRIMARY KEY, token_digest BLOB NOT NULL UNIQUE, expires_ms INTEGER NOT NULL, max_uses INTEGER NOT NULL,
+        uses INTEGER NOT NULL DEFAULT 0, org_id TEXT, tags TEXT NOT NULL, note TEXT);
+    -- The id of the enrolment token that the agent last registered with.
+    ALTER TABLE agents ADD COLUMN enroll_token TEXT;
     """,
 )
 
@@ -1778,15 +1805,22 @@ class Manager:
                    if newcomer and value is not None}
         if newcomer:
             org_id, machine_id, tags = self.config.open_enrollment_org, None, None
-        given: dict[str, Any] = {
-            "hostname": hostname, "os": os, "ip": ip or caller.address, "arch": arch,
-            "tags": None if tags is None else to_json(list(dict.fromkeys(tags)))}
         with self.store.transaction() as db:
             self.forgive_suspend()  # the timer may not have run yet since the process was stopped
             now = self.now()  # here, because a sweep while this waited has judged who could fall silent next
+            issued = self._enroll_token(db, now, caller)
+            if issued:
+                org_id, tags = issued["org_id"] or org_id, json.loads(issued["tags"]) or tags
+            given: dict[str, Any] = {
+                "hostname": hostname, "os": os, "ip": ip or caller.address, "arch": arch,
+                "tags": None if tags is None else to_json(list(dict.fromkeys(tags))),
+                "enroll_token": issued and issued["id"]}
             row, clone = self._known(db, now, org_id, machine_id, caller)
+            if issued:
+                self._use_enroll_token(db, issued, row)
             given["ip"] = given["ip"] or (row["ip"] if row else "127.0.0.1")
             entry: dict[str, Any] = {"hostname": hostname, "ip": given["ip"], "os": os, "version": version}
+            entry |= {"enrollToken": issued["id"]} if issued else {}
             if row:
                 agent_id, org_id, key = row["id"], row["org_id"], row["key"]
                 given["new_token_digest"] = digest(token)
@@ -1834,6 +1868,26 @@ class Manager:
                                     "or the agent's own (MANAGER_REENROLL is 0)")
                 return row, None
         return None, rows[0]["id"] if rows else None
+
+    def _enroll_token(self, db: sqlite3.Connection, now: Moment, caller: Caller) -> sqlite3.Row | None:
+        """The enrolment token that the caller registers with, if it is one. Raises Unauthorized."""
+        if caller.role != "enroller" or caller.credential is None:
+            return None
+        row: sqlite3.Row | None = db.execute("SELECT * FROM enroll_tokens WHERE id = ? AND expires_ms > ?",
+                                             (caller.credential, now.wall_ms)).fetchone()
+        if row is None:
+            raise Unauthorized("the enrolment token has expired or was revoked")
+        return row
+
+    @staticmethod
+    def _use_enroll_token(db: sqlite3.Connection, issued: sqlite3.Row, known: sqlite3.Row | None) -> None:
+        """Count a use, unless this repeats a registration after which nothing was heard: its answer may have been
+        lost. Raises Unauthorized when the token is used up."""
+        if known and not known["heard"] and known["enroll_token"] == issued["id"]:
+            return
+        if not db.execute("UPDATE enroll_tokens SET uses = uses + 1 WHERE id = ? AND uses < max_uses",
+                          (issued["id"],)).rowcount:
+            raise Unauthorized("the enrolment token is used up")
 
     def _find_room(self, db: sqlite3.Connection, newcomer: bool) -> None:
         """Raises Conflict when the fleet is full, or the half of it that is open to newcomers without a token."""
@@ -2025,6 +2079,50 @@ class Manager:
         with self.store.read() as db:
             return db.execute("SELECT 1 FROM agents WHERE token_digest = ? UNION SELECT 1 FROM agents "
                               "WHERE new_token_digest = ?", (token_digest, token_digest)).fetchone() is not None
+
+    # Enrolment tokens
+
+    def issue_enroll_token(self, *, ttl_ms: int = _DAY_MS, max_uses: int = 1, org_id: str | None = None,
+                           tags: Sequence[str] | None = None, note: str | None = None,
+                           caller: Caller = LOCAL) -> EnrollToken:
+        """Issue a token with which `max_uses` agents may register within `ttl_ms`, with this org and these tags."""
+        token = "pge_" + secrets.token_urlsafe(24)
+        now = self.now()
+        issued = EnrollToken("enr_" + secrets.token_hex(6), now.wall_ms + ttl_ms, max_uses, 0, org_id,
+                             tuple(dict.fromkeys(tags or ())), note, token)
+        with self.store.transaction() as db:
+            db.execute("INSERT INTO enroll_tokens (id, token_digest, expires_ms, max_uses, org_id, tags, note) "
+                       "VALUES (?, ?, ?, ?, ?, ?, ?)", (issued.id, digest(token), issued.expires_ms, max_uses, org_id,
+                                                        to_json(issued.tags), note))
+            self.store.journal(now.wall_ms, "enroll_token_issued", caller, None, org_id, {
+                "enrollToken": issued.id, "expiresAt": iso(issued.expires_ms), "maxUses": max_uses,
+                "tags": issued.tags, "note": note})
+        return issued
+
+    def enroll_tokens(self) -> list[EnrollToken]:
+        """Every enrolment token not revoked, used up and expired ones included, in the order they expire."""
+        with self.store.read() as db:
+            return [EnrollToken(row["id"], row["expires_ms"], row["max_uses"], row["uses"], row["org_id"],
+                                tuple(json.loads(row["tags"])), row["note"])
+                    for row in db.execute("SELECT * FROM enroll_tokens ORDER BY expires_ms, id")]
+
+    def revoke_enroll_token(self, token_id: str, *, caller: Caller = LOCAL) -> None:
+        """End an enrolment token; the agents it registered stay. Raises NotFound."""
+        now = self.now()
+        with self.store.transaction() as db:
+            row = db.execute("DELETE FROM enroll_tokens WHERE id = ? RETURNING org_id, uses", (token_id,)).fetchone()
+            if row is None:
+                raise NotFound(f"there is no enrolment token {token_id}")
+            self.store.journal(now.wall_ms, "enroll_token_revoked", caller, None, row["org_id"], {
+                "enrollToken": token_id, "uses": row["uses"]})
+
+    def enroll_token_id(self, token_digest: bytes) -> str | None:
+        """The id of the enrolment token of this digest unless it has expired; register() knows if it is used up."""
+        now = self.now()
+        with self.store.read() as db:
+            row = db.execute("SELECT id FROM enroll_tokens WHERE token_digest = ? AND expires_ms > ?",
+                             (token_digest, now.wall_ms)).fetchone()
+        return row and str(row["id"])
 
     # Threat events
 
@@ -2738,8 +2836,10 @@ class Api:
         for known, role in self._others.items():
             if hmac.compare_digest(known, token_digest):
                 return Caller(role, address)
-        agent = self.manager.holder(token_digest)
-        return Caller(AGENT, address, agent) if agent else None
+        if agent := self.manager.holder(token_digest):
+            return Caller(AGENT, address, agent)
+        enroll_token = self.manager.enroll_token_id(token_digest)
+        return Caller(ENROLLER, address, credential=enroll_token) if enroll_token else None
 
     def _limit(self, environ: Mapping[str, Any]) -> str:
         """The client's address, having counted its request. Raises Throttled."""
@@ -2911,6 +3011,30 @@ def _register(call: Call) -> Reply:
     beside = {"agentId": made.agent.id, "token": made.token} if call.caller.role == ANYONE else {}
     return success({**agent_shape(made.agent, detail=False), "token": made.token}, 201 if made.created else 200,
                    beside=beside)
+
+
+def enroll_token_shape(issued: EnrollToken) -> dict[str, Any]:
+    """An enrolment token as the API shows it; the credential itself only when it was just issued."""
+    return {"id": issued.id, **({"token": issued.token} if issued.token else {}),
+            "expiresAt": iso(issued.expires_ms), "maxUses": issued.max_uses, "uses": issued.uses,
+            "org_id": issued.org_id, "tags": issued.tags, "note": issued.note}
+
+
+@endpoint("POST", "/api/enroll-tokens", "Issue a token that registers agents, into an org and with tags",
+          body=ENROLL_TOKEN, status=201)
+def _issue_enroll_token(call: Call) -> Reply:
+    return success(enroll_token_shape(call.manager.issue_enroll_token(**call.body, caller=call.caller)), 201)
+
+
+@endpoint("GET", "/api/enroll-tokens", "List the enrolment tokens, without the tokens themselves")
+def _enroll_tokens(call: Call) -> Reply:
+    return success([enroll_token_shape(each) for each in call.manager.enroll_tokens()])
+
+
+@endpoint("DELETE", "/api/enroll-tokens/:id", "Revoke an enrolment token; the agents it registered stay")
+def _revoke_enroll_token(call: Call) -> Reply:
+    call.manager.revoke_enroll_token(call.path["id"], caller=call.caller)
+    return success({"message": f"Enrolment token {call.path['id']} revoked successfully"})
 
 
 @endpoint("POST", "/api/agents/:id/heartbeat", "Say that an agent is alive", allow=(AGENT,), body=HEARTBEAT,

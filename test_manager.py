@@ -1488,6 +1488,77 @@ def test_with_reenroll_off_only_an_admin_or_the_agent_itself_registers_it_again(
         api.post("/api/agents/register", {**AGENT, "machine_id": "n"}, token="join", status=201)
 
 
+def test_an_enrolment_token_registers_agents_with_its_org_and_tags_and_the_journal_names_it(api: Client) -> None:
+    issued = api.post("/api/enroll-tokens", {"maxUses": 2, "org_id": "o", "tags": ["edge", "edge"], "note": "rack 7"},
+                      status=201)
+    shown = {"id": issued["id"], "expiresAt": manager.iso(START_MS + 86_400_000), "maxUses": 2, "uses": 0,
+             "org_id": "o", "tags": ["edge"], "note": "rack 7"}
+    assert {name: issued[name] for name in shown} == shown and set(issued) == {*shown, "token"}
+    agents = [api.post("/api/agents/register", {**AGENT, "org_id": "other", "tags": ["mine"]}, token=issued["token"],
+                       status=201) for _ in range(2)]
+    assert [(each["org_id"], each["tags"]) for each in agents] == [("o", ["edge"])] * 2
+    before = api.journal()
+    assert "used up" in api.refusal("POST", "/api/agents/register", AGENT, token=issued["token"], status=401)
+    assert api.journal() == before and len(api.get("/api/agents")) == 2
+    assert api.get("/api/enroll-tokens") == [{**shown, "uses": 2}]
+    assert {entry["data"]["enrollToken"] for entry in api.journal("agent_registered")} == {issued["id"]}
+    assert {entry["actor"]["credential"] for entry in api.journal("agent_registered")} == {issued["id"]}
+    (entry,) = api.journal("enroll_token_issued")
+    assert entry["org_id"] == "o" and entry["actor"]["role"] == "admin"
+    assert {"enrollToken": issued["id"], "maxUses": 2, "note": "rack 7"}.items() <= entry["data"].items()
+    assert issued["token"] not in json.dumps(api.journal())
+
+
+def test_without_an_org_or_tags_an_enrolment_token_leaves_them_to_the_agent(api: Client) -> None:
+    issued = api.post("/api/enroll-tokens", status=201)
+    assert (issued["maxUses"], issued["org_id"], issued["tags"], issued["note"]) == (1, None, [], None)
+    agent = api.post("/api/agents/register", {**AGENT, "org_id": "o", "tags": ["t"]}, token=issued["token"], status=201)
+    assert (agent["org_id"], agent["tags"]) == ("o", ["t"])
+
+
+@pytest.mark.parametrize("ended", ["expired", "revoked"])
+def test_an_enrolment_token_that_has_ended_is_no_credential(ended: str, api: Client, clock: ManualClock) -> None:
+    issued = api.post("/api/enroll-tokens", {"ttlMs": 5000, "maxUses": 3}, status=201)
+    agent = api.post("/api/agents/register", AGENT, token=issued["token"], status=201)
+    path = f"/api/enroll-tokens/{issued['id']}"
+    if ended == "expired":
+        clock.advance(5)
+    else:
+        api.call("DELETE", path)
+        assert api.get("/api/enroll-tokens") == []
+        (entry,) = api.journal("enroll_token_revoked")
+        assert entry["data"] == {"enrollToken": issued["id"], "uses": 1}
+        api.refusal("DELETE", path, status=404)
+    api.refusal("POST", "/api/agents/register", AGENT, token=issued["token"], status=401)
+    api.beat(agent)
+
+
+def test_a_used_up_enrolment_token_repeats_a_registration_of_which_nothing_was_heard(api: Client) -> None:
+    token = api.post("/api/enroll-tokens", status=201)["token"]
+    body = {**AGENT, "machine_id": "m"}
+    first = api.post("/api/agents/register", body, token=token, status=201)
+    again = api.post("/api/agents/register", body, token=token)
+    assert again["id"] == first["id"]
+    api.refusal("POST", "/api/agents/register", {**AGENT, "machine_id": "n"}, token=token, status=401)
+    api.beat(again)
+    api.refusal("POST", "/api/agents/register", body, token=token, status=401)
+
+
+@pytest.mark.parametrize(("body", "named"), [
+    ({"ttlMs": 0}, "ttlMs"), ({"ttlMs": 90 * 86_400_000 + 1}, "ttlMs"), ({"ttlMs": 1.5}, "ttlMs"),
+    ({"maxUses": 0}, "maxUses"), ({"maxUses": True}, "maxUses"), ({"tags": "x"}, "tags"), ({"org_id": ""}, "org_id"),
+    ({"note": "a\nb"}, "note")])
+def test_a_wrong_enrolment_token_is_refused_by_field(body: dict[str, Any], named: str, api: Client) -> None:
+    assert api.refusal("POST", "/api/enroll-tokens", body, status=400).startswith(f"{named}: must be ")
+    assert api.get("/api/enroll-tokens") == []
+
+
+def test_an_enrolment_token_used_at_once_registers_no_more_agents_than_it_may(server: Server, api: Client) -> None:
+    token = api.post("/api/enroll-tokens", {"maxUses": 3}, status=201)["token"]
+    answers = at_once(server, [("POST", "/api/agents/register", AGENT, token)] * 8)
+    assert Counter(status for status, _ in answers) == {201: 3, 401: 5}
+
+
 def test_without_machine_id_every_registration_is_another_agent(api: Client, clock: ManualClock) -> None:
     first = api.register()
     clock.advance(1000)
@@ -1987,6 +2058,7 @@ BODIES: dict[str, Any] = {
     "POST /api/agents/register": AGENT,
     "POST /api/agents/:id/heartbeat": {},
     "PATCH /api/agents/:id": {"tags": ["a"]},
+    "POST /api/enroll-tokens": {},
     "POST /api/agents/:id/events": {"events": [THREAT]},
     "POST /api/policy": {"name": "p", "rules": [RULE]},
 }
@@ -2281,7 +2353,8 @@ def near(schema: Any) -> st.SearchStrategy[Any]:
     if "anyOf" in schema and {"type": "null"} in schema["anyOf"]:
         return near(schema["anyOf"][0]) | st.none()
     right = {
-        "string": st.text(min_size=1, max_size=9), "number": st.floats(0, 1), "boolean": st.booleans(),
+        "string": st.text(min_size=1, max_size=9), "number": st.floats(0, 1), "integer": st.integers(1, 9),
+        "boolean": st.booleans(),
         "enum": st.sampled_from(schema.get("enum", [0])), "pattern": st.sampled_from(["v1", "v2"]),
         "format": st.just("2026-03-07T12:00:00Z"), "address": st.ip_addresses().map(str),
         "object": st.dictionaries(ANY_TEXT, ANY_JSON, max_size=3)}
@@ -3348,6 +3421,9 @@ def test_openapi_describes_every_route(api: Client) -> None:
 # Whoever has: no token, a wrong one, the agent's own, another agent's, the enroller's, the viewer's, the admin's.
 MATRIX = {route: [int(status) for status in row.split()] for route, row in {
     "POST /api/agents/register":             "401 401 200 200 201 403 201",
+    "POST /api/enroll-tokens":               "401 401 403 403 403 403 201",
+    "GET /api/enroll-tokens":                "401 401 403 403 403 200 200",
+    "DELETE /api/enroll-tokens/:id":         "401 401 403 403 403 403 404",
     "POST /api/agents/:id/heartbeat":        "401 401 200 403 403 403 200",
     "DELETE /api/agents/:id":                "401 401 200 403 403 403 200",
     "GET /api/agents":                       "401 401 403 403 403 200 200",
