@@ -222,6 +222,9 @@ class Config:
     journal_retention_ms: int = _setting(
         30 * _DAY_MS, "MANAGER_JOURNAL_RETENTION_MS", _MS, "age at which a journal entry is removed", unit="ms",
         shown="2592000000, 30 days")
+    max_db_bytes: int = _setting(
+        2**32, "MANAGER_MAX_DB_BYTES", _whole(2**20, 2**49), "size of the database from which on the oldest threat "
+        "events and journal entries are removed early", unit="bytes", shown="4294967296, 4 GiB")
     correlation_window_ms: int = _setting(
         300_000, "MANAGER_CORRELATION_WINDOW_MS", _MS,
         "time within which events of several agents are taken for one attack", unit="ms")
@@ -1508,6 +1511,14 @@ class Store:
                 if not self._closed:
                     self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
+    def used_bytes(self) -> int:
+        """What the pages in use take: the file does not shrink, it uses the room of removed rows again."""
+        with self.read() as db:
+            used: int = db.execute(
+                "SELECT (page_count - freelist_count) * page_size FROM pragma_page_count, pragma_freelist_count, "
+                "pragma_page_size").fetchone()[0]
+        return used
+
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
         return sum(path.stat().st_size for path in map(self.folder.joinpath, ("manager.db", "manager.db-wal"))
@@ -1571,6 +1582,8 @@ _PROBE_MS = 5000  # between two writes to learn whether the database can be writ
 _SWEEP_STEP = 2000  # agents announced in one transaction: some 30 ms, so that no heartbeat waits long
 _SILENT = "announced != 'online'"  # said in so many words, or SQLite does not use the index of the silent
 _SWEEP_READ = 50 * _SWEEP_STEP
+_ENTRIES_PER_MINUTE = 30  # that one agent can cause in the journal
+_AGENTS_COUNTED = 100_000  # for that bound, the latest
 _PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
 _LISTED = 100      # events that one event lists as correlated with it, at most
 _LOOKED_AT = 2000  # events of one indicator within the window that are looked at, the latest first
@@ -1618,6 +1631,10 @@ class Manager:
         self._agent_counts = (0, 0)  # agents in all, and online, when check_health() last counted them
         self._fleet_changed = True  # an agent was added or removed since then
         self._problem: str | None = None  # why it could not write
+        # By agent: the tick at which its minute began, entries since then, entries suppressed, worst severity reported
+        self._entries: dict[str, tuple[int, int, int, int]] = {}
+        self.purged_for_space = 0  # threat events and entries removed because of MANAGER_MAX_DB_BYTES
+        self._purged_for_space_ms: int | None = None  # on the clock's tick: when that last happened
         self._none_due_until_ms = 0  # on the tick: until then every agent announced as online is
         self._stalled_ms, self._suspended_ms = clock.stalled_ms(), self.started.suspended_ms
         self._forgiven_ms = 0  # how far the tick that decides liveness is behind the clock's
@@ -1788,6 +1805,27 @@ class Manager:
         db.execute("UPDATE contacts SET seen_ms = ?, heartbeat_ms = ?, heard = ? WHERE agent = ?",
                    (now.tick_ms, now.wall_ms, heard, row["key"]))
 
+    def _journal_of_agent(self, now: Moment, type: str, caller: Caller, agent_id: str, org_id: str | None,
+                          data: Mapping[str, Any], *, severity: int = len(SEVERITIES), always: bool = False) -> None:
+        """Journal what an agent caused: at most 30 entries per agent and minute. The next one counts those
+        `suppressed`.
+
+        As many of the 30 as there are severities are kept for threats worse than any reported in that minute, so
+        that a flood of lesser ones hides none.
+        """
+        began_ms, count, suppressed, worst = self._entries.pop(agent_id, (now.tick_ms, 0, 0, len(SEVERITIES)))
+        if now.tick_ms - began_ms >= 60_000:
+            began_ms, count, worst = now.tick_ms, 0, len(SEVERITIES)
+        if always or severity < worst or count < _ENTRIES_PER_MINUTE - len(SEVERITIES):
+            self.store.journal(now.wall_ms, type, caller, agent_id, org_id,
+                               {**data, "suppressed": suppressed} if suppressed else data)
+            count, suppressed = count + 1, 0
+        else:
+            suppressed += 1
+        self._entries[agent_id] = began_ms, count, suppressed, min(worst, severity)
+        if len(self._entries) > _AGENTS_COUNTED:
+            del self._entries[next(iter(self._entries))]
+
     # Agents
 
     def register(self, hostname: str, os: str, version: str, *, ip: str | None = None, org_id: str | None = None,
@@ -1841,8 +1879,8 @@ class Manager:
                            "VALUES (?, ?, ?, 'online', ?)", (key, now.tick_ms, now.wall_ms, version))
                 entry |= {"claimed": claimed} if claimed else {}
                 self._agent_counts, self._fleet_changed = (self._agent_counts[0] + 1, self._agent_counts[1] + 1), True
-            self.store.journal(now.wall_ms, "agent_reregistered" if row else "agent_registered", caller, agent_id,
-                               org_id, entry)
+            self._journal_of_agent(now, "agent_reregistered" if row else "agent_registered", caller, agent_id, org_id,
+                                   entry, always=row is None or caller.role == "admin")
             if clone:
                 self.store.journal(now.wall_ms, "identity_conflict", caller, agent_id, org_id, {
                     "hostname": hostname, "machineId": machine_id, "otherAgentId": clone})
@@ -1941,7 +1979,7 @@ class Manager:
         self._contact(db, now, dict(row))
         if version not in (None, row["version"]):
             db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, agent.key))
-            self.store.journal(now.wall_ms, "agent_updated", Caller("agent", agent=agent), agent.id, agent.org_id, {
+            self._journal_of_agent(now, "agent_updated", Caller("agent", agent=agent), agent.id, agent.org_id, {
                 "hostname": row["hostname"], "version": {"from": row["version"], "to": version}})
         if policy_version:
             self._acknowledge(db, now, agent.key, policy_version)
@@ -2156,8 +2194,9 @@ class Manager:
             db.execute("UPDATE contacts SET heard = 1 WHERE agent = ? AND NOT heard", (agent["key"],))
             if stored:
                 worst = min((event["severity"] for event in stored), key=SEVERITIES.index)
-                self.store.journal(now.wall_ms, "threats_reported", caller, agent_id, agent["org_id"], {
-                    "hostname": agent["hostname"], "count": len(stored), "maxSeverity": worst})
+                self._journal_of_agent(now, "threats_reported", caller, agent_id, agent["org_id"], {
+                    "hostname": agent["hostname"], "count": len(stored), "maxSeverity": worst},
+                                       severity=SEVERITIES.index(worst))
                 self.events_reported.update(event["severity"] for event in stored)
                 for name, extract in (("sourceIp", source_address), ("fileHash", file_hash)):
                     for value in dict.fromkeys(filter(None, (extract(event["details"]) for event in stored))):
@@ -2353,7 +2392,36 @@ class Manager:
                     continue
             with self.store.transaction(durable=False) as db:
                 removed += db.execute(f"DELETE FROM {table} WHERE {key} IN ({old[0]})", old[1]).rowcount
-        return removed > 0
+        return removed + self._purge_for_space() > 0
+
+    def _purge_for_space(self) -> int:
+        """Remove some of the oldest threat events and entries if the database is larger than it may be; how many."""
+        excess_bytes = self.store.used_bytes() - self.config.max_db_bytes
+        if excess_bytes <= 0:
+            return 0
+        removed, step = 0, max(_PURGE_STEP, min(excess_bytes // 4096, 10 * _PURGE_STEP))
+        with self.store.transaction(durable=False) as db:
+            rows = db.execute(
+                "SELECT * FROM (SELECT 'threats' AS source, key, received_ms AS at_ms FROM threats ORDER BY key "
+                "LIMIT :step) UNION ALL SELECT * FROM (SELECT 'journal', seq, at_ms FROM journal ORDER BY seq "
+                "LIMIT :step) ORDER BY at_ms LIMIT :step", {"step": step}).fetchall()
+            for table, key in (("threats", "key"), ("journal", "seq")):
+                removed += db.executemany(f"DELETE FROM {table} WHERE {key} = ?",
+                                          [(row["key"],) for row in rows if row["source"] == table]).rowcount
+        if removed:
+            if self.warning() is None:
+                log.warning("the database has reached MANAGER_MAX_DB_BYTES (%d); the oldest threat events and journal "
+                            "entries are removed early", self.config.max_db_bytes)
+            self.purged_for_space += removed
+            self._purged_for_space_ms = self.clock.now().tick_ms
+        return removed
+
+    def warning(self) -> str | None:
+        """What /health says beside its status, from memory: in the last hour the database was too large."""
+        last_ms = self._purged_for_space_ms
+        if last_ms is None or self.clock.now().tick_ms - last_ms >= 3_600_000:
+            return None
+        return "the database has reached MANAGER_MAX_DB_BYTES; the oldest threats and entries are removed early"
 
     # Journal and health
 
@@ -2757,6 +2825,8 @@ class Api:
             ("journal_sequence", "gauge", "Sequence number of the latest journal entry.", [("", manager.last_seq())]),
             ("database_size_bytes", "gauge", "Size of the database and its write-ahead log.",
              [("", manager.store.size_bytes())]),
+            ("purged_for_space_total", "counter", "Threat events and entries removed because of MANAGER_MAX_DB_BYTES.",
+             [("", manager.purged_for_space)]),
             ("event_streams_open", "gauge", "Event streams open.", [("", self.streams_open())]),
             *self.latencies.families()]
         lines = []
@@ -3166,7 +3236,11 @@ def _state(call: Call, counts: bool) -> Reply:
         reply = failure(error)
         return reply._replace(body=to_json({"ok": False, "error": str(error), "data": {
             **state, "status": "unhealthy"}}).encode())
-    return success({**state, "agents": {"total": total, "online": online}} if counts else state)
+    if counts:
+        state["agents"] = {"total": total, "online": online}
+    if warning := call.manager.warning():
+        state["warning"] = warning
+    return success(state)
 
 
 @endpoint("GET", "/health", "Say whether the manager can do its work; 503 if not", public=True)
@@ -4515,11 +4589,17 @@ class Server:
                 log.error("%s; the former one stays in use", error)
 
     def _tick(self) -> bool:
-        self.manager.check_health()
-        self.manager.forgive_suspend()
-        self.manager.forgive_outage()
-        self.manager.journal_forgiven()
-        self.manager.sweep()
+        manager = self.manager
+        if manager.store.failed:
+            manager.check_health()
+        try:
+            manager.forgive_suspend()
+            manager.forgive_outage()
+            manager.journal_forgiven()
+            manager.sweep()
+        finally:
+            if not manager.store.failed:
+                manager.check_health()  # after the sweep, which leaves few agents to look at
         self._streams.keep_alive()
         self.manager.store.fold()
         self._renew_certificate()

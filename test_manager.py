@@ -271,6 +271,8 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
      ["*", "a.example", "https://a.example/", "ftp://a"], "origins such as https://console.example.org"),
     ("threat_retention_ms", None, "MANAGER_THREAT_RETENTION_MS", 30 * 86_400_000, [("1", 1)], ["0", "30d"], MS),
     ("journal_retention_ms", None, "MANAGER_JOURNAL_RETENTION_MS", 30 * 86_400_000, [("1", 1)], ["0", "30d"], MS),
+    ("max_db_bytes", None, "MANAGER_MAX_DB_BYTES", 2**32, [("1048576", 2**20)], ["1048575", "4G"],
+     "a whole number from 1048576 to "),
     ("correlation_window_ms", None, "MANAGER_CORRELATION_WINDOW_MS", 300_000, [("1", 1)], ["0", "5m"], MS),
     ("tls", "--tls", "MANAGER_TLS", "auto", [("off", "off"), ("require", "require")], ["on", "OFF"],
      "auto, require or off"),
@@ -1501,11 +1503,11 @@ def test_an_enrolment_token_registers_agents_with_its_org_and_tags_and_the_journ
     assert "used up" in api.refusal("POST", "/api/agents/register", AGENT, token=issued["token"], status=401)
     assert api.journal() == before and len(api.get("/api/agents")) == 2
     assert api.get("/api/enroll-tokens") == [{**shown, "uses": 2}]
-    assert {entry["data"]["enrollToken"] for entry in api.journal("agent_registered")} == {issued["id"]}
+    assert {entry["enrollToken"] for entry in api.journal("agent_registered")} == {issued["id"]}
     assert {entry["actor"]["credential"] for entry in api.journal("agent_registered")} == {issued["id"]}
     (entry,) = api.journal("enroll_token_issued")
     assert entry["org_id"] == "o" and entry["actor"]["role"] == "admin"
-    assert {"enrollToken": issued["id"], "maxUses": 2, "note": "rack 7"}.items() <= entry["data"].items()
+    assert {"enrollToken": issued["id"], "maxUses": 2, "note": "rack 7"}.items() <= entry.items()
     assert issued["token"] not in json.dumps(api.journal())
 
 
@@ -1527,7 +1529,7 @@ def test_an_enrolment_token_that_has_ended_is_no_credential(ended: str, api: Cli
         api.call("DELETE", path)
         assert api.get("/api/enroll-tokens") == []
         (entry,) = api.journal("enroll_token_revoked")
-        assert entry["data"] == {"enrollToken": issued["id"], "uses": 1}
+        assert (entry["enrollToken"], entry["uses"]) == (issued["id"], 1)
         api.refusal("DELETE", path, status=404)
     api.refusal("POST", "/api/agents/register", AGENT, token=issued["token"], status=401)
     api.beat(agent)
@@ -1678,6 +1680,34 @@ def test_a_change_of_version_is_journalled_once(api: Client) -> None:
     assert api.get(f"/api/agents/{agent['id']}")["version"] == "1.2.0"
 
 
+def test_an_agent_causes_at_most_thirty_entries_a_minute_and_the_next_counts_the_others(
+        api: Client, clock: ManualClock) -> None:
+    agent, other = api.register(), api.register()
+    for number in range(100):
+        api.beat(agent, version=f"2.{number}")
+    entries = [entry for entry in api.journal() if entry["agentId"] == agent["id"]]
+    assert 20 <= len(entries) <= 30 and api.get(f"/api/agents/{agent['id']}")["version"] == "2.99"
+    api.beat(other, version="3")
+    assert "suppressed" not in api.journal("agent_updated")[-1], "each agent has a bound of its own"
+    api.call("PATCH", f"/api/agents/{agent['id']}", {"tags": ["a"]})
+    assert api.journal("agent_updated")[-1]["actor"]["role"] == "admin"
+    clock.advance(60)
+    for _ in range(2):
+        api.beat(agent, version="4")
+        api.beat(agent, version="5")
+    counted = [entry.get("suppressed") for entry in api.journal("agent_updated")[-4:]]
+    assert counted == [101 - len(entries), None, None, None]
+
+
+def test_a_flood_of_lesser_threats_hides_no_worse_one(api: Client, clock: ManualClock) -> None:
+    agent = api.register()
+    for severity in ("low",) * 40 + ("critical", "high") + ("critical",) * 40:
+        api.post(f"/api/agents/{agent['id']}/events", {"events": [{**THREAT, "severity": severity}]}, status=201)
+    reported = api.journal("threats_reported")
+    assert [entry["maxSeverity"] for entry in reported][-2:] == ["low", "critical"] and len(reported) <= 29
+    assert len(api.get("/api/threats?limit=200")) == 82, "only entries are suppressed"
+
+
 @pytest.mark.parametrize(("age_s", "kept"), [(3600.0, 250), (3600.001, 0)])
 def test_threats_are_kept_for_their_retention_and_no_longer(age_s: float, kept: int) -> None:
     with Server(port=0, clock=ManualClock(), threat_retention_ms=3_600_000) as server:
@@ -1692,6 +1722,30 @@ def test_threats_are_kept_for_their_retention_and_no_longer(age_s: float, kept: 
         assert api.get(f"/api/agents/{agent['id']}")["recentThreats"] == kept + 1
         assert [each["id"] for each in api.get("/api/threats?limit=1")] == late
         assert len(api.journal("threats_reported")) == 2, "the journal has a retention of its own"
+
+
+def test_a_database_that_is_too_large_loses_its_oldest_threats_and_entries() -> None:
+    with Server(port=0, clock=ManualClock(), max_db_bytes=2**20) as server:
+        api = Client(server)
+        agent = api.register()
+        state = api.get("/health", token=None)
+        assert "warning" not in state
+        ids = []
+        for _ in range(20):
+            server.clock.advance(30)
+            event = {**THREAT, "details": {"padding": "x" * 10_000}}
+            ids += api.post(f"/api/agents/{agent['id']}/events", {"events": [event] * 20}, status=201)["eventIds"]
+        server.clock.advance(1)
+        kept = [each["id"] for each in api.get("/api/threats?limit=200")]
+        assert 0 < len(kept) < 100 and kept == ids[::-1][:len(kept)], "the latest"
+        entries = api.journal()
+        assert entries[0]["seq"] > 1 and entries[-1]["type"] == "threats_reported"
+        assert "MANAGER_MAX_DB_BYTES" in api.get("/health", token=None)["warning"]
+        removed = int(re.search(r"^panguard_purged_for_space_total (\d+)$", api.call("GET", "/metrics").text, re.M)[1])
+        assert removed >= 400 - len(kept)
+        server.clock.advance(3600)
+        assert "warning" not in api.get("/health", token=None)
+        assert api.get(f"/api/agents/{agent['id']}")["id"] == agent["id"]
 
 
 def test_the_journal_is_kept_for_its_retention_and_goes_on_counting() -> None:
