@@ -1555,6 +1555,13 @@ def test_a_wrong_enrolment_token_is_refused_by_field(body: dict[str, Any], named
     assert api.get("/api/enroll-tokens") == []
 
 
+def test_an_enrolment_token_registers_over_a_socket_with_a_body_that_waits_for_the_credential(server: Server,
+                                                                                              api: Client) -> None:
+    token = api.post("/api/enroll-tokens", status=201)["token"]
+    body = {**AGENT, "unknown": "x" * 300_000}
+    assert ask(port_of(server.url), "POST", "/api/agents/register", body, token)[0] == 201
+
+
 def test_an_enrolment_token_used_at_once_registers_no_more_agents_than_it_may(server: Server, api: Client) -> None:
     token = api.post("/api/enroll-tokens", {"maxUses": 3}, status=201)["token"]
     answers = at_once(server, [("POST", "/api/agents/register", AGENT, token)] * 8)
