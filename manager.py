@@ -639,8 +639,10 @@ class Census(NamedTuple):
 
 ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
                "agent_updated", "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated",
-               "policy_created", "enroll_token_issued", "enroll_token_revoked", "silence_forgiven")
+               "threat_updated", "policy_created", "policy_dropped", "enroll_token_issued", "enroll_token_revoked",
+               "silence_forgiven")
 SEVERITIES = ("critical", "high", "medium", "low")
+THREAT_STATES = ("open", "acknowledged", "false_positive")
 PERIODS_MS = {"1h": 3_600_000, "6h": 6 * 3_600_000, "24h": _DAY_MS, "7d": 7 * _DAY_MS, "30d": 30 * _DAY_MS}
 SOURCE_KEYS = ("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip", "client_ip")
 HASH_KEYS = ("sha256", "sha1", "md5", "fileHash", "hash", "malwareHash")
@@ -788,6 +790,16 @@ def policy_version() -> Check:
             raise ValueError
         return int(value[1:])
     return _check(accept, "a policy version such as v2", {"type": "string", "pattern": "^v[1-9][0-9]{0,14}$"})
+
+
+def event_id() -> Check:
+    """The id of a threat event such as evt_00000000002a, as its key."""
+    def accept(value: Any) -> int:
+        if not isinstance(value, str) or not re.fullmatch(r"evt_[0-9a-f]{12}", value):
+            raise ValueError
+        return int(value[4:], 16)
+    return _check(accept, "the id of a threat event such as evt_00000000002a",
+                  {"type": "string", "pattern": "^evt_[0-9a-f]{12}$"})
 
 
 def list_of(item: Check, most: int, *, least: int = 0) -> Check:
@@ -979,14 +991,16 @@ HEARTBEAT: Table = {
 RETAG: Table = {"tags": may(_TAGS), "addTags": may(_TAGS), "removeTags": may(_TAGS)}
 EVENT: Table = {
     "type": need(_NAME), "severity": need(one_of(*SEVERITIES)), "details": need(anything()),
-    "timestamp": may(instant(kept=True)), "sigmaRuleId": may(_NAME), "confidence": may(number(0, 1)), "id": may(_NAME)}
+    "timestamp": may(instant(kept=True)), "sigmaRuleId": may(_NAME), "ruleId": may(_NAME),
+    "confidence": may(number(0, 1)), "id": may(_NAME)}
 EVENTS: Table = {"events": need(list_of(record(EVENT), 1000, least=1))}
 RULE: Table = {
     "type": need(one_of("block_ip", "alert_threshold", "auto_respond", "custom")), "config": need(anything()),
     "enabled": may(flag(), True)}
 POLICY: Table = {
     "name": need(_NAME), "rules": need(list_of(record(RULE), 500, least=1)),
-    "description": may(text(4096, lines=True)), "org_id": may(_KEY), "agent_id": may(_KEY)}
+    "description": may(text(4096, lines=True)), "org_id": may(_KEY), "agent_id": may(_KEY),
+    "dryRun": may(flag(), False)}
 ENROLL_TOKEN: Table = {
     "ttlMs": may(number(1, 90 * _DAY_MS, whole=True), _DAY_MS), "maxUses": may(number(1, 1_000_000, whole=True), 1),
     "org_id": may(_KEY), "tags": may(_TAGS), "note": may(text(255))}
@@ -1030,7 +1044,9 @@ AGENT_FILTER: Table = {
     "status": may(one_of(*Status)), "org_id": may(_KEY), "tag": may(list_of(text(64), 64)), **PAGE}
 THREAT_FILTER: Table = {
     "since": may(instant()), "until": may(instant()), "org_id": may(_KEY), "agent_id": may(_KEY),
-    "severity": may(one_of(*SEVERITIES)), "type": may(_NAME), "source_ip": may(_NAME), **PAGE}
+    "severity": may(one_of(*SEVERITIES)), "type": may(_NAME), "source_ip": may(_NAME), "file_hash": may(_NAME),
+    "state": may(one_of(*THREAT_STATES)), "before": may(event_id()), **PAGE}
+TRIAGE: Table = {"state": may(one_of(*THREAT_STATES)), "note": may(text(4096, lines=True))}
 OF_ORG: Table = {"org_id": may(_KEY)}
 SUMMARY: Table = {"period": may(one_of(*PERIODS_MS), "24h"), **OF_ORG}
 STREAM_FILTER: Table = {
@@ -1159,6 +1175,17 @@ MIGRATIONS = (
         uses INTEGER NOT NULL DEFAULT 0, org_id TEXT, tags TEXT NOT NULL, note TEXT);
     -- The id of the enrolment token that the agent last registered with.
     ALTER TABLE agents ADD COLUMN enroll_token TEXT;
+    """,
+    """
+    -- What an operator has said of a threat event: open, acknowledged or false_positive, and why.
+    ALTER TABLE threats ADD COLUMN state TEXT NOT NULL DEFAULT 'open';
+    ALTER TABLE threats ADD COLUMN note TEXT;
+    CREATE INDEX threats_state ON threats (state, received_ms) WHERE state != 'open';
+    DROP INDEX threats_time;
+    CREATE INDEX threats_time ON threats (received_ms, severity, type, agent_id, source_ip, org_id, state);
+    DROP INDEX threats_org;
+    CREATE INDEX threats_org ON threats (org_id, received_ms, severity, type, agent_id, source_ip, state)
+        WHERE org_id IS NOT NULL;
     """,
 )
 
@@ -1601,7 +1628,9 @@ _THREAT = f"""json_object('id', {_EVENT_ID.format('t.key')}, 'agentId', t.agent_
     'type', t.type, 'severity', t.severity, 'confidence', t.confidence, 'details', json(t.details),
     'sigmaRuleId', t.sigma_rule_id, 'timestamp', t.timestamp, 'receivedAt', {sql_iso('t.received_ms')},
     'correlatedWith', json((SELECT json_group_array({_EVENT_ID.format('key')}) FROM (
-        {_shared('source_ip')} UNION {_shared('file_hash')} ORDER BY key DESC LIMIT {_LISTED}))))"""
+        {_shared('source_ip')} UNION {_shared('file_hash')} ORDER BY key DESC LIMIT {_LISTED}))),
+    'state', t.state, 'note', t.note)"""
+_NOT_FALSE = " AND state != 'false_positive'"
 _ENTRY_CONDITIONS = {"agent_id": "agent_id = :agent_id", "org_id": "org_id = :org_id", "since": "at_ms >= :since",
                      "until": "at_ms < :until"}
 THE_MANAGER = Caller("manager")
@@ -2186,8 +2215,8 @@ class Manager:
                     "sigma_rule_id, timestamp, received_ms, source_ip, file_hash, details) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (agent_id, agent["hostname"], agent["org_id"], event.get("id"), event["type"], event["severity"],
-                     event.get("confidence"), event.get("sigma_rule_id"), event.get("timestamp"), now.wall_ms,
-                     source_address(event["details"]), file_hash(event["details"]),
+                     event.get("confidence"), event.get("sigma_rule_id") or event.get("rule_id"),
+                     event.get("timestamp"), now.wall_ms, source_address(event["details"]), file_hash(event["details"]),
                      to_json(event["details"]))).lastrowid
                 ids.append(f"evt_{key:012x}")
                 stored.append(event)
@@ -2219,24 +2248,59 @@ class Manager:
 
     def threats_json(self, *, since: int | None = None, until: int | None = None, org_id: str | None = None,
                      agent_id: str | None = None, severity: str | None = None, type: str | None = None,
-                     source_ip: str | None = None, page: int | None = None,
+                     source_ip: str | None = None, file_hash: str | None = None, state: str | None = None,
+                     before: int | None = None, page: int | None = None,
                      limit: int | None = None) -> tuple[bytes, int | None]:
         """A JSON array of threat events, newest first, received at or after `since` and before `until` (ms
-        since 1970), and, if paged, how many match in all."""
-        given = {"since": since, "until": until, "org_id": org_id, "agent_id": agent_id, "severity": severity,
-                 "type": type, "source_ip": source_ip and source_address({"sourceIp": source_ip}),
-                 "window_ms": self.config.correlation_window_ms}
+        since 1970), and, if paged, how many match in all.
+
+        `before` is the key of the last event read: the list goes on with the next older one. It is empty if that
+        event is past its retention, for then the older ones are too.
+        """
+        given: dict[str, Any] = {
+            "since": since, "until": until, "org_id": org_id, "agent_id": agent_id, "severity": severity,
+            "type": type, "source_ip": source_ip and source_address({"sourceIp": source_ip}),
+            "file_hash": file_hash and file_hash.strip().lower(), "state": state, "before": before,
+            "window_ms": self.config.correlation_window_ms}
         where = ["t.received_ms >= :since"] * (since is not None) + ["t.received_ms < :until"] * (until is not None)
-        where += [f"t.{name} = :{name}" for name in ("org_id", "agent_id", "severity", "type", "source_ip")
-                  if given[name] is not None]
+        where += [f"t.{name} = :{name}" for name in ("org_id", "agent_id", "severity", "type", "source_ip",
+                                                     "file_hash", "state") if given[name] is not None]
+        if state not in (None, "open"):
+            where.append("t.state != 'open'")  # repeats the partial index's predicate so that SQLite uses it
         with self.store.read() as db:
+            if before is not None:
+                row = db.execute("SELECT received_ms FROM threats WHERE key = ?", (before,)).fetchone()
+                given["before_ms"] = row[0] if row else -1
+                where += ["t.received_ms <= :before_ms", "(t.received_ms < :before_ms OR t.key < :before)"]
             return self._list(db, _THREAT, "threats t", where, "t.received_ms DESC, t.key DESC", given, page, limit,
                               default_limit=50)
+
+    def triage(self, key: int, *, state: str | None = None, note: str | None = None, caller: Caller = LOCAL) -> bytes:
+        """Set the state of a threat event, its note, or both; the event as JSON. Raises NotFound, Invalid."""
+        if state is None and note is None:
+            raise Invalid("state: must be given, or note, or both")
+        now = self.now()
+        given = {"key": key, "state": state, "note": note, "window_ms": self.config.correlation_window_ms}
+        with self.store.transaction() as db:
+            before = db.execute("SELECT * FROM threats WHERE key = ?", (key,)).fetchone()
+            if before is None:
+                raise NotFound(f"threat event evt_{key:012x} is not kept")
+            changed = {name: {"from": before[name], "to": given[name]} for name in ("state", "note")
+                       if given[name] not in (None, before[name])}
+            if changed:
+                db.execute("UPDATE threats SET state = coalesce(:state, state), note = coalesce(:note, note) "
+                           "WHERE key = :key", given)
+                self.store.journal(now.wall_ms, "threat_updated", caller, before["agent_id"], before["org_id"], {
+                    "hostname": before["hostname"], "eventId": f"evt_{key:012x}", "threatType": before["type"],
+                    **changed})
+            items, _ = self._list(db, _THREAT, "threats t", ["t.key = :key"], "t.key", given, None, None)
+        return items[1:-1]
 
     def threat_summary(self, *, period: str = "24h", org_id: str | None = None) -> dict[str, Any]:
         """How many events of which kinds, agents and sources were received within a period up to now."""
         source, given = self._threats_since(self.now(), PERIODS_MS[period], org_id)
         with self.store.read() as db:
+            false_positives = self._false_positives(db, source, given)
             severities = self._counted(db, "severity", source, given)
             return {
                 "period": period, "total": sum(severities.values()),
@@ -2249,15 +2313,24 @@ class Manager:
                     given)],
                 "topSourceIps": [dict(row) for row in db.execute(
                     f"SELECT source_ip AS ip, count(*) AS count FROM {source} AND source_ip IS NOT NULL "
-                    f"GROUP BY source_ip ORDER BY count DESC, source_ip LIMIT 10", given)]}
+                    f"GROUP BY source_ip ORDER BY count DESC, source_ip LIMIT 10", given)],
+                "falsePositives": false_positives}
 
     @staticmethod
     def _threats_since(now: Moment, period_ms: int, org_id: str | None) -> tuple[str, dict[str, Any]]:
-        """The threat events of a period up to now, as the FROM and WHERE of a query and what these are given."""
+        """The threat events of a period up to now but for false positives, as the FROM and WHERE of a query and what
+        these are given."""
         # Left to choose, SQLite reads another index from end to end, for the order that GROUP BY wants.
         source = ("threats INDEXED BY threats_org WHERE org_id = :org_id AND received_ms >= :since" if org_id else
                   "threats INDEXED BY threats_time WHERE received_ms >= :since")
-        return source, {"since": now.wall_ms - period_ms, "org_id": org_id}
+        return source + _NOT_FALSE, {"since": now.wall_ms - period_ms, "org_id": org_id}
+
+    @staticmethod
+    def _false_positives(db: sqlite3.Connection, source: str, given: Mapping[str, Any]) -> int:
+        """How many false positives a source of `_threats_since` leaves out."""
+        every = source.removesuffix(_NOT_FALSE)
+        (count,) = db.execute(f"SELECT count(*) FROM {every} AND state = 'false_positive'", given).fetchone()
+        return int(count)
 
     @staticmethod
     def _counted(db: sqlite3.Connection, column: str, source: str, given: Mapping[str, Any],
@@ -2272,23 +2345,48 @@ class Manager:
     def create_policy(self, name: str, rules: Sequence[Mapping[str, Any]], *, description: str | None = None,
                       org_id: str | None = None, agent_id: str | None = None, caller: Caller = LOCAL) -> Policy:
         """Issue a policy, which replaces its scope's former one. Raises Invalid, NotFound."""
-        if org_id and agent_id:
-            raise Invalid("agent_id: must not be given together with org_id")
         now = self.now()
         with self.store.transaction() as db:
-            if agent_id:
-                org_of_agent = self._row(db, now, agent_id)["org_id"]
-            reached = self._counts(db, now, org_id, agent_id)[Status.ONLINE]
-            policy_id = "pol_" + secrets.token_hex(6)
-            version = db.execute(
-                "INSERT INTO policies (id, name, description, rules, org_id, agent_id, broadcasted_to, created_ms) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (policy_id, name, description, to_json(rules), org_id, agent_id,
-                                                    reached, now.wall_ms)).lastrowid
-            assert version is not None
-            db.execute("INSERT OR REPLACE INTO policies_in_force VALUES (?, ?)",
-                       (_scopes(org_id, agent_id)[-1], version))
-            self.store.journal(now.wall_ms, "policy_created", caller, agent_id, org_of_agent if agent_id else org_id, {
-                "policyId": policy_id, "version": version_text(version), "ruleCount": len(rules), "name": name})
+            org_of_agent = self._policy_scope(db, now, org_id, agent_id)
+            policy = self._issue(db, now, name, description, rules, org_id, agent_id)
+            self.store.journal(now.wall_ms, "policy_created", caller, agent_id, org_id or org_of_agent, {
+                "policyId": policy.id, "version": version_text(policy.version), "ruleCount": len(rules),
+                "name": name})
+        return policy
+
+    def preview_policy(self, rules: Sequence[Mapping[str, Any]], *, org_id: str | None = None,
+                       agent_id: str | None = None) -> dict[str, Any]:
+        """What issuing a policy would change, without issuing it: how many agents are in scope and online, which
+        version it would replace, and the rules that it would add and remove there. Raises Invalid, NotFound."""
+        now = self.now()
+        with self.store.read() as db:
+            self._policy_scope(db, now, org_id, agent_id)
+            counts = self._counts(db, now, org_id, agent_id)
+            scope = _scopes(org_id, agent_id)[-1:]
+            former = next(iter(self._in_force(db, scope)), None)
+        held: Sequence[Mapping[str, Any]] = former.rules if former else ()
+        return {"dryRun": True, "agents": sum(counts.values()), "broadcastedTo": counts[Status.ONLINE],
+                "replaces": version_text(former.version) if former else None,
+                "added": [rule for rule in rules if rule not in held],
+                "removed": [rule for rule in held if rule not in rules]}
+
+    def _policy_scope(self, db: sqlite3.Connection, now: Moment, org_id: str | None, agent_id: str | None) -> Any:
+        """The org of the agent whom an override is for. Raises Invalid, NotFound."""
+        if org_id and agent_id:
+            raise Invalid("agent_id: must not be given together with org_id")
+        return self._row(db, now, agent_id)["org_id"] if agent_id else None
+
+    def _issue(self, db: sqlite3.Connection, now: Moment, name: str, description: str | None,
+               rules: Sequence[Mapping[str, Any]], org_id: str | None, agent_id: str | None) -> Policy:
+        """Add a version and put it in force."""
+        reached = self._counts(db, now, org_id, agent_id)[Status.ONLINE]
+        policy_id = "pol_" + secrets.token_hex(6)
+        version = db.execute(
+            "INSERT INTO policies (id, name, description, rules, org_id, agent_id, broadcasted_to, created_ms) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (policy_id, name, description, to_json(rules), org_id, agent_id,
+                                                reached, now.wall_ms)).lastrowid
+        assert version is not None
+        db.execute("INSERT OR REPLACE INTO policies_in_force VALUES (?, ?)", (_scopes(org_id, agent_id)[-1], version))
         return Policy(version, policy_id, name, description, rules, org_id, agent_id, reached, now.wall_ms)
 
     def active_policy(self, *, org_id: str | None = None) -> Policy | None:
@@ -2315,17 +2413,20 @@ class Manager:
         return [first_text(rule["config"], ("text",)) or to_json(rule["config"])
                 for rule in rules if rule["type"] == "custom" and rule.get("enabled", True)]
 
-    def drop_override(self, agent_id: str, *, caller: Caller = LOCAL) -> None:
-        """Put an agent back under the policies of its org and of all. Raises NotFound."""
+    def drop_override(self, agent_id: str, *, caller: Caller = LOCAL) -> int:
+        """Put an agent back under the policies of its org and of all, by issuing a version without rules for it,
+        so that it sees a pending policy; that version. Raises NotFound."""
         now = self.now()
         with self.store.transaction() as db:
             agent = self._row(db, now, agent_id)
-            dropped = db.execute("DELETE FROM policies_in_force WHERE scope = ? RETURNING version",
-                                 (_scopes(None, agent_id)[-1],)).fetchone()
-            if dropped is None:
+            dropped = next(iter(self._in_force(db, _scopes(None, agent_id)[1:])), None)
+            if dropped is None or not dropped.rules:
                 raise NotFound(f"agent {agent_id} has no policy of its own")
-            self.store.journal(now.wall_ms, "agent_updated", caller, agent_id, agent["org_id"], {
-                "hostname": agent["hostname"], "override": {"from": version_text(dropped[0]), "to": None}})
+            issued = self._issue(db, now, f"{dropped.name} dropped"[:255], None, [], None, agent_id)
+            self.store.journal(now.wall_ms, "policy_dropped", caller, agent_id, agent["org_id"], {
+                "hostname": agent["hostname"], "policyId": issued.id, "version": version_text(issued.version),
+                "ruleCount": 0, "droppedVersion": version_text(dropped.version)})
+        return issued.version
 
     def agent_policy(self, agent_id: str, *, ack: bool = True) -> AgentPolicy:
         """What an agent must obey; asking acknowledges it unless `ack` is false. Raises NotFound."""
@@ -2363,7 +2464,8 @@ class Manager:
                 source, since = self._threats_since(now, PERIODS_MS[period], org_id)
                 by_severity = self._counted(db, "severity", source, since)
                 summaries[name] = {"total": sum(by_severity.values()),
-                                   **{severity: by_severity.get(severity, 0) for severity in SEVERITIES}}
+                                   **{severity: by_severity.get(severity, 0) for severity in SEVERITIES},
+                                   "falsePositives": self._false_positives(db, source, since)}
             source, since = self._threats_since(now, _DAY_MS, org_id)
             in_force = [(policy.version, ()) for policy in self._in_force(db, _scopes(org_id, None))]
             return {
@@ -3151,13 +3253,26 @@ def _threats(call: Call) -> Reply:
     return success_list(items, call.query, total)
 
 
+@endpoint("PATCH", "/api/threats/:id", "Set the state or the note of a threat event", body=TRIAGE)
+def _triage(call: Call) -> Reply:
+    problems: list[str] = []
+    key = event_id().clean(call.path["id"], "id", problems)
+    if problems:
+        raise NotFound("; ".join(problems))
+    return success_list(call.manager.triage(key, **call.body, caller=call.caller), {}, None)
+
+
 @endpoint("GET", "/api/threats/summary", "Sum up the threat events of a period", query=SUMMARY)
 def _threat_summary(call: Call) -> Reply:
     return success(call.manager.threat_summary(**call.query))
 
 
-@endpoint("POST", "/api/policy", "Issue a policy for all, for an org, or for one agent", body=POLICY, status=201)
+@endpoint("POST", "/api/policy", "Issue a policy for all, for an org, or for one agent; dryRun tells its effect",
+          body=POLICY, status=201)
 def _create_policy(call: Call) -> Reply:
+    if call.body.pop("dry_run"):
+        given = {name: call.body[name] for name in ("rules", "org_id", "agent_id")}
+        return success(call.manager.preview_policy(**given))
     return success(policy_shape(call.manager.create_policy(**call.body, caller=call.caller)), 201)
 
 
@@ -3173,11 +3288,12 @@ def _active_policy(call: Call) -> Reply:
     return success(policy and policy_shape(policy))
 
 
-@endpoint("GET", "/api/policy/agent/:id", "Fetch what an agent must obey, and acknowledge it unless ack=false",
-          allow=(AGENT,), query={"ack": may(switch(), True)}, etag=True)
+@endpoint("GET", "/api/policy/agent/:id", "Fetch what an agent must obey; an agent acknowledges it unless ack=false",
+          allow=(AGENT,), query={"ack": may(switch())}, etag=True)
 def _agent_policy(call: Call) -> Reply:
-    query = {**call.query, "ack": False} if call.caller.role == VIEWER else call.query
-    policy = call.manager.agent_policy(call.path["id"], **query)
+    asked = call.query["ack"]
+    ack = {AGENT: asked is not False, ADMIN: asked is True}.get(call.caller.role, False)
+    policy = call.manager.agent_policy(call.path["id"], ack=ack and call.environ["REQUEST_METHOD"] != "HEAD")
     shape = {"agentId": policy.agent_id, "policyVersion": version_text(policy.effective.version),
              "rules": policy.effective.rules}
     tag = f'"{digest(to_json(shape)).hex()[:16]}"'
@@ -3196,8 +3312,9 @@ def _latest_rules(call: Call) -> Reply:
 
 @endpoint("DELETE", "/api/policy/agent/:id", "Drop the policy of one agent")
 def _drop_override(call: Call) -> Reply:
-    call.manager.drop_override(call.path["id"], caller=call.caller)
-    return success({"message": f"Policy override of agent {call.path['id']} dropped"})
+    version = call.manager.drop_override(call.path["id"], caller=call.caller)
+    return success({"message": f"Policy override of agent {call.path['id']} dropped",
+                    "version": version_text(version)})
 
 
 @endpoint("GET", "/api/overview", "Show the fleet at a glance", query=OF_ORG)

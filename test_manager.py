@@ -1339,13 +1339,13 @@ def test_everything_is_kept_over_a_restart(tmp_path: Path) -> None:
         api = Client(server)
         assert server.token == token
         assert pictures(api) == before
-        assert [api.beat(agent)["pendingPolicies"] for agent in agents] == [1, 0, 2]
+        assert [api.beat(agent)["pendingPolicies"] for agent in agents] == [1, 0, 3]
         api.refusal("POST", f"/api/agents/{gone['id']}/heartbeat", {}, token=gone["token"], status=401)
         api.refusal("GET", f"/api/agents/{gone['id']}", status=404)
         path = f"/api/agents/{agents[0]['id']}/events"
         again = api.post(path, {"events": [{**THREAT, "id": "e1"}]}, status=201)
         assert again["eventIds"][0] in [each["id"] for each in before["/api/threats"]]
-        assert api.post("/api/policy", {"name": "p", "rules": [RULE]}, status=201)["version"] == "v5"
+        assert api.post("/api/policy", {"name": "p", "rules": [RULE]}, status=201)["version"] == "v6"
         assert api.journal()[-1]["seq"] == before["/api/events?limit=200"][-1]["seq"] + 1
 
 
@@ -2115,11 +2115,13 @@ except ImportError:  # then the bodies are only checked for what is never answer
 
 ROUTES = {f"{each.method} {each.path}": each for each in manager.ENDPOINTS}
 # A sound body for every route that takes one: a route that has none fails the tests of validation.
+FIRST_EVENT = "evt_000000000001"  # the first threat event that a manager is told of
 BODIES: dict[str, Any] = {
     "POST /api/agents/register": AGENT,
     "POST /api/agents/:id/heartbeat": {},
     "PATCH /api/agents/:id": {"tags": ["a"]},
     "POST /api/enroll-tokens": {},
+    "PATCH /api/threats/:id": {"state": "acknowledged"},
     "POST /api/agents/:id/events": {"events": [THREAT]},
     "POST /api/policy": {"name": "p", "rules": [RULE]},
 }
@@ -2247,14 +2249,15 @@ def wrong(schema: Any, sound: Any) -> Iterator[tuple[str, Any]]:
                 yield f".{name}", {**sound, name: None}
             elif inner["anyOf"][1] == {"type": "null"}:
                 inner = inner["anyOf"][0]
-            values = (("", value) for value in ("a\nb", "a\tb") if kind(inner) == "string" and name != "description")
+            one_line = kind(inner) == "string" and name not in ("description", "note")
+            values = (("", value) for value in (("a\nb", "a\tb") if one_line else ()))
             for path, value in itertools.chain(values, wrong(inner, sound.get(name))):
                 yield f".{name}{path}", {**sound, name: value}
 
 
 def target(route: str, agent: Any) -> tuple[str, str]:
     method, path = route.split(" ")
-    return method, path.replace(":id", agent["id"])
+    return method, path.replace(":id", FIRST_EVENT if "/threats/" in path else agent["id"])
 
 
 @pytest.mark.parametrize("route", WITH_BODY)
@@ -2286,6 +2289,7 @@ WRONG_QUERY: dict[str, Any] = {
     "boolean": lambda schema: ("", "yes", "1", "TRUE"),
     "enum": lambda schema: (*TEXT_QUERY, "nonsense", schema["enum"][0].upper()),
     "format": lambda schema: (*TEXT_QUERY, "0", "yesterday", "2026-03-07", "2026-02-30T12:00:00Z"),
+    "pattern": lambda schema: (*TEXT_QUERY, "evt_1", "EVT_000000000001", "evt_00000000000g"),
     "array": lambda schema: (*TEXT_QUERY, "x" * (schema["items"].get("maxLength", 255) + 1)),
 }
 
@@ -2428,6 +2432,7 @@ def near(schema: Any) -> st.SearchStrategy[Any]:
 def test_no_json_is_a_fault_and_only_what_openapi_allows_is_taken(
         route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
     agent = api.register()
+    report(api, agent, THREAT)
     method, path = target(route, agent)
     table = ROUTES[route].body or {}
     described = api.call("GET", "/openapi.json").json["paths"][ROUTES[route].path.replace(":id", "{id}")]
@@ -2457,6 +2462,48 @@ def test_no_json_is_a_fault_and_only_what_openapi_allows_is_taken(
 ########################################################################################################
 
 # Threat events
+
+def test_a_threat_event_is_triaged(api: Client) -> None:
+    agent = api.register(org_id="o")
+    one, two, three = report(api, agent, threat(), threat(severity="low", type="noise"), threat())
+    noise = api.call("PATCH", f"/api/threats/{two}", {"state": "false_positive", "note": "a test"}).json["data"]
+    assert (noise["id"], noise["state"], noise["note"]) == (two, "false_positive", "a test")
+    assert api.call("PATCH", f"/api/threats/{two}", {"note": "our scanner"}).json["data"] == {
+        **noise, "note": "our scanner"}
+    api.call("PATCH", f"/api/threats/{one}", {"state": "acknowledged"})
+    api.call("PATCH", f"/api/threats/{one}", {"state": "acknowledged"})  # changes nothing
+    for state, expected in (("open", [three]), ("acknowledged", [one]), ("false_positive", [two])):
+        assert [each["id"] for each in api.get(f"/api/threats?state={state}")] == expected, state
+    entries = api.journal("threat_updated")
+    assert [(each["eventId"], each["agentId"], each["org_id"], each["actor"]["role"]) for each in entries] == \
+        [(each, agent["id"], "o", "admin") for each in (two, two, one)]
+    assert entries[0]["state"] == {"from": "open", "to": "false_positive"}
+    assert entries[1]["note"] == {"from": "a test", "to": "our scanner"} and "state" not in entries[1]
+    for of_org in ("", "&org_id=o"):
+        summary = api.get(f"/api/threats/summary?period=7d{of_org}")
+        assert (summary["total"], summary["falsePositives"], summary["byType"]) == (2, 1, {"brute_force": 2})
+        last = api.get(f"/api/overview?{of_org}")["threatSummary"]["last24h"]
+        assert (last["total"], last["low"], last["falsePositives"]) == (2, 0, 1)
+    assert "state: must be given" in api.refusal("PATCH", f"/api/threats/{two}", {}, status=400)
+    for unknown in ("evt_00000000ffff", "evt_1", agent["id"], "summary"):
+        api.refusal("PATCH", f"/api/threats/{unknown}", {"state": "open"}, status=404)
+
+
+def test_threat_events_are_read_on_from_an_event_while_others_arrive(api: Client) -> None:
+    agent = api.register()
+    ids = report(api, agent, *[threat() for _ in range(5)])
+    advance(api, 1)
+    ids += report(api, agent, threat(sha256="AB"), {**THREAT, "ruleId": "r-1"})
+    read = [each["id"] for each in api.get("/api/threats?limit=3")]
+    while page := api.get(f"/api/threats?limit=3&before={read[-1]}"):
+        report(api, agent, threat())
+        read += [each["id"] for each in page]
+    assert read == ids[::-1]
+    assert [each["id"] for each in api.get("/api/threats?file_hash=aB")] == [ids[5]]
+    assert [each["sigmaRuleId"] for each in api.get(f"/api/threats?before={read[0]}&limit=1")] == [None]
+    assert next(each["sigmaRuleId"] for each in api.get("/api/threats") if each["id"] == ids[6]) == "r-1"
+    assert api.get("/api/threats?before=evt_00000000ffff") == []
+
 
 def test_a_redelivered_event_is_stored_once_and_keeps_its_id(api: Client) -> None:
     one, two = api.register(), api.register()
@@ -2684,7 +2731,8 @@ def test_summaries_equal_a_recount(history: list[tuple[int, str, str, str, int]]
                 if period == "24h":
                     types = Counter(row[3] for row in kept)
             overview = api.get(f"/api/overview?{of_org[1:]}")
-            assert overview["threatSummary"] == {"last24h": totals["24h"], "last7d": totals["7d"]}
+            assert overview["threatSummary"] == {
+                "last24h": {**totals["24h"], "falsePositives": 0}, "last7d": {**totals["7d"], "falsePositives": 0}}
             assert {each["type"]: each["count"] for each in overview["topThreats"]} == types
             assert overview["totalAgents"] == sum(org is None or each == org for each in orgs)
 
@@ -2769,15 +2817,52 @@ def test_a_dropped_override_leaves_the_wider_scopes(api: Client) -> None:
     path = f"/api/policy/agent/{agent['id']}"
     policy(api, "custom")
     policy(api, "block_ip", agent_id=agent["id"])
-    assert api.get(path)["policyVersion"] == "v2"
+    assert api.get(path, token=agent["token"])["policyVersion"] == "v2"
     api.call("DELETE", path)
     fetched = api.get(path)
-    assert (fetched["policyVersion"], [rule["type"] for rule in fetched["rules"]]) == ("v1", ["custom"])
+    assert (fetched["policyVersion"], [rule["type"] for rule in fetched["rules"]]) == ("v3", ["custom"])
+    assert api.beat(agent)["pendingPolicies"] == 1, "the agent learns that its rules have changed"
+    assert api.get(path, token=agent["token"]) == {**fetched, "appliedAt": NOON}
     assert api.beat(agent)["pendingPolicies"] == 0
-    assert api.get(f"/api/agents/{agent['id']}")["activePolicyVersion"] == "v2", "acknowledged, and never goes back"
-    assert len(api.get("/api/policy")) == 2
+    assert api.get(f"/api/agents/{agent['id']}")["activePolicyVersion"] == "v3"
+    issued = api.get("/api/policy?limit=1")[0]
+    assert (issued["version"], issued["rules"]) == ("v3", [])
+    (dropped,) = api.journal("policy_dropped")
+    assert (dropped["agentId"], dropped["version"], dropped["ruleCount"], dropped["droppedVersion"]) == \
+        (agent["id"], "v3", 0, "v2")
     assert agent["id"] in api.refusal("DELETE", path, status=404)
-    assert policy(api, agent_id=agent["id"])["version"] == "v3", "no version is ever given twice"
+    assert policy(api, agent_id=agent["id"])["version"] == "v4", "no version is ever given twice"
+
+
+@pytest.mark.parametrize(("who", "query", "method", "acknowledges"), [
+    ("agent", "", "GET", True), ("agent", "?ack=true", "GET", True), ("agent", "?ack=false", "GET", False),
+    ("agent", "", "HEAD", False), ("admin", "", "GET", False), ("admin", "?ack=false", "GET", False),
+    ("admin", "?ack=true", "GET", True), ("admin", "?ack=true", "HEAD", False)])
+def test_who_acknowledges_a_policy(who: str, query: str, method: str, acknowledges: bool, api: Client) -> None:
+    agent = api.register()
+    policy(api)
+    api.call(method, f"/api/policy/agent/{agent['id']}{query}", token=agent["token"] if who == "agent" else "admin")
+    assert api.beat(agent)["pendingPolicies"] == (0 if acknowledges else 1)
+
+
+def test_a_dry_run_of_a_policy_tells_its_effect_and_issues_nothing(api: Client) -> None:
+    agent = api.register(org_id="o")
+    api.register(org_id="p")
+    policy(api, "custom", "block_ip")
+    before = stored(api, agent)
+    body = {"name": "p", "rules": [{"type": "custom", "config": {}}, RULE], "dryRun": True}
+    rule = {**RULE, "enabled": True}
+    exactly(api.post("/api/policy", body), {
+        "dryRun": True, "agents": 2, "broadcastedTo": 2, "replaces": "v1", "added": [rule],
+        "removed": [{"type": "block_ip", "config": {}, "enabled": True}]})
+    advance(api, 67)
+    of_org = api.post("/api/policy", {**body, "org_id": "o"})
+    assert (of_org["agents"], of_org["broadcastedTo"], of_org["replaces"], of_org["removed"]) == (1, 0, None, [])
+    assert api.post("/api/policy", {**body, "agent_id": agent["id"]})["agents"] == 1
+    api.refusal("POST", "/api/policy", {**body, "agent_id": "agent-00000000"}, status=404)
+    both = {**body, "org_id": "o", "agent_id": agent["id"]}
+    assert "agent_id: " in api.refusal("POST", "/api/policy", both, status=400)
+    assert api.get("/api/policy") == before[3] and not api.journal("policy_created")[1:]
 
 
 @pytest.mark.parametrize(("acknowledged", "pending", "active"), [
@@ -2804,7 +2889,7 @@ def test_applied_at_is_when_the_agent_acknowledged(api: Client, clock: ManualClo
     policy(api)
     assert api.get(f"{path}?ack=false")["appliedAt"] is None
     clock.advance(1)
-    assert api.get(path)["appliedAt"] == manager.iso(START_MS + 1000)
+    assert api.get(path, token=agent["token"])["appliedAt"] == manager.iso(START_MS + 1000)
     clock.advance(1)
     assert api.get(path)["appliedAt"] == api.get(f"{path}?ack=true")["appliedAt"] == manager.iso(START_MS + 1000)
     policy(api)
@@ -2910,7 +2995,7 @@ def test_the_journal_says_what_happened_and_who_did_it() -> None:
             ("identity_conflict", clone, first, {"otherAgentId": agent["id"], "machineId": "m"}),
             ("agent_updated", agent, second, {"tags": {"from": [], "to": ["a"]}}),
             ("policy_created", agent, first, {"version": "v1", "ruleCount": 1}),
-            ("agent_updated", agent, second, {}),
+            ("policy_dropped", agent, second, {"droppedVersion": "v1", "version": "v2", "hostname": "web-1"}),
             ("threats_reported", agent, itself,
              {"agentId": agent["id"], "hostname": "web-1", "count": 2, "maxSeverity": "high"}),
             ("agent_updated", agent, itself, {"version": {"from": "1.2.0", "to": "2.0"}}),
@@ -3016,7 +3101,8 @@ WORK: dict[str, Any] = {
     "events": lambda api, agent: report(api, agent, threat(own="new", sha1="ab", **IP)),
     "threats": lambda api, agent: api.get("/api/threats?limit=50&page=2"),
     "threats by anything": lambda api, agent: [api.get(f"/api/threats?limit=5&{query}") for query in (
-        "org_id=o1", "severity=low", "type=t1", "source_ip=203.0.113.1", f"agent_id={agent['id']}",
+        "org_id=o1", "severity=low", "type=t1", "file_hash=ab", "state=false_positive", "before=evt_000000000009",
+        "source_ip=203.0.113.1", f"agent_id={agent['id']}",
         "since=2026-03-07T12:00:01Z&until=2026-03-07T12:00:02Z")],
     "a summary": lambda api, agent: [api.get(f"/api/threats/summary?{query}") for query in ("", "org_id=o1&period=7d")],
     "an overview": lambda api, agent: [api.get(f"/api/overview?{query}") for query in ("", "org_id=o1")],
@@ -3086,13 +3172,13 @@ PAGES = "/api/agents", "/api/threats", "/api/policy", "/api/events"
 
 
 def test_an_empty_fleet_has_every_shape(api: Client) -> None:
-    none = {"total": 0, "critical": 0, "high": 0, "medium": 0, "low": 0}
+    none = {"total": 0, "critical": 0, "high": 0, "medium": 0, "low": 0, "falsePositives": 0}
     for path, expected in {
         **{path: [] for path in PAGES},
         "/api/policy/active": None, "/api/policy/active?org_id=o": None,
         "/api/threats/summary": {
             "period": "24h", "total": 0, "bySeverity": {"critical": 0, "high": 0, "medium": 0, "low": 0}, "byType": {},
-            "topAgents": [], "topSourceIps": []},
+            "topAgents": [], "topSourceIps": [], "falsePositives": 0},
         "/api/overview": {
             "totalAgents": 0, "onlineAgents": 0, "staleAgents": 0, "offlineAgents": 0,
             "threatSummary": {"last24h": none, "last7d": none}, "activePolicyVersion": None, "topThreats": [],
@@ -3130,7 +3216,7 @@ def test_agents_have_the_shapes_of_the_published_page(api: Client, clock: Manual
     exactly(beat.json, {"ok": True, "data": {"id": agent_id, "status": "online", "lastHeartbeat": at,
                                              "pendingPolicies": 1}})
     assert beat.headers["X-Heartbeat-Interval"] == "20"
-    api.get(f"/api/policy/agent/{agent_id}")
+    api.get(f"/api/policy/agent/{agent_id}?ack=true")
     report(api, data, THREAT)
     detail |= {"version": "1.2.1", "cpu": 12.5, "memory": 45.2, "uptime": 86400, "lastHeartbeat": at,
                "recentThreats": 1,
@@ -3164,7 +3250,7 @@ def test_threats_have_the_shapes_of_the_contract(api: Client) -> None:
     found = api.call("GET", "/api/threats").json
     item = {"id": two, "agentId": agent["id"], "hostname": "h", "type": "b", "severity": "critical", "confidence": 0.93,
             "details": details, "sigmaRuleId": "s-1", "timestamp": "2026-03-01T00:00:00+08:00", "receivedAt": NOON,
-            "correlatedWith": [three]}
+            "correlatedWith": [three], "state": "open", "note": None}
     exactly(found["data"][1:], [item, {
         **item, "id": one, "type": "a", "severity": "low", "confidence": None, "details": {}, "sigmaRuleId": None,
         "timestamp": None, "correlatedWith": []}])
@@ -3173,10 +3259,10 @@ def test_threats_have_the_shapes_of_the_contract(api: Client) -> None:
                                                                      "count": 1}]
     by_severity = {"critical": 1, "high": 1, "medium": 0, "low": 1}
     summary = api.get("/api/threats/summary?period=7d")
-    assert list(summary) == ["period", "total", "bySeverity", "byType", "topAgents", "topSourceIps"]
+    assert list(summary) == ["period", "total", "bySeverity", "byType", "topAgents", "topSourceIps", "falsePositives"]
     assert summary == {"period": "7d", "total": 3, "bySeverity": by_severity, "byType": {"a": 1, "b": 1,
                                                                                          "brute_force": 1},
-                       "topAgents": ranked, "topSourceIps": [{"ip": "203.0.113.9", "count": 2}]}
+                       "topAgents": ranked, "topSourceIps": [{"ip": "203.0.113.9", "count": 2}], "falsePositives": 0}
     assert [list(each) for each in summary["topAgents"]] == [list(each) for each in ranked]
 
 
@@ -3194,14 +3280,14 @@ def test_policies_have_the_shapes_of_the_contract(api: Client) -> None:
     exactly(api.call("GET", "/api/policy").json, {"ok": True, "data": made[::-1]})
     exactly(api.get("/api/policy/active"), made[0])
     exactly(api.get("/api/policy/active?org_id=o"), made[1])
-    exactly(api.get(f"/api/policy/agent/{agent['id']}"),
+    exactly(api.get(f"/api/policy/agent/{agent['id']}", token=agent["token"]),
             {"agentId": agent["id"], "policyVersion": "v3", "rules": [rule], "appliedAt": NOON})
     api.register()
     other = api.register(hostname="bare")
     api.call("DELETE", f"/api/policy/agent/{agent['id']}")
     assert policy(api)["description"] is None
     exactly(api.get(f"/api/policy/agent/{other['id']}?ack=false"), {
-        "agentId": other["id"], "policyVersion": "v4", "rules": [{"type": "custom", "config": {}, "enabled": True}],
+        "agentId": other["id"], "policyVersion": "v5", "rules": [{"type": "custom", "config": {}, "enabled": True}],
         "appliedAt": None})
 
 
@@ -3221,7 +3307,7 @@ def test_the_overview_and_the_journal_have_the_shapes_of_the_contract(api: Clien
     policy(api, org_id="o")
     policy(api)
     overview = api.get("/api/overview")
-    counts = {"total": 3, "critical": 0, "high": 2, "medium": 0, "low": 1}
+    counts = {"total": 3, "critical": 0, "high": 2, "medium": 0, "low": 1, "falsePositives": 0}
     exactly(overview, {
         "totalAgents": 3, "onlineAgents": 1, "staleAgents": 1, "offlineAgents": 1,
         "threatSummary": {"last24h": counts, "last7d": counts}, "activePolicyVersion": "v2",
@@ -3491,6 +3577,7 @@ MATRIX = {route: [int(status) for status in row.split()] for route, row in {
     "GET /api/agents/:id":                   "401 401 200 403 403 200 200",
     "PATCH /api/agents/:id":                 "401 401 403 403 403 403 200",
     "POST /api/agents/:id/events":           "401 401 201 403 403 403 201",
+    "PATCH /api/threats/:id":                "401 401 403 403 403 403 200",
     "GET /api/threats":                      "401 401 403 403 403 200 200",
     "GET /api/threats/summary":              "401 401 403 403 403 200 200",
     "POST /api/policy":                      "401 401 403 403 403 403 201",
@@ -3518,13 +3605,13 @@ def test_every_route_admits_whom_it_should(route: str) -> None:
     nobody, wrong_token, own_token, others_token, enrollers, viewers, admins = MATRIX[route]
     with fleet(auth_token="old-admin,new-admin", enroll_token="enroller", viewer_token="viewer") as api:
         host = urlsplit(api.server.url).netloc
-        method, path = route.split(" ")
+        method = route.split(" ")[0]
         body = json.dumps(BODIES[route]) if route in BODIES else None
 
         def status(headers: dict[str, str]) -> int:
             advance(api, 61)  # so that wrong tokens do not add up
             with contextlib.closing(http.client.HTTPConnection(host, timeout=LIMIT_S)) as connection:
-                connection.request(method, path.replace(":id", own.agent.id), body, headers)
+                connection.request(method, target(route, {"id": own.agent.id})[1], body, headers)
                 answer = connection.getresponse()
                 if answer.status >= 400:
                     assert json.loads(answer.read())["ok"] is False
@@ -3540,6 +3627,7 @@ def test_every_route_admits_whom_it_should(route: str) -> None:
             if used:
                 own, other = (api.server.manager.register(**AGENT) for _ in range(2))
                 api.server.manager.create_policy("p", [RULE], agent_id=own.agent.id)
+                api.server.manager.report_events(own.agent.id, [THREAT])
             header = name.format(own=own.token, other=other.token, gone=gone.token, admin="new-admin")
             assert status({"Authorization": header} if header else {}) == expected, name
             used = expected < 300 and method != "GET"
