@@ -640,7 +640,7 @@ class Census(NamedTuple):
 ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
                "agent_updated", "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated",
                "threat_updated", "policy_created", "policy_dropped", "enroll_token_issued", "enroll_token_revoked",
-               "silence_forgiven")
+               "silence_forgiven", "agent_refused")
 SEVERITIES = ("critical", "high", "medium", "low")
 THREAT_STATES = ("open", "acknowledged", "false_positive")
 PERIODS_MS = {"1h": 3_600_000, "6h": 6 * 3_600_000, "24h": _DAY_MS, "7d": 7 * _DAY_MS, "30d": 30 * _DAY_MS}
@@ -685,10 +685,7 @@ def source_address(details: Mapping[str, Any]) -> str | None:
     """The address that an event came from, in canonical form if it is one."""
     if (found := first_text(details, SOURCE_KEYS)) is None:
         return None
-    try:
-        return str(ipaddress.ip_address(found))
-    except ValueError:
-        return found[:255]
+    return str(_as_ip(found) or found[:255])
 
 
 def file_hash(details: Mapping[str, Any]) -> str | None:
@@ -2191,6 +2188,14 @@ class Manager:
                              (token_digest, now.wall_ms)).fetchone()
         return row and str(row["id"])
 
+    def note_refusal(self, agent_id: str, reason: str, *, caller: Caller) -> None:
+        """Journal that a request in the name of this agent was refused, if it is registered."""
+        with self.store.transaction(durable=False) as db:
+            row = db.execute("SELECT org_id, hostname FROM agents WHERE id = ?", (agent_id,)).fetchone()
+            if row:
+                self.store.journal(self.now().wall_ms, "agent_refused", caller, agent_id, row["org_id"],
+                                   {"hostname": row["hostname"], "reason": reason})
+
     # Threat events
 
     def report_events(self, agent_id: str, events: Sequence[Mapping[str, Any]], *,
@@ -2759,6 +2764,27 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((host, 64), strict=False)) if ":" in host else host
 
 
+class Refusals:
+    """Counts refused credentials and TLS handshakes; logs one in a minute of each address, and 60 of all."""
+
+    REASONS = ("no_token", "wrong_token", "forbidden", "throttled", "handshake")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.counts = Counter[str]()
+        self._logged, self._logged_of_all = Throttle("", 1), Throttle("", 60)
+        self.of_agent, self.journaled = Throttle("", 1), Throttle("", _FAILED_LOGINS_PER_MINUTE)
+
+    def note(self, reason: str, address: str, tick_ms: int, what: str) -> None:
+        """Count a refusal, one of REASONS, and log it unless one of this address was within the minute."""
+        with self._lock:
+            self.counts[reason] += 1
+        with contextlib.suppress(Throttled):
+            self._logged.count(address, tick_ms)
+            self._logged_of_all.count("", tick_ms)
+            log.info("refused %s: %s, %s; more of this minute are counted only", address, reason, what)
+
+
 class Latencies:
     """Requests by route and status class, and how long they took, as a Prometheus histogram."""
 
@@ -2883,7 +2909,7 @@ class Api:
         self._failed_logins = Throttle("wrong tokens", _FAILED_LOGINS_PER_MINUTE)
         self._requests = Throttle("requests", config.rate_limit) if config.rate_limit else None
         self._newcomers = Throttle("registrations without a token", _NEWCOMERS_PER_MINUTE)
-        self.latencies = Latencies()
+        self.latencies, self.refusals = Latencies(), Refusals()
         self.streams_open: Callable[[], int] = lambda: 0  # whoever serves streams says otherwise
         self.faults = Faults()
 
@@ -2930,6 +2956,8 @@ class Api:
             ("purged_for_space_total", "counter", "Threat events and entries removed because of MANAGER_MAX_DB_BYTES.",
              [("", manager.purged_for_space)]),
             ("event_streams_open", "gauge", "Event streams open.", [("", self.streams_open())]),
+            ("refusals_total", "counter", "Requests and TLS handshakes refused for want of a right credential.",
+             [(f'{{reason="{reason}"}}', self.refusals.counts[reason]) for reason in Refusals.REASONS]),
             *self.latencies.families()]
         lines = []
         for name, kind, help_text, samples in families:
@@ -2986,6 +3014,26 @@ class Api:
             self._newcomers.count(address, self.manager.clock.now().tick_ms)
         if newcomer or ANYONE in route.allow:
             return Caller(ANYONE, address)
+        try:
+            return self._authenticate(route, environ, path, address)
+        except (Unauthorized, Forbidden, Throttled) as error:
+            self._note_refusal(route, environ, path, address, error)
+            raise
+
+    def _note_refusal(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str], address: str,
+                      error: ManagerError) -> None:
+        tick_ms = self.manager.now().tick_ms
+        reason = {403: "forbidden", 429: "throttled"}.get(
+            error.status, "wrong_token" if "HTTP_AUTHORIZATION" in environ else "no_token")
+        self.refusals.note(reason, address, tick_ms, f"{route.method} {route.path}")
+        if "id" in path and AGENT in route.allow:
+            with contextlib.suppress(Throttled, Unavailable):  # a stranger makes few entries, of any agents
+                self.refusals.journaled.count(address, tick_ms)
+                self.refusals.of_agent.count(path["id"], tick_ms)
+                self.manager.note_refusal(path["id"], reason, caller=Caller(ANYONE, address))
+
+    def _authenticate(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str],
+                      address: str) -> Caller:
         scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         token = token.strip()
         caller = self._identify(token, address) if scheme.lower() == "bearer" and token else None
@@ -3063,11 +3111,8 @@ _REQUEST_ID = re.compile(r"[0-9A-Za-z._:-]{1,128}").fullmatch
 
 def _as_address(text: str) -> str:
     """An IP address in canonical form, or nothing if it is none."""
-    try:
-        address = ipaddress.ip_address(text.strip())
-    except ValueError:
-        return ""
-    return str(getattr(address, "ipv4_mapped", None) or address)
+    address = _as_ip(text.strip())
+    return str(getattr(address, "ipv4_mapped", None) or address or "")
 
 
 def request_id(environ: Mapping[str, Any]) -> str:
@@ -4192,7 +4237,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             pass
         except ssl.SSLWantWriteError:
             self.handshake_writes = True
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            self.server.site.handshake_failed(self.addr[0], getattr(error, "reason", None) or type(error).__name__)
             self.handle_close()
 
     def _linger(self) -> None:
@@ -4496,6 +4542,7 @@ class WebServer:
     may_send_body(path, authorization): whether a request's body is received.
     counted_as(address): what is counted against the limit of connections per address; "" is not.
     streams: what environ["manager.streams"] is to be.
+    handshake_failed(address, reason): called in the loop.
     """
 
     def __init__(
@@ -4503,8 +4550,9 @@ class WebServer:
         lane: Lane,
         tls_context: ssl.SSLContext | None, plaintext_allowed: Callable[[str], bool], streams: Streams,
         may_send_body: Callable[[str, str | None], bool], counted_as: Callable[[str], str],
-        on_death: Callable[[], None],
+        on_death: Callable[[], None], handshake_failed: Callable[[str, str], None],
     ) -> None:
+        self.handshake_failed = handshake_failed
         self.application, self.error_reply, self.lane = application, error_reply, lane
         self.tls_context, self.plaintext_allowed, self.streams = tls_context, plaintext_allowed, streams
         self.may_send_body, self.counted_as, self.on_death = may_send_body, counted_as, on_death
@@ -4778,7 +4826,9 @@ class Server:
                 lane=Lane(_HEARTBEAT_LINE, self._lane, lambda: bool(self.faults)), tls_context=context,
                 plaintext_allowed=self._plaintext_allowed, streams=self._streams,
                 may_send_body=self._api.may_send_body, on_death=lambda: self.on_death(),
-                counted_as=lambda address: "" if self._api.is_proxy(address) else network_of(address))
+                counted_as=lambda address: "" if self._api.is_proxy(address) else network_of(address)),
+                handshake_failed=lambda address, reason: self._api.refusals.note(
+                    "handshake", address, self.clock.now().tick_ms, reason))
             follower.start()
             undo.callback(stop_following)
             self._web.start()
@@ -4786,7 +4836,7 @@ class Server:
             raise StartError(f"cannot listen on {config.host} port {config.port} ({error}); "
                              "choose another with --host or --port") from None
         undo.callback(self._web.stop)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+        host = _ANY_HOST.get(config.host, config.host)
         if self._web.tls_context and host in ("127.0.0.1", "::1"):
             host = "localhost"
         self.url = (f"http{'s' * bool(self._web.tls_context)}://" + (f"[{host}]" if ":" in host else host)
@@ -4900,6 +4950,7 @@ def _interface_addresses() -> list[str]:
     return sorted(name for name in set(found) if not name.startswith("fe80:"))
 
 
+_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # and where this machine itself reaches it
 _RENEWAL_MS = 30 * _DAY_MS  # before its end a certificate is replaced
 _RENEWAL_RETRY_MS = 3_600_000
 _MOST_NAMES = 100  # in a certificate
@@ -4918,19 +4969,13 @@ subjectAltName = """
 
 
 class OwnCertificate:
-    """The self-signed certificate in the data folder: ECDSA, good for a year, for this machine's names.
-
-    One that an operator has put there is used and never replaced.
-    """
+    """The self-signed certificate in the data folder; one that an operator has put there is never replaced."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.pair = folder / "cert.pem", folder / "key.pem"
         self._starts_s, self._ends_s = 0, sys.maxsize
-        self._everywhere = config.host in ("0.0.0.0", "::")
-        needed = [*config.tls_name, "localhost" if self._everywhere else config.host]
-        if self._everywhere:
-            needed += [socket.gethostname(), outer_address() or ""]
-        self._needed = self._fit(needed)
+        by_name = [socket.gethostname(), outer_address() or "", "localhost"]  # what others may call this machine
+        self._needed = self._fit([*config.tls_name, *(by_name if config.host in _ANY_HOST else [config.host])])
 
     @staticmethod
     def _fit(names: Iterable[str]) -> list[str]:
@@ -5051,7 +5096,7 @@ def _greeting(server: Server) -> Iterator[str]:
     assert config.data_dir is not None
     trust = ""
     yield f"Panguard Manager {__version__} listens on {server.url}"
-    if config.host in ("0.0.0.0", "::") and (address := outer_address()):
+    if config.host in _ANY_HOST and (address := outer_address()):
         yield f"Other hosts reach it at {server.url.rpartition('//')[0]}//{address}:{server.url.rpartition(':')[2]}"
     yield f"Data directory: {config.data_dir}"
     if server.certificate:

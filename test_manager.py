@@ -3679,6 +3679,56 @@ def test_wrong_tokens_are_throttled_by_address(api: Client) -> None:
     api.call("GET", "/api/agents", token="wrong", status=401)
 
 
+def refusals(api: Client) -> dict[str, int]:
+    """The metric of refusals by reason."""
+    return {reason: int(count) for reason, count in re.findall(
+        r'^panguard_refusals_total\{reason="(\w+)"\} (\d+)$', api.call("GET", "/metrics").text, re.M)}
+
+
+def test_refusals_are_counted_by_reason_and_logged_once_a_minute_and_address(
+        api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    agent = api.register()
+    assert refusals(api) == dict.fromkeys(("no_token", "wrong_token", "forbidden", "throttled", "handshake"), 0)
+    for token, status, times in ((None, 401, 2), (agent["token"], 403, 3), ("secret-wrong", 401, 20),
+                                 ("secret-wrong", 429, 4)):
+        for _ in range(times):
+            api.call("GET", "/api/agents", token=token, status=status)
+    assert refusals(api) == {"no_token": 2, "wrong_token": 20, "forbidden": 3, "throttled": 4, "handshake": 0}
+    seen_from(api, "203.0.113.77").call("GET", "/api/agents", token="secret-wrong", status=401)
+    lines = [each.getMessage() for each in caplog.records]
+    assert len(lines) == 2 and "198.51.100.7" in lines[0] and "no_token" in lines[0] and "203.0.113.77" in lines[1]
+    advance(api, 60)
+    api.call("GET", "/api/agents", token="secret-wrong", status=401)
+    assert len(caplog.records) == 3 and "secret" not in caplog.text
+    for number in range(100):
+        seen_from(api, f"192.0.2.{number}").call("GET", "/api/agents", token="secret-wrong", status=401)
+    assert len(caplog.records) <= 62, "no more than 60 lines a minute"
+
+
+def test_the_last_refusal_of_a_known_agent_is_journalled_once_a_minute(api: Client) -> None:
+    agent, other = api.register(hostname="db-1", org_id="o"), api.register()
+    path = f"/api/agents/{agent['id']}/heartbeat"
+    for _ in range(3):
+        api.call("POST", path, {}, token="wrong", status=401)
+        api.call("POST", "/api/agents/agent-00000000/heartbeat", {}, token="wrong", status=401)
+    (entry,) = api.journal("agent_refused")
+    assert (entry["agentId"], entry["org_id"]) == (agent["id"], "o")
+    assert entry["actor"] == {"role": "anyone", "address": "198.51.100.7"}
+    assert "wrong_token" in json.dumps(entry) and "db-1" in json.dumps(entry)
+    advance(api, 60)
+    api.call("POST", path, {}, token=other["token"], status=403)
+    assert [("forbidden" in json.dumps(each)) for each in api.journal("agent_refused")] == [False, True]
+    assert api.beat(agent)["status"] == "online"
+
+
+def test_a_stranger_causes_few_entries_of_however_many_agents(api: Client) -> None:
+    agents = [api.register() for _ in range(30)]
+    for agent in agents:
+        api.call("POST", f"/api/agents/{agent['id']}/heartbeat", {}, token=None, status=401)
+    assert len(api.journal("agent_refused")) == 20
+
+
 def test_requests_without_a_token_are_not_guesses(api: Client) -> None:
     for _ in range(30):
         api.refusal("GET", "/api/agents", token=None, status=401)
@@ -5265,6 +5315,22 @@ def test_tls_1_1_is_refused(launch: Launch, pair: dict[str, Path]) -> None:
     done = subprocess.run(["openssl", "s_client", "-connect", f"127.0.0.1:{site.port}", "-tls1_1", "-cipher",
                            "ALL:@SECLEVEL=0"], input="", capture_output=True, text=True)
     assert done.returncode and "alert protocol version" in done.stderr
+
+
+def test_failed_handshakes_are_counted_and_logged(launch: Launch, pair: dict[str, Path],
+                                                  caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    site = launch(**pair, tls="auto")
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", site.port), timeout=LIMIT_S) as wire:
+            wire.sendall(b"\x16garbage that is no handshake\r\n\r\n")
+            with suppress(ConnectionResetError):
+                while wire.recv(1000):
+                    pass
+    api = Client(site.server)
+    until(lambda: refusals(api)["handshake"] == 3, "three failed handshakes are counted")
+    (line,) = (each.getMessage() for each in caplog.records if "handshake" in each.getMessage())
+    assert "127.0.0.1" in line
 
 
 def test_plaintext_is_for_loopback_in_auto_and_for_nobody_in_require(launch: Launch, pair: dict[str, Path]) -> None:
