@@ -3022,7 +3022,7 @@ class Api:
 
     def _note_refusal(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str], address: str,
                       error: ManagerError) -> None:
-        tick_ms = self.manager.now().tick_ms
+        tick_ms = self.manager.clock.now().tick_ms
         reason = {403: "forbidden", 429: "throttled"}.get(
             error.status, "wrong_token" if "HTTP_AUTHORIZATION" in environ else "no_token")
         self.refusals.note(reason, address, tick_ms, f"{route.method} {route.path}")
@@ -3032,7 +3032,7 @@ class Api:
                 self.refusals.of_agent.count(path["id"], tick_ms)
                 self.manager.note_refusal(path["id"], reason, caller=Caller(ANYONE, address))
 
-    def _authenticate(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str],
+    def _authenticate(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str],
                       address: str) -> Caller:
         scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         token = token.strip()
@@ -4826,7 +4826,7 @@ class Server:
                 lane=Lane(_HEARTBEAT_LINE, self._lane, lambda: bool(self.faults)), tls_context=context,
                 plaintext_allowed=self._plaintext_allowed, streams=self._streams,
                 may_send_body=self._api.may_send_body, on_death=lambda: self.on_death(),
-                counted_as=lambda address: "" if self._api.is_proxy(address) else network_of(address)),
+                counted_as=lambda address: "" if self._api.is_proxy(address) else network_of(address),
                 handshake_failed=lambda address, reason: self._api.refusals.note(
                     "handshake", address, self.clock.now().tick_ms, reason))
             follower.start()
