@@ -451,12 +451,14 @@ class Status(str, enum.Enum):
 class Moment(NamedTuple):
     """One reading of a clock, in ms: `wall_ms` since 1970 is shown, `tick_ms` never steps and decides liveness.
 
-    `suspended_ms` is how long the machine has been suspended so far, if the tick stands still meanwhile.
+    `suspended_ms` is how long the machine has been suspended so far, if the tick stands still meanwhile. The manager
+    adds `steady_ms`: it never steps, goes on over restarts, and decides retention, windows and correlation.
     """
 
     wall_ms: int
     tick_ms: int
     suspended_ms: int = 0
+    steady_ms: int = 0
 
     def wall_of(self, tick_ms: int) -> int:
         """The instant, on today's wall clock, at which the tick stood at `tick_ms`."""
@@ -497,6 +499,19 @@ class Liveness(NamedTuple):
     def cutoffs(self, tick_ms: int) -> dict[str, int]:
         """The same rule as two bounds for SQL: online is `seen_ms >= online_from`, stale `>= stale_from`."""
         return {"online_from": tick_ms - self.stale_after_ms, "stale_from": tick_ms - self.offline_after_ms}
+
+
+class Span(NamedTuple):
+    """A time in which the manager ran and the wall clock was not stepped, from and until in ms on the steady clock.
+
+    The wall clock showed `shift_ms` more. `first_threat` and `first_entry` are the first keys used in it.
+    """
+
+    first_threat: int
+    first_entry: int
+    shift_ms: int
+    from_ms: int
+    until_ms: int
 
 
 class Identity(NamedTuple):
@@ -640,7 +655,7 @@ class Census(NamedTuple):
 ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
                "agent_updated", "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated",
                "threat_updated", "policy_created", "policy_dropped", "enroll_token_issued", "enroll_token_revoked",
-               "silence_forgiven", "agent_refused")
+               "silence_forgiven", "clock_stepped", "agent_refused")
 SEVERITIES = ("critical", "high", "medium", "low")
 THREAT_STATES = ("open", "acknowledged", "false_positive")
 PERIODS_MS = {"1h": 3_600_000, "6h": 6 * 3_600_000, "24h": _DAY_MS, "7d": 7 * _DAY_MS, "30d": 30 * _DAY_MS}
@@ -1184,6 +1199,13 @@ MIGRATIONS = (
     CREATE INDEX threats_org ON threats (org_id, received_ms, severity, type, agent_id, source_ip, state)
         WHERE org_id IS NOT NULL;
     """,
+    """
+    -- See class Span. received_ms and sightings.at_ms are on the steady clock from here on, journal.at_ms is not.
+    CREATE TABLE clock_spans (
+        key INTEGER PRIMARY KEY, first_threat INTEGER NOT NULL, first_entry INTEGER NOT NULL,
+        shift_ms INTEGER NOT NULL, from_ms INTEGER NOT NULL, until_ms INTEGER NOT NULL);
+    DELETE FROM sightings;
+    """,
 )
 
 _LEAST_SQLITE = (3, 35)
@@ -1603,6 +1625,9 @@ _IN_FORCE = """
 _FORGIVEN_PER_HOUR = 10  # a dead agent may not stay online for as long as somebody disturbs the manager
 _HOUR_MS = 3_600_000
 _PROBE_MS = 5000  # between two writes to learn whether the database can be written
+_STEP_MS = 120_000  # a wall clock that differs by more from the time that has passed was stepped
+_LONGEST_DOWN_MS = 366 * _DAY_MS  # a manager that seems to have been down for longer has a wrong clock
+_RECORD_MS = 60_000  # how often the time that has passed is recorded
 _SWEEP_STEP = 2000  # agents announced in one transaction: some 30 ms, so that no heartbeat waits long
 _SILENT = "announced != 'online'"  # said in so many words, or SQLite does not use the index of the silent
 _SWEEP_READ = 50 * _SWEEP_STEP
@@ -1620,10 +1645,12 @@ def _shared(column: str) -> str:
         ORDER BY received_ms DESC LIMIT {_LOOKED_AT}) WHERE agent_id != t.agent_id"""
 
 
+_RECEIVED = """(t.received_ms + (
+    SELECT shift_ms FROM clock_spans WHERE first_threat <= t.key ORDER BY clock_spans.key DESC LIMIT 1))"""
 _EVENT_ID = "printf('evt_%012x', {})"
 _THREAT = f"""json_object('id', {_EVENT_ID.format('t.key')}, 'agentId', t.agent_id, 'hostname', t.hostname,
     'type', t.type, 'severity', t.severity, 'confidence', t.confidence, 'details', json(t.details),
-    'sigmaRuleId', t.sigma_rule_id, 'timestamp', t.timestamp, 'receivedAt', {sql_iso('t.received_ms')},
+    'sigmaRuleId', t.sigma_rule_id, 'timestamp', t.timestamp, 'receivedAt', {sql_iso(_RECEIVED)},
     'correlatedWith', json((SELECT json_group_array({_EVENT_ID.format('key')}) FROM (
         {_shared('source_ip')} UNION {_shared('file_hash')} ORDER BY key DESC LIMIT {_LISTED}))),
     'state', t.state, 'note', t.note)"""
@@ -1670,13 +1697,90 @@ class Manager:
         self._to_journal: list[tuple[int, str, int]] = []  # what was forgiven: wall_ms, cause, duration in ms
         self._writable_ms = self.started.tick_ms  # when contacts could last be recorded, on the same tick
         self._outage_ms: int | None = None  # that instant, while they cannot be recorded
+        self._start_clock()
         self.reset_silence()
         self.check_health()
 
     def now(self) -> Moment:
         """One reading of the clock. Its tick decides liveness: it leaves out the time that is forgiven."""
         now, outage_ms = self.clock.now(), self._outage_ms
-        return Moment(now.wall_ms, now.tick_ms - self._forgiven_ms if outage_ms is None else outage_ms)
+        tick_ms = now.tick_ms - self._forgiven_ms if outage_ms is None else outage_ms
+        passed_ms = self._passed_ms(now)
+        steady_ms = now.wall_ms - self._spans[-1].shift_ms
+        stepped = abs(steady_ms - passed_ms) > _STEP_MS
+        return Moment(now.wall_ms, tick_ms, now.suspended_ms, passed_ms if stepped else steady_ms)
+
+    # The steady clock
+
+    def _passed_ms(self, now: Moment) -> int:
+        return self._steady_offset_ms + now.tick_ms + now.suspended_ms
+
+    def _start_clock(self) -> None:
+        """Go on from where the steady clock stood when the manager ran last, and the time since on the wall clock."""
+        wall_ms = self.started.wall_ms
+        with self.store.transaction() as db:
+            columns = ", ".join(Span._fields)
+            spans = [Span(*row) for row in db.execute(f"SELECT {columns} FROM clock_spans ORDER BY key")]
+            if not spans:
+                newest_ms = max(db.execute("SELECT max(received_ms) FROM threats").fetchone()[0] or 0,
+                                db.execute("SELECT max(at_ms) FROM journal").fetchone()[0] or 0) or wall_ms
+                # Rows that an older version has stamped are believed, unless one is from the future.
+                spans.append(Span(0, 0, 0, 0 if newest_ms <= wall_ms + _STEP_MS else newest_ms, newest_ms))
+                self._insert_span(db, spans[0])
+            down_ms = wall_ms - spans[-1].until_ms - spans[-1].shift_ms
+            stepped = not -_STEP_MS <= down_ms <= _LONGEST_DOWN_MS
+            steady_ms = spans[-1].until_ms + (0 if stepped else max(0, down_ms))
+            if stepped or not 0 <= down_ms <= _STEP_MS:
+                spans.append(self._begin_span(db, wall_ms, steady_ms, down_ms if stepped else 0))
+        self._spans = spans
+        self._steady_offset_ms = steady_ms - self.started.tick_ms - self.started.suspended_ms
+        self._stepped_ms = steady_ms - (0 if stepped else _HOUR_MS)
+
+    def _begin_span(self, db: sqlite3.Connection, wall_ms: int, steady_ms: int, stepped_ms: int) -> Span:
+        used = dict(db.execute("SELECT name, seq FROM sqlite_sequence").fetchall())
+        span = Span(used.get("threats", 0) + 1, used.get("journal", 0) + 1, wall_ms - steady_ms, steady_ms, steady_ms)
+        self._insert_span(db, span)
+        if stepped_ms:
+            log.warning("the system clock was stepped by %d ms; nothing is purged for an hour", stepped_ms)
+            self.store.journal(wall_ms, "clock_stepped", THE_MANAGER, None, None, {"byMs": stepped_ms})
+        return span
+
+    @staticmethod
+    def _insert_span(db: sqlite3.Connection, span: Span) -> None:
+        db.execute(f"INSERT INTO clock_spans ({', '.join(span._fields)}) VALUES (?, ?, ?, ?, ?)", span)
+
+    def follow_clock(self, *, record: bool = False) -> None:
+        """Called by the timer: notice a step of the wall clock; once a minute, or to `record`, write how late it is."""
+        now, last = self.now(), self._spans[-1]
+        stepped_ms = now.wall_ms - last.shift_ms - now.steady_ms
+        if not (record or stepped_ms or now.steady_ms - last.until_ms >= _RECORD_MS):
+            return
+        ended = last._replace(until_ms=max(last.until_ms, now.steady_ms))
+        with self.store.transaction() as db:
+            db.execute("UPDATE clock_spans SET until_ms = ? WHERE key = (SELECT max(key) FROM clock_spans)",
+                       (ended.until_ms,))
+            begun = [self._begin_span(db, now.wall_ms, now.steady_ms, stepped_ms)] if stepped_ms else []
+        self._spans = [*self._spans[:-1], ended, *begun]
+        if stepped_ms:
+            self._stepped_ms = now.steady_ms
+        else:  # clocks that drift apart, by a thousandth at most, are none that were stepped
+            self._steady_offset_ms += max(-60, min(60, now.steady_ms - self._passed_ms(self.clock.now())))
+
+    def _cutoff_ms(self, now: Moment, kept_ms: int) -> int:
+        """The instant on the steady clock since when the manager has run for `kept_ms`."""
+        for span in (self._spans[-1]._replace(until_ms=now.steady_ms), *self._spans[-2::-1]):
+            ran_ms = span.until_ms - span.from_ms
+            if ran_ms >= kept_ms:
+                return span.until_ms - kept_ms
+            kept_ms -= ran_ms
+        return 0
+
+    def _entry_steady_ms(self, now: Moment, seq: int, at_ms: int) -> int:
+        """When an entry was written, on the steady clock."""
+        index = bisect.bisect(self._spans, seq, key=lambda span: span.first_entry) - 1
+        span = self._spans[index]
+        until_ms = now.steady_ms if span is self._spans[-1] else span.until_ms
+        return max(span.from_ms, min(at_ms - span.shift_ms, until_ms))
 
     # Liveness
 
@@ -2031,7 +2135,7 @@ class Manager:
     def _agent(self, db: sqlite3.Connection, now: Moment, agent_id: str) -> Agent:
         row = self._row(db, now, agent_id)
         (recent,) = db.execute("SELECT count(*) FROM threats WHERE agent_id = ? AND received_ms >= ?",
-                               (agent_id, now.wall_ms - _DAY_MS)).fetchone()
+                               (agent_id, now.steady_ms - _DAY_MS)).fetchone()
         return Agent(**{**{each.name: row[each.name] for each in fields(Agent) if each.name in set(row.keys())},
                         "tags": tuple(json.loads(row["tags"])), "status": Status(row["status"]),
                         "last_heartbeat_ms": row["heartbeat_ms"], "recent_threats": recent})
@@ -2221,7 +2325,8 @@ class Manager:
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (agent_id, agent["hostname"], agent["org_id"], event.get("id"), event["type"], event["severity"],
                      event.get("confidence"), event.get("sigma_rule_id") or event.get("rule_id"),
-                     event.get("timestamp"), now.wall_ms, source_address(event["details"]), file_hash(event["details"]),
+                     event.get("timestamp"), now.steady_ms,
+                     source_address(event["details"]), file_hash(event["details"]),
                      to_json(event["details"]))).lastrowid
                 ids.append(f"evt_{key:012x}")
                 stored.append(event)
@@ -2240,8 +2345,8 @@ class Manager:
     def _correlate(self, db: sqlite3.Connection, now: Moment, agent_id: str, org_id: str | None, name: str,
                    value: str) -> None:
         """Announce an indicator that three or more agents of an org have seen, once per window."""
-        given = {"org": org_id or "", "indicator": f"{name}:{value}", "agent": agent_id, "at": now.wall_ms,
-                 "since": now.wall_ms - self.config.correlation_window_ms}
+        given = {"org": org_id or "", "indicator": f"{name}:{value}", "agent": agent_id, "at": now.steady_ms,
+                 "since": now.steady_ms - self.config.correlation_window_ms}
         seen = "INSERT INTO sightings VALUES (:org, :indicator, {}, :at) ON CONFLICT DO UPDATE SET at_ms = :at"
         db.execute(seen.format(":agent"), given)
         agents = [row[0] for row in db.execute(
@@ -2262,8 +2367,10 @@ class Manager:
         `before` is the key of the last event read: the list goes on with the next older one. It is empty if that
         event is past its retention, for then the older ones are too.
         """
+        shift_ms = self._spans[-1].shift_ms
         given: dict[str, Any] = {
-            "since": since, "until": until, "org_id": org_id, "agent_id": agent_id, "severity": severity,
+            "since": since and since - shift_ms, "until": until and until - shift_ms, "org_id": org_id,
+            "agent_id": agent_id, "severity": severity,
             "type": type, "source_ip": source_ip and source_address({"sourceIp": source_ip}),
             "file_hash": file_hash and file_hash.strip().lower(), "state": state, "before": before,
             "window_ms": self.config.correlation_window_ms}
@@ -2328,7 +2435,7 @@ class Manager:
         # Left to choose, SQLite reads another index from end to end, for the order that GROUP BY wants.
         source = ("threats INDEXED BY threats_org WHERE org_id = :org_id AND received_ms >= :since" if org_id else
                   "threats INDEXED BY threats_time WHERE received_ms >= :since")
-        return source + _NOT_FALSE, {"since": now.wall_ms - period_ms, "org_id": org_id}
+        return source + _NOT_FALSE, {"since": now.steady_ms - period_ms, "org_id": org_id}
 
     @staticmethod
     def _false_positives(db: sqlite3.Connection, source: str, given: Mapping[str, Any]) -> int:
@@ -2485,20 +2592,33 @@ class Manager:
                 "updatedAt": iso(now.wall_ms)}
 
     def purge(self) -> bool:
-        """Remove a little of what is past its retention; whether there may be more."""
+        """Remove a little of what is past its retention, in time that has passed; whether there may be more.
+
+        After a step of the wall clock nothing is removed until an hour has passed without another.
+        """
         now = self.now()
+        if now.steady_ms - self._stepped_ms < _HOUR_MS:
+            return False
         removed = 0
-        for table, key, column, kept_ms in (("threats", "key", "received_ms", self.config.threat_retention_ms),
-                                            ("journal", "seq", "at_ms", self.config.journal_retention_ms),
-                                            ("sightings", "(org_id, indicator, agent_id)", "at_ms",
-                                             self.config.correlation_window_ms + 1)):
+        for table, key, column, before_ms in (
+                ("threats", "key", "received_ms", self._cutoff_ms(now, self.config.threat_retention_ms)),
+                ("sightings", "(org_id, indicator, agent_id)", "at_ms",
+                 now.steady_ms - self.config.correlation_window_ms - 1)):
             old = (f"SELECT {key.strip('()')} FROM {table} WHERE {column} < ? ORDER BY {column} LIMIT {_PURGE_STEP}",
-                   (now.wall_ms - kept_ms,))
+                   (before_ms,))
             with self.store.read() as db:
                 if not db.execute(*old).fetchone():
                     continue
             with self.store.transaction(durable=False) as db:
                 removed += db.execute(f"DELETE FROM {table} WHERE {key} IN ({old[0]})", old[1]).rowcount
+        before_ms = self._cutoff_ms(now, self.config.journal_retention_ms)
+        with self.store.read() as db:
+            rows = db.execute("SELECT seq, at_ms FROM journal WHERE seq > 0 ORDER BY seq LIMIT ?",
+                              (_PURGE_STEP,)).fetchall()
+        expired = [*itertools.takewhile(lambda row: self._entry_steady_ms(now, *row) < before_ms, rows)]
+        if expired:
+            with self.store.transaction(durable=False) as db:
+                removed += db.execute("DELETE FROM journal WHERE seq <= ?", (expired[-1]["seq"],)).rowcount
         return removed + self._purge_for_space() > 0
 
     def _purge_for_space(self) -> int:
@@ -4706,6 +4826,7 @@ class Server:
                 self.manager = Manager(self.config, self.clock, store)
             except Unavailable as error:
                 raise StartError(str(error)) from error
+            undo.callback(self._record_clock)
             app = create_app(self.manager, tokens)
             self._api: Api = app.api
             self.faults = self._api.faults
@@ -4754,6 +4875,10 @@ class Server:
             except StartError as error:
                 log.error("%s; the former one stays in use", error)
 
+    def _record_clock(self) -> None:
+        with contextlib.suppress(Unavailable):
+            self.manager.follow_clock(record=True)
+
     def _tick(self) -> bool:
         manager = self.manager
         if manager.store.failed:
@@ -4762,6 +4887,7 @@ class Server:
             manager.forgive_suspend()
             manager.forgive_outage()
             manager.journal_forgiven()
+            manager.follow_clock()
             manager.sweep()
         finally:
             if not manager.store.failed:

@@ -1755,6 +1755,125 @@ def test_a_database_that_is_too_large_loses_its_oldest_threats_and_entries() -> 
         assert api.get(f"/api/agents/{agent['id']}")["id"] == agent["id"]
 
 
+TEN_YEARS_S = 10 * 365 * 86_400
+
+
+def attack(api: Client, hostname: str) -> Any:
+    """A new agent that reports the address of an attacker."""
+    agent = api.register(hostname=hostname)
+    return {**agent, "event": api.post(f"/api/agents/{agent['id']}/events", {"events": [THREAT]},
+                                       token=agent["token"], status=201)["eventIds"][0]}
+
+
+def kept(api: Client) -> tuple[list[str], list[int]]:
+    """The ids of all threat events and the numbers of all entries, in order."""
+    return ([each["id"] for each in api.get("/api/threats?limit=200")],
+            [entry["seq"] for entry in api.journal() if entry["type"] != "clock_stepped"])
+
+
+@pytest.mark.parametrize("years_s", [TEN_YEARS_S, -TEN_YEARS_S])
+def test_a_wall_clock_that_is_wrong_for_six_seconds_purges_nothing(years_s: int, server: Server, api: Client,
+                                                                   clock: ManualClock) -> None:
+    attack(api, "before")
+    clock.advance(60)
+    clock.step(years_s)
+    during = attack(api, "during")
+    before = kept(api)
+    for _ in range(6):
+        clock.advance(1)
+    assert api.get("/api/threats?limit=1")[0]["receivedAt"].startswith("20")
+    clock.step(-years_s)
+    for seconds in (1, 60, 4000):
+        clock.advance(seconds)
+        assert [entry for entry in api.journal("threats_reported", "agent_registered")
+                if entry["seq"] in before[1]] and kept(api)[0] == before[0]
+        assert set(before[1]) <= set(kept(api)[1])
+    assert [entry["data"]["byMs"] for entry in api.journal("clock_stepped")] == [years_s * 1000, -years_s * 1000]
+    assert api.get(f"/api/agents/{during['id']}")["recentThreats"] == 1
+    assert api.get("/api/threats/summary")["total"] == 2
+    clock.advance(86_400)
+    assert api.get("/api/threats/summary")["total"] == 0, "what was received in those seconds grows old, too"
+    clock.advance(30 * 86_400)
+    assert kept(api)[0] == []
+
+
+def test_a_first_start_in_1970_purges_nothing_and_correlates_across_the_correction() -> None:
+    clock = ManualClock(5.0)
+    with Server(port=0, clock=clock) as server:
+        api = Client(server)
+        first, second = attack(api, "one"), attack(api, "two")
+        clock.advance(2)
+        clock.step(START_MS / 1000)
+        third = attack(api, "three")
+        clock.advance(4)
+        before = kept(api)
+        assert before[0] == [third["event"], second["event"], first["event"]]
+        (together,) = api.journal("threats_correlated")
+        assert together["data"]["count"] == 3
+        newest = api.get("/api/threats")[0]
+        assert sorted(newest["correlatedWith"]) == sorted([first["event"], second["event"]])
+        fourth = attack(api, "four")
+        assert api.get("/api/threats?limit=1")[0]["receivedAt"] == manager.iso(START_MS + 11_000)
+        assert api.get("/api/threats/summary")["total"] == 4 and len(api.journal("clock_stepped")) == 1
+        assert [each["id"] for each in api.get(f"/api/threats?since={manager.iso(START_MS + 8_000)}")] == [
+            fourth["event"]]
+        clock.advance(7200)
+        assert kept(api)[0] == [fourth["event"], *before[0]] and set(before[1]) <= set(kept(api)[1])
+
+
+def test_a_wall_clock_set_back_makes_no_correlation_of_events_that_were_far_apart(api: Client,
+                                                                                 clock: ManualClock) -> None:
+    attack(api, "one"), attack(api, "two")
+    clock.advance(600)
+    clock.step(-600)
+    attack(api, "three")
+    assert api.journal("threats_correlated") == [] and api.get("/api/threats?limit=1")[0]["correlatedWith"] == []
+
+
+@pytest.mark.parametrize(("off_s", "stepped"), [
+    (0, 0), (2 * 86_400, 0), (TEN_YEARS_S, 1), (-TEN_YEARS_S, 1), (-3600, 1)])
+def test_retention_counts_the_time_in_which_a_manager_ran(off_s: int, stepped: int, tmp_path: Path) -> None:
+    with Server(port=0, clock=ManualClock(), data_dir=tmp_path, threat_retention_ms=7_200_000) as server:
+        attack(Client(server), "one")
+        server.clock.advance(3000)
+    clock = ManualClock(START_MS / 1000 + 3000 + off_s)
+    with Server(port=0, clock=clock, data_dir=tmp_path, threat_retention_ms=7_200_000) as server:
+        api = Client(server)
+        assert len(api.journal("clock_stepped")) == stepped
+        clock.advance(4200)
+        assert len(kept(api)[0]) == 1
+        clock.advance(0.001)
+        assert kept(api)[0] == []
+
+
+def test_purging_resumes_an_hour_after_the_last_step() -> None:
+    with fleet(threat_retention_ms=60_000) as api:
+        attack(api, "one")
+        advance(api, 30)
+        api.server.clock.step(-7200)
+        for seconds, left in ((30, 1), (3599, 1), (1, 0)):
+            advance(api, seconds)
+            assert len(kept(api)[0]) == left
+
+
+def test_rows_of_an_older_version_from_the_future_are_kept_for_their_retention(tmp_path: Path) -> None:
+    with Server(port=0, clock=ManualClock(), data_dir=tmp_path) as server:
+        for hostname in ("one", "two"):
+            attack(Client(server), hostname)
+    with contextlib.closing(sqlite3.connect(tmp_path / "manager.db", isolation_level=None)) as db:
+        db.execute("DELETE FROM clock_spans")
+        db.execute("UPDATE threats SET received_ms = received_ms + ? WHERE key = 2", (TEN_YEARS_S * 1000,))
+    with Server(port=0, clock=ManualClock(), data_dir=tmp_path, threat_retention_ms=7_200_000) as server:
+        api = Client(server)
+        server.clock.advance(7199)
+        assert len(kept(api)[0]) == 2
+        third = attack(api, "three")
+        assert [each["receivedAt"] for each in api.get("/api/threats") if each["id"] == third["event"]] == [
+            manager.iso(START_MS + 7_199_000)]
+        server.clock.advance(1.001)
+        assert kept(api)[0] == [third["event"]]
+
+
 def test_the_journal_is_kept_for_its_retention_and_goes_on_counting() -> None:
     with Server(port=0, clock=ManualClock(), journal_retention_ms=3_600_000) as server:
         api = Client(server)
