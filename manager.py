@@ -37,6 +37,7 @@ import functools
 import hashlib
 import hmac
 import http
+import inspect
 import io
 import ipaddress
 import itertools
@@ -64,7 +65,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import parse_qs
 
 import bottle  # type: ignore[import-untyped]
@@ -496,6 +497,26 @@ class Liveness(NamedTuple):
             return Status.ONLINE
         return Status.STALE if age_ms <= self.offline_after_ms else Status.OFFLINE
 
+    def explain(self, now: Moment, seen_ms: int, heartbeat_ms: int, announced: Status,
+                announced_ms: int) -> dict[str, Any]:
+        """The fields of Agent that say which status it has at `now`, since when and why.
+
+        `announced` is the status last written to the journal, `announced_ms` (since 1970) when that one began. A start
+        of the manager begins silence anew, so that `seen_ms` alone does not know when a silent agent fell silent.
+        """
+        status = self.status(seen_ms, now.tick_ms)
+        stale_ms, offline_ms = (now.wall_of(seen_ms + age_ms) for age_ms in self)
+        if status is announced is Status.STALE:
+            stale_ms = announced_ms
+        elif status is announced is Status.OFFLINE:
+            stale_ms, offline_ms = announced_ms - (self.offline_after_ms - self.stale_after_ms), announced_ms
+        since_ms = {Status.ONLINE: announced_ms, Status.STALE: stale_ms, Status.OFFLINE: offline_ms}[status]
+        instants = [iso(heartbeat_ms), iso(stale_ms)]
+        if {each[:10] for each in instants} == {iso(now.wall_ms)[:10]}:
+            instants = [each[11:] for each in instants]
+        return {"status": status, "status_since_ms": since_ms, "stale_at_ms": stale_ms, "offline_at_ms": offline_ms,
+                "status_reason": "last heartbeat {}, due by {}".format(*instants)}
+
     def cutoffs(self, tick_ms: int) -> dict[str, int]:
         """The same rule as two bounds for SQL: online is `seen_ms >= online_from`, stale `>= stale_from`."""
         return {"online_from": tick_ms - self.stale_after_ms, "stale_from": tick_ms - self.offline_after_ms}
@@ -544,7 +565,11 @@ LOCAL = Caller("admin")
 
 @dataclass(frozen=True)
 class Agent:
-    """An agent as of one instant. Instants in ms since 1970, `uptime` in s, `cpu` and `memory` in percent."""
+    """An agent as of one instant. Instants in ms since 1970, `uptime` in s, `cpu` and `memory` in percent.
+
+    `acknowledged` is a policy version, 0 if none; `pending_policies` how many in force are newer. `stale_at_ms` and
+    `offline_at_ms` are when silence would make, or made, it so.
+    """
 
     id: str
     hostname: str
@@ -563,6 +588,11 @@ class Agent:
     registered_ms: int
     acknowledged: int
     recent_threats: int
+    pending_policies: int
+    status_since_ms: int
+    status_reason: str
+    stale_at_ms: int
+    offline_at_ms: int
 
 
 @dataclass(frozen=True)
@@ -771,9 +801,9 @@ def number(low: float, high: float, *, whole: bool = False) -> Check:
 
 
 def digits(low: int, high: int) -> Check:
-    """A whole number written in a query."""
+    """A whole number, written in a query or given in Python."""
     def accept(value: Any) -> int:
-        if not re.fullmatch(r"[0-9]{1,16}", value) or not low <= int(value) <= high:
+        if not re.fullmatch(r"[0-9]{1,16}", str(value)) or not low <= int(value) <= high:
             raise ValueError
         return int(value)
     return _check(accept, f"a whole number from {low} to {high}", {"type": "integer", "minimum": low, "maximum": high})
@@ -878,19 +908,20 @@ def instant(*, kept: bool = False) -> Check:
     return _check(accept, "an instant such as 2026-03-07T12:00:00.000Z", {"type": "string", "format": "date-time"})
 
 
-def record(table: Table) -> Check:
-    """A JSON object with the fields of a table."""
+def record(table: Table, *, strict: bool = False) -> Check:
+    """A JSON object with the fields of a table, and if `strict` no others."""
     def clean(value: Any, path: str, problems: list[str]) -> Any:
         if not isinstance(value, dict):
             problems.append(f"{path}: must be a JSON object")
             return None
-        return clean_fields(table, value, problems, path + ".")
-    return Check(clean, table_schema(table))
+        return clean_fields(table, value, problems, path + ".", strict=strict)
+    return Check(clean, table_schema(table, strict=strict))
 
 
-def table_schema(table: Table) -> dict[str, Any]:
-    """The JSON Schema of an object with the fields of `table`."""
-    return {"type": "object", "required": [name for name, param in table.items() if param.required],
+def table_schema(table: Table, *, strict: bool = False) -> dict[str, Any]:
+    """The JSON Schema of an object with the fields of `table`, and if `strict` no others."""
+    return {"type": "object", **({"additionalProperties": False} if strict else {}),
+            "required": [name for name, param in table.items() if param.required],
             "properties": {name: param.check.schema if param.required else
                            {"anyOf": [param.check.schema, {"type": "null"}]} for name, param in table.items()}}
 
@@ -911,9 +942,14 @@ def snake(name: str) -> str:
     return re.sub(r"[A-Z]", lambda capital: "_" + capital[0].lower(), name)
 
 
-def clean_fields(table: Table, values: Mapping[str, Any], problems: list[str], prefix: str = "") -> dict[str, Any]:
-    """The fields of `table` out of `values`, under their Python names; adds to `problems` what is wrong."""
+def clean_fields(table: Table, values: Mapping[str, Any], problems: list[str], prefix: str = "", *,
+                 strict: bool = False) -> dict[str, Any]:
+    """The fields of `table` out of `values`, under their Python names; adds to `problems` what is wrong, and if
+    `strict` the names that are not in the table."""
     cleaned = {}
+    if strict:
+        problems += [f"{prefix}{name[:64]!r}: is unknown, known are: {', '.join(table) or 'none'}"
+                     for name in values if name not in table][:20]
     for name, param in table.items():
         value = values.get(name)
         if value is None:
@@ -926,35 +962,69 @@ def clean_fields(table: Table, values: Mapping[str, Any], problems: list[str], p
     return cleaned
 
 
-def clean_query(table: Table, query: str) -> dict[str, Any]:
-    """The parameters of `table` out of a query string. Raises Invalid."""
+def clean_query(table: Table, query: str, *, strict: bool = False) -> dict[str, Any]:
+    """The parameters of `table` out of a query string, and if `strict` no others. Raises Invalid."""
     try:
         given = parse_qs(query, keep_blank_values=True, max_num_fields=200, errors="strict") if query else {}
     except ValueError:
         raise Invalid("query: must be at most 200 name=value pairs in UTF-8") from None
     problems: list[str] = []
     values: dict[str, Any] = {}
-    for name, param in table.items():
-        if name in given:
-            many = param.check.schema.get("type") == "array"
-            if len(given[name]) > 1 and not many:
-                problems.append(f"{name}: must be given once")
-            values[name] = given[name] if many else given[name][0]
-    cleaned = clean_fields(table, values, problems)
-    if problems:
-        raise Invalid("; ".join(problems))
-    return cleaned
+    for name, texts in given.items():
+        many = name in table and table[name].check.schema.get("type") == "array"
+        if len(texts) > 1 and not many and name in table:
+            problems.append(f"{name}: must be given once")
+        values[name] = texts if many else texts[0]
+    return _valid(clean_fields(table, values, problems, strict=strict), problems)
 
 
-def clean_body(table: Table, raw: bytes, translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-               ) -> dict[str, Any]:
-    """The fields of `table` out of a JSON body, `translate`d before; an absent one counts as `{}`. Raises Invalid."""
+def clean_body(table: Table, raw: bytes, translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None, *,
+               strict: bool = False) -> dict[str, Any]:
+    """The fields of `table` out of a JSON body, `translate`d before; an absent one counts as `{}`. Raises Invalid, if
+    `strict` for unknown fields too."""
     problems: list[str] = []
     body = parse_object(raw) if raw else {}
-    cleaned = clean_fields(table, translate(body) if translate else body, problems)
+    return _valid(clean_fields(table, translate(body) if translate else body, problems, strict=strict), problems)
+
+
+def clean_arguments(table: Table, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call from Python, by the rules that hold for the fields of `table` over HTTP. Raises Invalid.
+
+    Names are in Python's spelling, sequences may be tuples, and a policy version is a number.
+    """
+    names = {snake(name): name for name in table}
+    problems: list[str] = []
+    return _valid(clean_fields(table, {
+        names.get(name, name): list(value) if isinstance(value, (tuple, set)) else
+        version_text(value) if name == "policy_version" and isinstance(value, int) else value
+        for name, value in arguments.items()}, problems, strict=True), problems)
+
+
+def _valid(cleaned: dict[str, Any], problems: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise Invalid("; ".join(problems))
     return cleaned
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def checked(table: Table) -> Callable[[_Method], _Method]:
+    """Decorates a method: a call from Python (whose `caller` is LOCAL) is checked by `table`, as HTTP has done for its
+    own calls. Arguments that `table` does not name are not checked. Raises Invalid."""
+    def decorate(method: _Method) -> _Method:
+        signature = inspect.signature(method)
+        names = {snake(name) for name in table}
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("caller", LOCAL) is LOCAL:
+                given = signature.bind_partial(*args, **kwargs).arguments
+                cleaned = clean_arguments(table, {name: value for name, value in given.items() if name in names})
+                args, kwargs = (given.pop("self"),), {**given, **cleaned}
+            return method(*args, **kwargs)
+        return cast("_Method", call)
+    return decorate
 
 
 def _no_constant(name: str) -> Any:
@@ -1010,7 +1080,7 @@ RULE: Table = {
     "type": need(one_of("block_ip", "alert_threshold", "auto_respond", "custom")), "config": need(anything()),
     "enabled": may(flag(), True)}
 POLICY: Table = {
-    "name": need(_NAME), "rules": need(list_of(record(RULE), 500, least=1)),
+    "name": need(_NAME), "rules": need(list_of(record(RULE, strict=True), 500, least=1)),
     "description": may(text(4096, lines=True)), "org_id": may(_KEY), "agent_id": may(_KEY),
     "dryRun": may(flag(), False)}
 ENROLL_TOKEN: Table = {
@@ -1052,8 +1122,12 @@ def shipped_event(body: dict[str, Any]) -> dict[str, Any]:
 
 
 PAGE: Table = {"page": may(digits(1, 1_000_000)), "limit": may(digits(1, 200))}
+SORTS = ("hostname", "lastHeartbeat", "status", "version", "recentThreats", "cpu", "memory")
 AGENT_FILTER: Table = {
-    "status": may(one_of(*Status)), "org_id": may(_KEY), "tag": may(list_of(text(64), 64)), **PAGE}
+    "status": may(one_of(*Status)), "org_id": may(_KEY), "tag": may(_TAGS), "os": may(_NAME), "version": may(_NAME),
+    "q": may(_NAME), "silent_ms": may(digits(0, _EXACT)),
+    "sort": may(one_of(*(sign + name for name in SORTS for sign in ("", "-")))), **PAGE}
+AGENT_LIST: Table = {**AGENT_FILTER, "detail": may(switch(), False)}
 THREAT_FILTER: Table = {
     "since": may(instant()), "until": may(instant()), "org_id": may(_KEY), "agent_id": may(_KEY),
     "severity": may(one_of(*SEVERITIES)), "type": may(_NAME), "source_ip": may(_NAME), "file_hash": may(_NAME),
@@ -1205,6 +1279,15 @@ MIGRATIONS = (
         key INTEGER PRIMARY KEY, first_threat INTEGER NOT NULL, first_entry INTEGER NOT NULL,
         shift_ms INTEGER NOT NULL, from_ms INTEGER NOT NULL, until_ms INTEGER NOT NULL);
     DELETE FROM sightings;
+    """,
+    """
+    -- When the announced status began, in ms since 1970; of files made before, as far as the journal knows.
+    ALTER TABLE contacts ADD COLUMN announced_ms INTEGER;
+    UPDATE contacts SET announced_ms = (
+        SELECT max(at_ms) FROM journal JOIN agents ON agents.id = journal.agent_id
+        WHERE agents.key = contacts.agent AND type = 'agent_' || announced);
+    CREATE INDEX agents_hostname ON agents (hostname);
+    CREATE INDEX contacts_version ON contacts (version);
     """,
 )
 
@@ -1606,6 +1689,27 @@ def sql_iso(column: str) -> str:
 _STATUS = """CASE WHEN c.seen_ms >= :online_from THEN 'online'
     WHEN c.seen_ms >= :stale_from THEN 'stale' ELSE 'offline' END"""
 _AGENT = f"SELECT a.*, c.*, {_STATUS} AS status FROM agents a JOIN contacts c ON c.agent = a.key WHERE a.id = :id"
+_RECENT_THREATS = "(SELECT count(*) FROM threats WHERE agent_id = a.id AND received_ms >= :day_ago_ms)"
+_AGENT_DETAIL = f"""
+    SELECT a.*, c.*, c.heartbeat_ms AS last_heartbeat_ms, coalesce(c.announced_ms, a.registered_ms) AS since_ms,
+        {_RECENT_THREATS} AS recent_threats,
+        (SELECT version FROM policies_in_force WHERE scope = 'all') AS for_all,
+        (SELECT version FROM policies_in_force WHERE scope = 'org:' || a.org_id) AS for_org,
+        (SELECT version FROM policies_in_force WHERE scope = 'agent:' || a.id) AS for_agent"""
+# Tables that choose agents, by the letter that a query names them by, with the column that is the agent's key.
+_CHOOSE = {"t": ("agent_tags t", "t.agent"), "a": ("agents a", "a.key"), "c": ("contacts c", "c.agent")}
+_SORTS = {
+    "hostname": ("a", "a.hostname"), "lastHeartbeat": ("c", "c.heartbeat_ms"), "version": ("c", "c.version"),
+    "status": ("c", "(c.seen_ms >= :stale_from) + (c.seen_ms >= :online_from)"), "cpu": ("c", "c.cpu"),
+    "memory": ("c", "c.memory"), "recentThreats": ("a", _RECENT_THREATS)}
+# Each tag is looked at once, however many agents carry it.
+_FOUND = """(instr(lower(a.hostname || char(10) || a.id || char(10) || a.ip), lower(:q))
+    OR a.key IN (SELECT agent FROM agent_tags WHERE tag IN (
+        WITH RECURSIVE every (tag) AS (SELECT min(tag) FROM agent_tags UNION ALL
+            SELECT (SELECT min(tag) FROM agent_tags t WHERE t.tag > every.tag) FROM every WHERE every.tag IS NOT NULL)
+        SELECT tag FROM every WHERE instr(lower(tag), lower(:q)))))"""
+_STORED = ("id", "hostname", "os", "version", "ip", "org_id", "machine_id", "arch", "cpu", "memory", "uptime",
+           "last_heartbeat_ms", "registered_ms", "acknowledged", "recent_threats")
 _AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'version', c.version, 'ip', a.ip,
     'status', {_STATUS}, 'tags', json(a.tags), 'lastHeartbeat', {sql_iso('c.heartbeat_ms')},
     'registeredAt', {sql_iso('a.registered_ms')})"""
@@ -1901,22 +2005,24 @@ class Manager:
                 "CROSS JOIN agents ON key = due.agent CROSS JOIN contacts c ON c.agent = due.agent "
                 "ORDER BY due_ms, due.agent",
                 (now.wall_of(0), to_json(THE_MANAGER.actor()))).rowcount
-            db.execute("UPDATE contacts SET announced = (SELECT status FROM temp.due WHERE due.agent = contacts.agent) "
-                       "WHERE agent IN (SELECT agent FROM temp.due)")
+            db.execute("UPDATE contacts SET (announced, announced_ms) = "
+                       "(SELECT status, ? + due_ms FROM temp.due WHERE due.agent = contacts.agent) "
+                       "WHERE agent IN (SELECT agent FROM temp.due)", (now.wall_of(0),))
             db.execute("DELETE FROM temp.due")
             self.store.note_entries()
         return step
 
-    def _of_status(self, now: Moment, status: Status) -> str:
+    def _of_status(self, now: Moment, status: Status, *, hint: bool = True) -> str:
         """The condition for SQL that an agent has a status; the announced one is a hint where to look, never more."""
         if status is Status.ONLINE:
             return "c.announced = 'online' AND c.seen_ms >= :online_from"
-        hint = f"c.{_SILENT} AND c.announced IN ('stale', 'offline') AND " * (now.tick_ms <= self._none_due_until_ms)
-        return hint + ("c.seen_ms < :stale_from" if status is Status.OFFLINE else
-                       "c.seen_ms < :online_from AND c.seen_ms >= :stale_from")
+        looked_in = f"c.{_SILENT} AND c.announced IN ('stale', 'offline') AND "
+        return looked_in * (hint and now.tick_ms <= self._none_due_until_ms) + (
+            "c.seen_ms < :stale_from" if status is Status.OFFLINE else
+            "c.seen_ms < :online_from AND c.seen_ms >= :stale_from")
 
     def _announce(self, db: sqlite3.Connection, at_ms: int, status: Status, row: Mapping[str, Any]) -> None:
-        db.execute("UPDATE contacts SET announced = ? WHERE agent = ?", (status, row["key"]))
+        db.execute("UPDATE contacts SET announced = ?, announced_ms = ? WHERE agent = ?", (status, at_ms, row["key"]))
         more = {"ip": row["ip"]} if status is Status.ONLINE else {"lastSeen": iso(row["heartbeat_ms"])}
         self.store.journal(at_ms, "agent_" + status, THE_MANAGER, row["id"], row["org_id"],
                            {"hostname": row["hostname"], **more})
@@ -1958,6 +2064,7 @@ class Manager:
 
     # Agents
 
+    @checked(REGISTER)
     def register(self, hostname: str, os: str, version: str, *, ip: str | None = None, org_id: str | None = None,
                  tags: Sequence[str] | None = None, arch: str | None = None, machine_id: str | None = None,
                  caller: Caller = LOCAL) -> Registration:
@@ -2077,6 +2184,7 @@ class Manager:
                        for table, column in (("agents", "id"), ("threats", "agent_id"), ("journal", "agent_id"))):
                 return agent_id
 
+    @checked(HEARTBEAT)
     def heartbeat(self, agent_id: str, *, uptime: float | None = None, cpu: float | None = None,
                   memory: float | None = None, version: str | None = None, policy_version: int | None = None,
                   caller: Caller = LOCAL) -> Beat:
@@ -2133,63 +2241,111 @@ class Manager:
         return found
 
     def _agent(self, db: sqlite3.Connection, now: Moment, agent_id: str) -> Agent:
-        row = self._row(db, now, agent_id)
-        (recent,) = db.execute("SELECT count(*) FROM threats WHERE agent_id = ? AND received_ms >= ?",
-                               (agent_id, now.steady_ms - _DAY_MS)).fetchone()
-        return Agent(**{**{each.name: row[each.name] for each in fields(Agent) if each.name in set(row.keys())},
-                        "tags": tuple(json.loads(row["tags"])), "status": Status(row["status"]),
-                        "last_heartbeat_ms": row["heartbeat_ms"], "recent_threats": recent})
+        found = self._agents(db, now, "agents a JOIN contacts c ON c.agent = a.key WHERE a.id = :id", {"id": agent_id})
+        if not found:
+            raise NotFound(f"agent {agent_id} is not registered")
+        return found[0]
 
-    def agents_json(self, *, status: str | None = None, org_id: str | None = None, tag: Sequence[str] | None = None,
-                    page: int | None = None, limit: int | None = None) -> tuple[bytes, int | None]:
-        """A JSON array of agents in registration order, and, if paged, how many match in all.
+    def _agents(self, db: sqlite3.Connection, now: Moment, source: str, given: Mapping[str, Any]) -> list[Agent]:
+        agents = []
+        for row in db.execute(f"{_AGENT_DETAIL} FROM {source}", {**given, "day_ago_ms": now.steady_ms - _DAY_MS}):
+            in_force = [(version, ()) for version in (row["for_all"], row["for_org"], row["for_agent"]) if version]
+            agents.append(Agent(
+                **{name: row[name] for name in _STORED}, tags=tuple(json.loads(row["tags"])),
+                pending_policies=resolve(in_force, row["acknowledged"]).pending,
+                **self.liveness.explain(now, row["seen_ms"], row["heartbeat_ms"], Status(row["announced"]),
+                                        row["since_ms"])))
+        return agents
 
+    def agents(self, **filters: Any) -> tuple[list[Agent], int | None]:
+        """Agents, and, if paged, how many match in all; `filters` are the parameters of GET /api/agents, as
+        agents_json() takes them. Raises Invalid."""
+        now = self.now()
+        with self.store.read() as db:
+            source, given, total = self._choose(db, now, **clean_arguments(AGENT_FILTER, filters))
+            return self._agents(db, now, source, given), total
+
+    def agents_json(self, **filters: Any) -> tuple[bytes, int | None]:
+        """A JSON array of agents in registration order, and, if paged, how many match in all. Raises Invalid.
+
+        `filters`: `status`, `org_id`, `tag` (a list, all of which an agent must carry), `os`, `version`, `q` (text in
+        hostname, id, ip or a tag), `silent_ms`, `sort` (one of SORTS, `-` before it reverses), `page`, `limit`.
         SQLite writes the JSON, so that a list of the whole fleet is made outside Python's lock.
         """
         now = self.now()
-        tags = {f"tag{number}": each for number, each in enumerate(dict.fromkeys(tag or ()))}
-        given = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id, **tags}
-        where = ["first.tag = :tag0"] * bool(tags) + ["a.org_id = :org_id"] * bool(org_id)
-        where += [f"EXISTS (SELECT 1 FROM agent_tags t WHERE t.tag = :{name} AND t.agent = first.agent)"
-                  for name in list(tags)[1:]]
-        # CROSS JOIN keeps SQLite to an order of tables that gives registration order without sorting.
-        key, source = ("first.agent", "agent_tags first") if tags else ("a.key", "agents a")
-        counted = source
-        if tags:
-            source += " CROSS JOIN agents a ON a.key = first.agent"
-            counted = source if org_id or status else counted
-        contacts = " CROSS JOIN contacts c ON c.agent = a.key"
-        total = None
         with self.store.read() as db:
-            if status:
-                counts = self._counts(db, now)
-                if not where:
-                    # A rare status is found by its index; a common one soonest by walking along.
-                    total = counts[Status(status)]
-                    walk = "NOT INDEXED" if 2 * total > sum(counts.values()) else ""
-                    key, source, contacts = "c.agent", f"contacts c {walk}", " CROSS JOIN agents a ON a.key = c.agent"
-                where.append(self._of_status(now, Status(status)))
-                counted += contacts
-            return self._list(db, _AGENT_LIST, source + contacts, where, key, given, page, limit, counted=counted,
-                              total=total)
+            source, given, total = self._choose(db, now, **clean_arguments(AGENT_FILTER, filters))
+            (body,) = db.execute(f"SELECT CAST(json_group_array(json(item)) AS BLOB) FROM "
+                                 f"(SELECT {_AGENT_LIST} AS item FROM {source})", given).fetchone()
+            return body, total
+
+    def _choose(self, db: sqlite3.Connection, now: Moment, *, sort: str | None, page: int | None, limit: int | None,
+                **filters: Any) -> tuple[str, dict[str, Any], int | None]:
+        """FROM for SQL of a list, with the tables a and c; its parameters; and, if paged, the total."""
+        paged = page is not None or limit is not None
+        tables, where, given, total = self._filter(db, now, **filters)
+        if paged and total is None:
+            (total,) = db.execute(f"SELECT count(*) FROM {_joined(tables)}{where}", given).fetchone()
+        order = ""
+        if sort:
+            table, value = _SORTS[sort.lstrip("-")]
+            if not where:
+                tables = table
+            elif table not in tables:
+                tables = table + tables if tables == "c" else tables + table
+            order = f"{value} DESC," if sort[0] == "-" else f"{value},"
+        key = _CHOOSE[tables[0]][1]
+        # The page is chosen before the rest of its agents is read.
+        chosen = (f"SELECT {key} AS key FROM {_joined(tables)}{where} ORDER BY {order} {key}"
+                  f"{' DESC' if 'DESC' in order else ''} LIMIT :size OFFSET :skip")
+        size = (limit or 50) if paged else -1
+        return (f"({chosen}) chosen CROSS JOIN agents a ON a.key = chosen.key CROSS JOIN contacts c ON c.agent = a.key",
+                {**given, "size": size, "skip": ((page or 1) - 1) * size}, total if paged else None)
+
+    def _filter(self, db: sqlite3.Connection, now: Moment, *, status: str | None = None, org_id: str | None = None,
+                tag: Sequence[str] | None = None, os: str | None = None, version: str | None = None,
+                q: str | None = None, silent_ms: int | None = None) -> tuple[str, str, dict[str, Any], int | None]:
+        """The letters of the tables that filters need, in an order that finds few agents first and in the order of
+        registration; the WHERE for SQL, or nothing; its parameters; how many agents match, if that is known."""
+        tags = {f"tag{number}": each for number, each in enumerate(dict.fromkeys(tag or ()))}
+        given = {**self.liveness.cutoffs(now.tick_ms), "day_ago_ms": now.steady_ms - _DAY_MS, "org_id": org_id,
+                 "os": os, "version": version, "q": q, "heard_ms": now.tick_ms - (silent_ms or 0), **tags}
+        of_agent = [condition for value, condition in (
+            (org_id, "a.org_id = :org_id"), (os, "a.os = :os"), (q, _FOUND)) if value is not None]
+        of_contact = [condition for value, condition in (
+            (version, "c.version = :version"), (silent_ms, "c.seen_ms <= :heard_ms")) if value is not None]
+        total = None
+        if status:
+            counts = self._counts(db, now)
+            count = counts[Status(status)]
+            total = None if tags or of_agent or of_contact else count
+            # A rare status is found by its index; a common one soonest by walking along.
+            of_contact.append(self._of_status(now, Status(status), hint=2 * count <= sum(counts.values())))
+        of_tag = ["t.tag = :tag0"] if tags else []
+        of_tag += [f"EXISTS (SELECT 1 FROM agent_tags o WHERE o.tag = :{name} AND o.agent = t.agent)"
+                   for name in list(tags)[1:]]
+        conditions = {"t": of_tag, "a": of_agent, "c": of_contact}
+        order = "tac" if org_id or os else "tca"
+        tables = "".join(each for each in order if conditions[each])
+        where = " AND ".join(condition for each in tables for condition in conditions[each])
+        return tables or "a", f" WHERE {where}" if where else "", given, total
 
     @staticmethod
     def _list(db: sqlite3.Connection, item: str, source: str, where: Sequence[str], order: str,
-              given: Mapping[str, Any], page: int | None, limit: int | None, *, default_limit: int = -1,
-              counted: str | None = None, total: int | None = None) -> tuple[bytes, int | None]:
-        """A JSON array of the items of `source`, and, if a page is asked for, how many there are in all:
-        `total` if that is known, else as many as `counted`, the tables that count, has rows."""
+              given: Mapping[str, Any], page: int | None, limit: int | None, *,
+              default_limit: int = -1) -> tuple[bytes, int | None]:
+        """A JSON array of the items of `source`, and, if a page is asked for, how many there are in all."""
         matching = "WHERE " + " AND ".join(where) if where else ""
         paged = page is not None or limit is not None
-        if paged and total is None:
-            (total,) = db.execute(f"SELECT count(*) FROM {counted or source} {matching}", given).fetchone()
+        total = db.execute(f"SELECT count(*) FROM {source} {matching}", given).fetchone()[0] if paged else None
         size = (limit or 50) if paged else default_limit
         (body,) = db.execute(
             f"SELECT CAST(json_group_array(json(item)) AS BLOB) FROM (SELECT {item} AS item FROM {source} "
             f"{matching} ORDER BY {order} LIMIT :limit OFFSET :offset)",
             {**given, "limit": size, "offset": ((page or 1) - 1) * size}).fetchone()
-        return body, total if paged else None
+        return body, total
 
+    @checked(RETAG)
     def retag(self, agent_id: str, *, tags: Sequence[str] | None = None, add_tags: Sequence[str] | None = None,
               remove_tags: Sequence[str] | None = None, caller: Caller = LOCAL) -> Agent:
         """Replace an agent's tags, or add some and remove others. Raises NotFound, Invalid."""
@@ -2454,6 +2610,7 @@ class Manager:
 
     # Policies
 
+    @checked(POLICY)
     def create_policy(self, name: str, rules: Sequence[Mapping[str, Any]], *, description: str | None = None,
                       org_id: str | None = None, agent_id: str | None = None, caller: Caller = LOCAL) -> Policy:
         """Issue a policy, which replaces its scope's former one. Raises Invalid, NotFound."""
@@ -2731,6 +2888,13 @@ class Manager:
         return {Status.ONLINE: total - sum(counts.values()), **counts}
 
 
+def _joined(tables: str) -> str:
+    """FROM for SQL of tables that choose agents, read in the order of their letters (CROSS JOIN keeps it)."""
+    first = _CHOOSE[tables[0]]
+    others = (_CHOOSE[each] for each in tables[1:])
+    return first[0] + "".join(f" CROSS JOIN {table} ON {key} = {first[1]}" for table, key in others)
+
+
 def _identity(row: sqlite3.Row) -> Identity:
     return Identity(row["key"], row["id"], row["org_id"])
 
@@ -2753,6 +2917,7 @@ ADMIN, VIEWER, ENROLLER, AGENT, ANYONE, NEWCOMER = "admin", "viewer", "enroller"
 _MOST_BYTES = 2**20
 _FAILED_LOGINS_PER_MINUTE = 20
 _NEWCOMERS_PER_MINUTE = 120
+_REQUESTS_LEFT = "manager.requests_left"  # in a WSGI environ: how many the client may send within its minute
 _JSON_TYPE = ("Content-Type", "application/json")
 _COMMON_HEADERS = (
     ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
@@ -2760,7 +2925,8 @@ _COMMON_HEADERS = (
 _CORS_HEADERS = (
     ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE"),
     ("Access-Control-Allow-Headers", "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-Id"),
-    ("Access-Control-Expose-Headers", "ETag, Retry-After, X-Heartbeat-Interval, X-Request-Id"),
+    ("Access-Control-Expose-Headers", "ETag, Retry-After, X-Heartbeat-Interval, "
+     "X-RateLimit-Limit, X-RateLimit-Remaining, X-Request-Id"),
     ("Access-Control-Max-Age", "600"))
 
 
@@ -2861,8 +3027,9 @@ class Throttle:
         self._lock = threading.Lock()
         self._windows: dict[str, tuple[int, int]] = {}
 
-    def count(self, address: str, tick_ms: int) -> None:
-        """Note that `address` does it once more. Raises Throttled when it has used up its minute."""
+    def count(self, address: str, tick_ms: int) -> int:
+        """Note that `address` does it once more; how often it still may. Raises Throttled when it has used up its
+        minute."""
         key = network_of(address)
         with self._lock:
             began, count = self._windows.get(key, (tick_ms, 0))
@@ -2876,6 +3043,7 @@ class Throttle:
             self._windows[key] = began, count + 1
             if len(self._windows) > self._MOST:
                 del self._windows[next(iter(self._windows))]
+            return self.per_minute - count - 1
 
 
 def network_of(address: str) -> str:
@@ -3043,8 +3211,11 @@ class Api:
             if fault:
                 fault.strike()
             translate = route.translate if self.manager.config.open_enrollment else None
-            body = clean_body(route.body, self._read(environ), translate) if route.body is not None else {}
-            query = clean_query(route.query, environ.get("QUERY_STRING", "")) if route.query else {}
+            body = {} if route.body is None else clean_body(
+                route.body, self._read(environ), translate, strict=AGENT not in route.allow)
+            given = environ.get("QUERY_STRING", "")
+            query = {} if not (given or route.query) else clean_query(
+                route.query, given, strict=caller.role in (ADMIN, VIEWER))
             reply = route.serve(Call(self.manager, self, route, caller, path, query, body, environ))
             if fault and fault.drop == "after":
                 raise Dropped
@@ -3085,26 +3256,29 @@ class Api:
             lines += [f"panguard_{name}{label} {value:.17g}" for label, value in samples]
         return "\n".join(lines) + "\n"
 
-    def finish(self, reply: Reply, environ: Mapping[str, Any]) -> Reply:
-        """Add the headers that every answer has."""
+    def finish(self, reply: Reply, environ: dict[str, Any]) -> Reply:
+        """Add the headers that every answer has, having counted its request if that is not done."""
+        if self._requests and _REQUESTS_LEFT not in environ:
+            try:
+                self._limit(environ)
+            except Throttled as error:
+                reply = failure(error)
         headers = (*reply.headers, ("X-Request-Id", request_id(environ)), *reply.common)
         if (origin := environ.get("HTTP_ORIGIN")) and origin in self.manager.config.cors_allowed_origins:
             headers += (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), *_CORS_HEADERS)
         if self.hsts and self._is_https(environ):
             headers += (("Strict-Transport-Security", "max-age=31536000"),)
+        if self._requests:
+            headers += (("X-Ratelimit-Limit", str(self._requests.per_minute)),
+                        ("X-Ratelimit-Remaining", str(environ[_REQUESTS_LEFT])))
         return Reply(reply.status, reply.body, headers)
 
     def refuse(self, status: int, text: str, environ: dict[str, Any], headers: Iterable[tuple[str, str]] = ()) -> Reply:
         """Word a refusal of what has no route, or never became a request."""
-        refusal = ManagerError(text, status=status, headers=headers)
-        if "PATH_INFO" in environ:
-            try:
-                self._limit(environ)
-            except Throttled as error:
-                refusal = error
+        reply = self.finish(failure(ManagerError(text, status=status, headers=headers)), environ)
         # One name for all of them: made-up paths must not become labels.
-        self.latencies.observe("-", "none", refusal.status, 0.0)
-        return self.finish(failure(refusal), environ)
+        self.latencies.observe("-", "none", reply.status, 0.0)
+        return reply
 
     def may_send_body(self, path: str, authorization: str | None) -> bool:
         """Whether a request's body is worth receiving: its credential is known, or it registers a newcomer."""
@@ -3182,11 +3356,12 @@ class Api:
         enroll_token = self.manager.enroll_token_id(token_digest)
         return Caller(ENROLLER, address, credential=enroll_token) if enroll_token else None
 
-    def _limit(self, environ: Mapping[str, Any]) -> str:
+    def _limit(self, environ: dict[str, Any]) -> str:
         """The client's address, having counted its request. Raises Throttled."""
         address = self.client_address(environ)
         if self._requests:
-            self._requests.count(address, self.manager.clock.now().tick_ms)
+            environ[_REQUESTS_LEFT] = 0
+            environ[_REQUESTS_LEFT] = self._requests.count(address, self.manager.clock.now().tick_ms)
         return address
 
     def client_address(self, environ: Mapping[str, Any]) -> str:
@@ -3317,7 +3492,10 @@ def agent_shape(agent: Agent, *, detail: bool) -> dict[str, Any]:
         return {**shape, "status": agent.status, "tags": agent.tags, "cpu": agent.cpu, "memory": agent.memory,
                 "uptime": agent.uptime, "lastHeartbeat": iso(agent.last_heartbeat_ms),
                 "registeredAt": iso(agent.registered_ms), "recentThreats": agent.recent_threats,
-                "activePolicyVersion": version_text(agent.acknowledged)}
+                "activePolicyVersion": version_text(agent.acknowledged), "pendingPolicies": agent.pending_policies,
+                "org_id": agent.org_id, "machine_id": agent.machine_id, "arch": agent.arch,
+                "statusSince": iso(agent.status_since_ms), "statusReason": agent.status_reason,
+                "staleAt": iso(agent.stale_at_ms), "offlineAt": iso(agent.offline_at_ms)}
     shape.update(tags=agent.tags, status=agent.status, registeredAt=iso(agent.registered_ms))
     shape.update({name: value for name in ("org_id", "machine_id") if (value := getattr(agent, name)) is not None})
     return shape
@@ -3389,9 +3567,14 @@ def _deregister(call: Call) -> Reply:
     return success({"message": f"Agent {call.path['id']} deregistered successfully"})
 
 
-@endpoint("GET", "/api/agents", "List agents in registration order", query=AGENT_FILTER)
+@endpoint("GET", "/api/agents", "List agents in registration order, or sorted", query=AGENT_LIST)
 def _agents(call: Call) -> Reply:
-    items, total = call.manager.agents_json(**call.query)
+    filters = dict(call.query)
+    if filters.pop("detail"):
+        agents, total = call.manager.agents(**filters)
+        items = to_json([agent_shape(agent, detail=True) for agent in agents]).encode()
+    else:
+        items, total = call.manager.agents_json(**filters)
     return success_list(items, call.query, total)
 
 
@@ -3583,7 +3766,7 @@ def openapi() -> dict[str, Any]:
         if each.body is not None:
             required = [name for name, param in each.body.items() if param.required]
             operation["requestBody"] = {"required": bool(required), "content": {"application/json": {
-                "schema": table_schema(each.body)}}}
+                "schema": table_schema(each.body, strict=AGENT not in each.allow)}}}
         operation["security"] = [] if ANYONE in each.allow else [{"bearer": []}]
         operation["x-callers"] = sorted(each.allow)
         paths.setdefault(re.sub(r":(\w+)", r"{\1}", each.path), {})[each.method.lower()] = operation
