@@ -33,6 +33,7 @@ import bisect
 import contextlib
 import enum
 import errno
+import fcntl
 import functools
 import hashlib
 import hmac
@@ -44,6 +45,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -65,7 +67,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import parse_qs
 
 import bottle  # type: ignore[import-untyped]
@@ -1292,17 +1294,22 @@ MIGRATIONS = (
 )
 
 _LEAST_SQLITE = (3, 35)
-_FOLD_CHANGES = 2000
+_BUSY_MS = 250  # how long a write waits for another program
+_CHECKPOINT_CHANGES = 2000
 _PAGE_BYTES = 1024  # a heartbeat is 60 bytes, and writes a page
-_LONG_LOG_PAGES = 64_000  # from here on writers are made to wait, for the log to start anew
-_FEW_PAGES = 1000  # that they wait for, at most
+_LOG_BYTES = 8 * 2**20  # the log is made empty once it is longer; less on a small disk
+_FEW_PAGES = 1000  # that writers wait for, while the log is made empty
+_PROBE_BYTES = 2**17  # more than the room left in the log may hold
 _APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
 _FAULTS = (
+    ("moved", "{folder}/manager.db or its log was removed or replaced; put it back, or stop the manager and restore "
+              "a backup"),
     ("disk is full", "there is no room left in {folder}; free some"),
     ("locked", "another program holds {folder}/manager.db locked; end it"),
     ("readonly", "{folder}/manager.db cannot be written; give this user the right to write it"),
-    ("malformed", "{folder}/manager.db is damaged; stop the manager and restore it from a backup"),
-    ("not a database", "{folder}/manager.db is not a database of this manager; move it away"),
+    ("malformed", "{folder}/manager.db is damaged; stop the manager and restore a backup"),
+    ("Could not decode", "{folder}/manager.db is damaged; stop the manager and restore a backup"),
+    ("not a database", "{folder}/manager.db is damaged; stop the manager and restore a backup"),
     ("disk I/O error", "the disk under {folder} fails to read or write; check it"),
     ("unable to open", "{folder}/manager.db cannot be opened; check that the folder is there and can be written"),
 )
@@ -1343,42 +1350,75 @@ def private_file(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
-class _Joined(contextlib.AbstractContextManager[sqlite3.Connection]):
-    """Use of a transaction that this thread is within already; what fails here fails the whole of it."""
+class FairLock:
+    """A lock granted in the order of asking: whoever asks again and again delays each of the others by one turn.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.error: sqlite3.Error | None = None
+    Release is idempotent and safe at any interruption point, since a signal handler may raise anywhere.
+    """
 
-    def __enter__(self) -> sqlite3.Connection:
-        return self._store._writer
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: deque[threading.Lock] = deque()  # the first has the lock, the others wait for theirs
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, sqlite3.Error):
-            self.error = error
-            self._store._reraise(error)
+    def __len__(self) -> int:
+        """How many hold it or wait for it."""
+        return len(self._queue)
+
+    def _release(self, mine: threading.Lock) -> None:
+        with self._lock:
+            if mine in self._queue:
+                self._queue.remove(mine)
+            if self._queue:
+                with contextlib.suppress(RuntimeError):  # it was released already
+                    self._queue[0].release()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock."""
+        mine = threading.Lock()
+        mine.acquire()
+        try:
+            with self._lock:
+                self._queue.append(mine)
+                first = self._queue[0] is mine
+            if not first:
+                mine.acquire()
+            yield
+        finally:
+            try:
+                self._release(mine)
+            except BaseException:
+                self._release(mine)
+                raise
 
 
 class Store:
     """The database in a folder: one connection that writes, behind a lock, and others that read.
 
     Raises StartError, leaving the files as they were, when the folder cannot be used: not writable,
-    in use by another manager, holding a newer or a foreign file.
+    in use by another manager, holding a newer, damaged or foreign file.
     """
+
+    check_at_start_bytes = 64 * 2**20  # after an unclean stop a larger file is checked in the background
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listeners: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._turns: deque[threading.Lock] = deque()  # at writing: the first has it, the others wait for theirs
+        self.write_lock = FairLock()
         self._owner: int | None = None  # the thread within a transaction
-        self._joined = _Joined(self)
-        self._synchronous = ""
+        self._broken: BaseException | None = None  # why the transaction as a whole must fail
+        self._on_commit: list[Callable[[], None]] = []
         self._journaled = False
+        self._synchronous = ""
         self._readers: list[sqlite3.Connection] = []
         self._closed = False
-        self.failed = False  # a write has, and none of some size has succeeded since
-        self._folded_changes = 0
+        self._moved = False
+        self._damage: str | None = None
+        self._faults: Counter[str] = Counter()  # since the database was last found to work
+        self._durable_seq = 0
+        self._checkpointing = threading.Lock()
+        self._checkpointed_changes = 0
+        self._log_was_long = False
         if sqlite3.sqlite_version_info < _LEAST_SQLITE:
             raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: this manager needs 3.35 or later")
         try:
@@ -1396,21 +1436,71 @@ class Store:
             raise StartError(f"other users can write to the data folder {folder}; run: "
                              f"chmod go-w {shlex.quote(str(folder))}")
         self._path = folder / "manager.db"
+        self._log = self._path.with_name("manager.db-wal")
+        self._check_folder()
+        disk = os.statvfs(folder)
+        self.log_limit_bytes = max(2**16, min(_LOG_BYTES, disk.f_blocks * disk.f_frsize // 16))
         self._guard = self._take_folder()
         with contextlib.ExitStack() as undo:
             undo.callback(self._guard.close)
             try:
+                stopped_cleanly = self.log_bytes() == 0
                 self._check_file()
                 private_file(self._path)
                 sync_path(folder)
                 self._writer = self._connect()
                 undo.callback(self._writer.close)
+                undo.callback(self._close_readers)
+                self.checked = stopped_cleanly or self.size_bytes() <= self.check_at_start_bytes
+                if not stopped_cleanly and self.checked:
+                    self.check()
                 self._migrate()
+                self._lock_file(undo)
+                self._inodes = self._find_inodes()
+            except Unavailable as error:
+                raise StartError(str(error)) from error
             except sqlite3.Error as error:
                 raise StartError(self._sentence(error) or f"{self._path} cannot be used ({error})") from error
             except OSError as error:
                 raise StartError(f"{self._path} cannot be written ({error.strerror}); change its owner") from None
             undo.pop_all()
+
+    def _check_folder(self) -> None:
+        """Raises StartError if the folder cannot be written, or its file system has not what SQLite needs."""
+        lacks = "cannot be written"
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.truncate(mmap.PAGESIZE)
+                lacks = "is on a file system without file locks"
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lacks = "is on a file system that cannot share memory"
+                mmap.mmap(file.fileno(), mmap.PAGESIZE).close()
+        except OSError as error:
+            raise StartError(f"the data folder {self.folder} {lacks} ({error.strerror}); choose another or change its "
+                             "owner") from None
+
+    def _lock_file(self, undo: contextlib.ExitStack) -> None:
+        """Lock the database itself too: the file `lock` may have been removed. Raises StartError.
+
+        The lock is on a byte that SQLite does not use, and taken once the file is in WAL mode: before, SQLite's
+        unlocking is of all bytes. POSIX locks end once the process closes any descriptor of the file, so this one
+        stays open until after SQLite's.
+        """
+        self._file_lock = os.open(self._path, os.O_RDWR)
+        undo.callback(os.close, self._file_lock)
+        try:
+            fcntl.lockf(self._file_lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2**62)
+        except OSError:
+            raise StartError(f"another manager is running on {self.folder}; stop it or choose another --data-dir") \
+                from None
+
+    def _find_inodes(self) -> list[tuple[int, int]] | None:
+        """Device and inode of the database's files; None if one is missing."""
+        try:
+            found = [os.stat(f"{self._path}{end}") for end in ("", "-wal", "-shm")]
+        except OSError:
+            return None
+        return [(each.st_dev, each.st_ino) for each in found]
 
     def _take_folder(self) -> sqlite3.Connection:
         """A lock on the folder that ends with the process, however it ends."""
@@ -1436,14 +1526,17 @@ class Store:
         """Read what is there before anything may write to it."""
         try:
             if not self._path.exists() or self._path.stat().st_size == 0:
+                if self.log_bytes():
+                    raise StartError(f"{self._path} is missing, but its log {self._log} is there; put the file "
+                                     "back, or move the log away and restore a backup")
                 return
             with self._path.open("rb") as file:
                 if file.read(16) != b"SQLite format 3\0":
-                    raise StartError(f"{self._path} is not a database; move it away")
+                    raise StartError(f"{self._path} is damaged or is not a database; restore a backup")
         except OSError as error:
             raise StartError(f"{self._path} cannot be read ({error.strerror}); change its owner") from None
         # Where no log is waiting, not even the reader's own files need be made beside the database.
-        log_waits = self._path.with_name("manager.db-wal").exists()
+        log_waits = self._log.exists()
         mode = "?mode=ro" if log_waits else "?immutable=1"
         with contextlib.closing(sqlite3.connect(self._path.absolute().as_uri() + mode, uri=True)) as db:
             (version,), (owner,) = db.execute("PRAGMA user_version").fetchone(), \
@@ -1455,7 +1548,8 @@ class Store:
                                  f"{len(MIGRATIONS)}); run that one, or restore a backup")
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, timeout=0.25, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self._path.absolute().as_uri() + "?mode=rw", uri=True, timeout=_BUSY_MS / 1000,
+                             isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA foreign_keys = ON")
         return db
@@ -1480,7 +1574,7 @@ class Store:
                              f"({', '.join(wrong)}); restore a backup")
         db.executescript(
             f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 1000000; "
-            f"PRAGMA journal_size_limit = {_LONG_LOG_PAGES * _PAGE_BYTES}; "
+            f"PRAGMA journal_size_limit = {self.log_limit_bytes}; "
             "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
 
     def _keep_copy(self, path: Path) -> None:
@@ -1503,46 +1597,31 @@ class Store:
     def transaction(self, *, durable: bool = True) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """All or nothing; a durable one is on the disk when it returns, another one after the next that is.
 
-        Within a transaction of the same thread it joins that one, which then decides for both.
-        Raises Unavailable, with nothing changed, when the file cannot be written.
+        Within a transaction of the same thread it is a part of that one: if it fails, only it is undone; if the
+        other fails, both are. Raises Unavailable, with nothing changed, when the file cannot be written.
         """
-        return self._joined if self._owner == threading.get_ident() else self._transaction(durable)
+        return self._nested() if self._owner == threading.get_ident() else self._transaction(durable)
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The right to write, in the order of asking: whoever writes again and again delays others by one turn each.
-
-        A signal may interrupt this anywhere; leaving is therefore right however far the coming came, and twice.
-        """
-        mine = threading.Lock()
-        mine.acquire()
-
-        def leave() -> None:
-            with self._lock:
-                if mine in self._turns:
-                    self._turns.remove(mine)
-                if self._turns:
-                    with contextlib.suppress(RuntimeError):  # it has been told already
-                        self._turns[0].release()
+    def _nested(self) -> Iterator[sqlite3.Connection]:
+        db, kept = self._writer, len(self._on_commit)
         try:
-            with self._lock:
-                self._turns.append(mine)
-                first = self._turns[0] is mine
-            if not first:
-                mine.acquire()
-            yield
-        finally:
+            db.execute("SAVEPOINT nested")
+            yield db
+            db.execute("RELEASE nested")
+        except BaseException as error:
+            del self._on_commit[kept:]
             try:
-                leave()
-            except BaseException:
-                leave()
-                raise
+                db.execute("ROLLBACK TO nested")
+                db.execute("RELEASE nested")
+            except sqlite3.Error:  # SQLite undid the whole transaction
+                self._broken = error
+            self._translate(error)
 
     @contextlib.contextmanager
     def _transaction(self, durable: bool) -> Iterator[sqlite3.Connection]:
-        with self._turn():
-            if self._closed:
-                raise Unavailable("the manager is stopping", retry_after_s=1)
+        with self.write_lock.held():
+            self._require_usable()
             db = self._writer
             try:
                 if (synchronous := "FULL" if durable else "NORMAL") != self._synchronous:
@@ -1551,34 +1630,54 @@ class Store:
                 db.execute("BEGIN IMMEDIATE")
                 self._owner = threading.get_ident()
                 yield db
-                if self._joined.error:
-                    raise self._joined.error
+                if self._broken:
+                    raise self._broken
                 db.execute("COMMIT")
+                done = self._on_commit + list(self.listeners) * self._journaled
             except BaseException as error:
-                self._journaled = False
-                self.failed = self.failed or isinstance(error, sqlite3.Error)
                 with contextlib.suppress(sqlite3.Error):
                     if db.in_transaction:
                         db.execute("ROLLBACK")
-                self._reraise(error)
+                self._translate(error)
             finally:
-                self._owner, self._joined.error = None, None
-            journaled, self._journaled = self._journaled, False
-        if journaled:
-            for listener in tuple(self.listeners):
-                listener()
+                self._owner, self._broken, self._on_commit, self._journaled = None, None, [], False
+        for call in done:
+            call()
+        if durable and self.log_bytes() > 4 * self.log_limit_bytes:  # whoever writes a lot helps to copy it
+            with contextlib.suppress(Unavailable):
+                self.checkpoint()
+
+    def on_commit(self, call: Callable[[], None]) -> None:
+        """Call it once this thread's transaction is committed, and never if it is undone; at once outside of one."""
+        if self._owner == threading.get_ident():
+            self._on_commit.append(call)
+        else:
+            call()
+
+    def _require_usable(self) -> None:
+        if self._closed:
+            raise Unavailable("the manager is stopping", retry_after_s=1)
+        if self._moved:
+            self._translate(sqlite3.OperationalError("moved: device and inode differ"))
 
     def read(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """A view of one instant, which no writer waits for; within a transaction of the same thread, of that.
 
         Raises Unavailable when the file cannot be read.
         """
-        return self._joined if self._owner == threading.get_ident() else self._read()
+        return self._read_within() if self._owner == threading.get_ident() else self._read()
+
+    @contextlib.contextmanager
+    def _read_within(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self._writer
+        except sqlite3.Error as error:
+            self._broken = error
+            self._translate(error)
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
-        if self._closed:
-            raise Unavailable("the manager is stopping", retry_after_s=1)
+        self._require_usable()
         try:
             try:
                 db = self._readers.pop()
@@ -1594,11 +1693,23 @@ class Store:
                 if self._closed:
                     self._close_readers()
         except sqlite3.Error as error:
-            self._reraise(error)
+            self._translate(error)
 
     def note_entries(self) -> None:
         """Tell the listeners, once this transaction is committed, that it added entries."""
         self._journaled = True
+
+    def durable_seq(self) -> int:
+        """The number of the latest journal entry that a power cut cannot undo, having made it so."""
+        with self.read() as db:
+            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
+        if row and row[0] > self._durable_seq:
+            try:
+                sync_path(self._log)
+            except OSError as error:
+                self._translate(sqlite3.OperationalError(f"disk I/O error: {error.strerror}"))
+            self._durable_seq = row[0]
+        return row[0] if row else 0
 
     def journal(self, at_ms: int, type: str, caller: Caller, agent_id: str | None, org_id: str | None,
                 data: Mapping[str, Any]) -> None:
@@ -1608,37 +1719,108 @@ class Store:
             "INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) VALUES (?, ?, ?, ?, ?, ?)",
             (at_ms, type, to_json(caller.actor()), org_id, agent_id, to_json(data)))
 
+    @property
+    def problem(self) -> str | None:
+        """Why the database cannot be used or written, as last found; None if it works."""
+        return self._damage or next(reversed(self._faults), None)
+
+    @property
+    def failed(self) -> bool:
+        """Whether something failed since the database was last found to work."""
+        return bool(self._faults)
+
+    def check_files(self) -> None:
+        """Find out whether the open files are those in the folder; if not, nothing is read or written."""
+        self._moved = self._find_inodes() != self._inodes
+
     def probe(self) -> None:
-        """Write something. Raises Unavailable when that fails.
+        """Write something; after a fault durably, and more than the room left in the log may hold.
 
-        After a fault it must be more than the room left in the write-ahead log may hold.
+        Raises Unavailable when that fails.
         """
-        with self.transaction(durable=False) as db:
-            db.execute("INSERT INTO probe VALUES (zeroblob(?))", (2**17 if self.failed else 0,))
-        with self.transaction(durable=False) as db:
+        self.check_files()
+        failed = self.failed
+        with self.transaction(durable=failed) as db:
+            db.execute("INSERT INTO probe VALUES (zeroblob(?))", (_PROBE_BYTES if failed else 0,))
+        with self.transaction(durable=failed) as db:
             db.execute("DELETE FROM probe")
-        self.failed = False
+        if failed:
+            ended, self._faults = self._faults, Counter()
+            log.warning("the database works again, after: %s", "; ".join(
+                f"{sentence} ({times} times)" for sentence, times in ended.items()))
 
-    def fold(self) -> None:
-        """Copy the write-ahead log into the file, if it has grown, while others go on writing.
+    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Look for damage in all of the file; `problem` is what was found. Ends early once `stopped()` is true.
 
-        SQLite would do it within a commit, and let a heartbeat wait for the disk.
+        Raises Unavailable for a damaged file.
         """
-        if self._closed or self._owner == threading.get_ident() \
-                or self._writer.total_changes - self._folded_changes < _FOLD_CHANGES:
-            return
-        self._folded_changes = self._writer.total_changes
         with self.read() as db:
-            db.execute("ROLLBACK")
-            fold = functools.partial(db.execute, "PRAGMA wal_checkpoint(PASSIVE)")
-            _, pages, folded = fold().fetchone()
-            if pages <= _LONG_LOG_PAGES:
+            db.set_progress_handler(stopped, 100_000)
+            try:
+                (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise sqlite3.DatabaseError(f"malformed: {found}")
+            except sqlite3.OperationalError:
+                if not stopped():
+                    raise
+            finally:
+                db.set_progress_handler(None, 0)
+
+    def loads(self, text: str) -> Any:
+        """What a column of JSON holds. Raises Unavailable if it is damaged."""
+        try:
+            return json.loads(text)
+        except (ValueError, TypeError) as error:
+            self._translate(sqlite3.DatabaseError(f"malformed row: {error}"))
+
+    def checkpoint(self) -> None:
+        """Copy the log into the file, if it has grown or a write has failed, while others go on writing.
+
+        SQLite would do it within a commit, and let a heartbeat wait for the disk. A log longer than its limit is
+        made empty, for which writers wait: while little is left to copy, or when it is very long.
+        """
+        if self._closed or self._owner == threading.get_ident() or not self._checkpointing.acquire(blocking=False):
+            return
+        try:
+            if not self._faults and self.log_bytes() <= self.log_limit_bytes and \
+                    self._writer.total_changes - self._checkpointed_changes < _CHECKPOINT_CHANGES:
                 return
-            _, pages, folded_now = fold().fetchone()  # of what was written meanwhile
-        if folded_now == pages and folded_now - folded <= _FEW_PAGES:  # nobody reads what is older, and little is left
-            with self._turn():  # with all of it copied the log starts anew
-                if not self._closed:
-                    self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._checkpointed_changes = self._writer.total_changes
+            with self.read() as db:
+                db.execute("ROLLBACK")
+                copied = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[2]
+                if self.log_bytes() <= self.log_limit_bytes and not self._faults:
+                    return
+                _, pages, copied_now = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()  # written meanwhile
+            if (pages == copied_now <= copied + _FEW_PAGES) or self.log_bytes() > 8 * self.log_limit_bytes:
+                self._empty_log()
+        finally:
+            self._checkpointing.release()
+
+    def _empty_log(self) -> None:
+        """Copy what is left of the log and truncate it, unless somebody reads what is older."""
+        with self.write_lock.held():
+            if self._closed:
+                return
+            try:
+                self._writer.execute("PRAGMA busy_timeout = 0")
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error as error:
+                self._translate(error)
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+        long = self.log_bytes() > 8 * self.log_limit_bytes
+        if long and not self._log_was_long:
+            log.warning("%s has %d bytes: another program reads the database for long, such as a backup or a shell; "
+                        "end it", self._log, self.log_bytes())
+        self._log_was_long = long
+
+    def log_bytes(self) -> int:
+        """The size of the write-ahead log."""
+        try:
+            return self._log.stat().st_size
+        except OSError:
+            return 0
 
     def used_bytes(self) -> int:
         """What the pages in use take: the file does not shrink, it uses the room of removed rows again."""
@@ -1650,15 +1832,17 @@ class Store:
 
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
-        return sum(path.stat().st_size for path in map(self.folder.joinpath, ("manager.db", "manager.db-wal"))
-                   if path.exists())
+        return self.log_bytes() + (self._path.stat().st_size if self._path.exists() else 0)
 
     def close(self) -> None:
-        """Fold the write-ahead log into the file and let go of the folder."""
-        with self._turn():
+        """Copy the log into the file and let go of the folder."""
+        with self.write_lock.held():
+            if self._closed:
+                return
             self._closed = True
             self._close_readers()
             self._writer.close()
+            os.close(self._file_lock)  # once only: its number may be another file's by now
             self._guard.close()
 
     def _close_readers(self) -> None:
@@ -1669,12 +1853,27 @@ class Store:
     def _sentence(self, error: BaseException) -> str | None:
         return next((sentence.format(folder=self.folder) for sign, sentence in _FAULTS if sign in str(error)), None)
 
-    def _reraise(self, error: BaseException) -> None:
+    def _note_fault(self, sentence: str, error: object) -> None:
+        """Log a fault the first, tenth, hundredth, … time; `probe()` logs when it has ended."""
+        self._faults[sentence] += 1
+        times = self._faults[sentence]
+        if times == 1:
+            log.error("%s (%s)", sentence, error)
+        elif str(times).strip("0") == "1":
+            log.error("repeated %d times: %s", times, sentence)
+
+    def _translate(self, error: BaseException) -> NoReturn:
+        """Raise Unavailable for a fault of the file or its disk, and any other error as it is."""
         sentence = self._sentence(error) if isinstance(error, sqlite3.DatabaseError) else None
         if sentence is None:
             raise error
-        log.error("%s (%s)", sentence, error)
-        raise Unavailable("the database is not available: " + sentence, retry_after_s=5) from error
+        sentence = "the database is not available: " + sentence
+        if "is damaged" in sentence:
+            self._damage = sentence  # until a restart: reads may have given wrong answers
+        if self._owner == threading.get_ident():
+            self._broken = error
+        self._note_fault(sentence, error)
+        raise Unavailable(sentence, retry_after_s=5) from error
 
 
 def sql_iso(column: str) -> str:
@@ -2207,9 +2406,12 @@ class Manager:
                 db.execute(_BEAT, (now.tick_ms, now.wall_ms, uptime, cpu, memory, key,
                                    now.tick_ms - stale_after_ms, None, None))
             acknowledged, *versions = db.execute(_IN_FORCE, (org_id, agent_id, key)).fetchone()
-            self.heartbeats += 1
+            self.store.on_commit(self._count_heartbeat)
         in_force = [(version, ()) for version in versions if version]
         return Beat(agent_id, Status.ONLINE, now.wall_ms, resolve(in_force, acknowledged).pending if in_force else 0)
+
+    def _count_heartbeat(self) -> None:
+        self.heartbeats += 1
 
     def _hear_news(self, db: sqlite3.Connection, now: Moment, agent: Identity, version: str | None,
                    policy_version: int | None) -> None:
@@ -2251,7 +2453,7 @@ class Manager:
         for row in db.execute(f"{_AGENT_DETAIL} FROM {source}", {**given, "day_ago_ms": now.steady_ms - _DAY_MS}):
             in_force = [(version, ()) for version in (row["for_all"], row["for_org"], row["for_agent"]) if version]
             agents.append(Agent(
-                **{name: row[name] for name in _STORED}, tags=tuple(json.loads(row["tags"])),
+                **{name: row[name] for name in _STORED}, tags=tuple(self.store.loads(row["tags"])),
                 pending_policies=resolve(in_force, row["acknowledged"]).pending,
                 **self.liveness.explain(now, row["seen_ms"], row["heartbeat_ms"], Status(row["announced"]),
                                         row["since_ms"])))
@@ -2354,7 +2556,7 @@ class Manager:
         now = self.now()
         with self.store.transaction() as db:
             row = self._row(db, now, agent_id)
-            before = json.loads(row["tags"])
+            before = self.store.loads(row["tags"])
             after = list(dict.fromkeys(
                 tags if tags is not None else
                 [tag for tag in [*before, *(add_tags or ())] if tag not in set(remove_tags or ())]))
@@ -2427,7 +2629,7 @@ class Manager:
         """Every enrolment token not revoked, used up and expired ones included, in the order they expire."""
         with self.store.read() as db:
             return [EnrollToken(row["id"], row["expires_ms"], row["max_uses"], row["uses"], row["org_id"],
-                                tuple(json.loads(row["tags"])), row["note"])
+                                tuple(self.store.loads(row["tags"])), row["note"])
                     for row in db.execute("SELECT * FROM enroll_tokens ORDER BY expires_ms, id")]
 
     def revoke_enroll_token(self, token_id: str, *, caller: Caller = LOCAL) -> None:
@@ -2671,7 +2873,7 @@ class Manager:
             rows = db.execute("SELECT * FROM policies ORDER BY version DESC LIMIT ? OFFSET ?",
                               (size, ((page or 1) - 1) * size)).fetchall()
             total = db.execute("SELECT count(*) FROM policies").fetchone()[0] if paged else None
-        return [_policy(row) for row in rows], total
+        return [self._policy(row) for row in rows], total
 
     def custom_rules(self, agent_id: str | None) -> list[str]:
         """The text of the enabled `custom` rules of an agent, or of all: `config.text`, or else `config` as JSON."""
@@ -2711,10 +2913,13 @@ class Manager:
         applied = effective.version and row["acknowledged"] >= effective.version
         return AgentPolicy(agent_id, effective, row["acknowledged_ms"] if applied else None)
 
-    @staticmethod
-    def _in_force(db: sqlite3.Connection, scopes: Sequence[str]) -> list[Policy]:
+    def _policy(self, row: sqlite3.Row) -> Policy:
+        return Policy(**{each.name: row[each.name] for each in fields(Policy) if each.name != "rules"},
+                      rules=self.store.loads(row["rules"]))
+
+    def _in_force(self, db: sqlite3.Connection, scopes: Sequence[str]) -> list[Policy]:
         """The policies in force of these scopes, in their order."""
-        rows = {row["scope"]: _policy(row) for row in db.execute(
+        rows = {row["scope"]: self._policy(row) for row in db.execute(
             f"SELECT * FROM policies_in_force JOIN policies USING (version) "
             f"WHERE scope IN ({', '.join('?' * len(scopes))})", scopes)}
         return [rows[scope] for scope in scopes if scope in rows]
@@ -2824,8 +3029,9 @@ class Manager:
         with self.store.read() as db:
             rows = db.execute(f"SELECT * FROM journal WHERE {' AND '.join(where)} "
                               f"ORDER BY seq {'DESC' if order == 'desc' else ''} LIMIT :limit", given).fetchall()
-        return [Entry(row["seq"], row["at_ms"], row["type"], json.loads(row["actor"]), row["org_id"], row["agent_id"],
-                      json.loads(row["data"])) for row in rows]
+        loads = self.store.loads
+        return [Entry(row["seq"], row["at_ms"], row["type"], loads(row["actor"]), row["org_id"], row["agent_id"],
+                      loads(row["data"])) for row in rows]
 
     def last_seq(self) -> int:
         """The sequence number of the latest entry, removed ones included."""
@@ -2861,9 +3067,8 @@ class Manager:
 
         Raises Unavailable when the database could not be written then, or a write has failed since.
         """
-        if self._problem or self.store.failed:
-            raise Unavailable(self._problem or "the database is not available: a write failed; the log says why",
-                              retry_after_s=5)
+        if problem := self._problem or self.store.problem:
+            raise Unavailable(problem, retry_after_s=5)
         return self._agent_counts
 
     def census(self) -> Census:
@@ -2902,11 +3107,6 @@ def _identity(row: sqlite3.Row) -> Identity:
 def _scopes(org_id: str | None, agent_id: str | None) -> list[str]:
     """The scopes whose policies reach an agent, or an organization's agents, from the widest to the narrowest."""
     return ["all"] + [f"org:{org_id}"] * bool(org_id) + [f"agent:{agent_id}"] * bool(agent_id)
-
-
-def _policy(row: sqlite3.Row) -> Policy:
-    return Policy(**{each.name: row[each.name] for each in fields(Policy) if each.name != "rules"},
-                  rules=json.loads(row["rules"]))
 
 
 ########################################################################################################
@@ -3226,7 +3426,8 @@ class Api:
         except Exception:
             log.exception("request %s failed", request_id(environ))
             reply = failure(ManagerError("internal error; the log has its details under this request's id"))
-        self.latencies.observe(route.method, route.path, reply.status, time.perf_counter() - began_s)
+        self.manager.store.on_commit(functools.partial(
+            self.latencies.observe, route.method, route.path, reply.status, time.perf_counter() - began_s))
         return self.finish(reply, environ)
 
     def metrics(self) -> str:
@@ -3246,6 +3447,7 @@ class Api:
              [("", manager.store.size_bytes())]),
             ("purged_for_space_total", "counter", "Threat events and entries removed because of MANAGER_MAX_DB_BYTES.",
              [("", manager.purged_for_space)]),
+            ("write_ahead_log_bytes", "gauge", "Size of the write-ahead log.", [("", manager.store.log_bytes())]),
             ("event_streams_open", "gauge", "Event streams open.", [("", self.streams_open())]),
             ("refusals_total", "counter", "Requests and TLS handshakes refused for want of a right credential.",
              [(f'{{reason="{reason}"}}', self.refusals.counts[reason]) for reason in Refusals.REASONS]),
@@ -3832,7 +4034,7 @@ class Streams:
 
     def open(self, last_seq: int | None, wanted: Mapping[str, Any]) -> EventStream:
         """A stream of what comes after `last_seq`, or after now. Raises Unavailable when there are too many."""
-        newest = self.manager.last_seq()
+        newest = self.manager.store.durable_seq()
         with self._lock:
             if self.count >= self.manager.config.max_streams:
                 raise Unavailable(f"{self.count} event streams are open and MANAGER_MAX_STREAMS allows no more",
@@ -3863,7 +4065,9 @@ class Streams:
         groups = [[stream for stream in streams if stream.live]]
         groups += [[stream] for stream in streams if not stream.live and stream.channel.backlog <= _BACKLOG]
         for group in filter(None, groups):
-            entries = self.manager.journal(after=min(stream.after for stream in group), limit=_BATCH)
+            last_seq = self.manager.store.durable_seq()  # a power cut must not undo what a reader has seen
+            entries = [entry for entry in self.manager.journal(
+                after=min(stream.after for stream in group), limit=_BATCH) if entry.seq <= last_seq]
             texts: list[tuple[Entry, bytes]] = []
             size = 0
             for entry in entries:
@@ -5018,6 +5222,7 @@ class Server:
             self._serve(app, folder, undo)
             interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
             undo.callback(self.clock.every(interval_s, self._tick))
+            self._check_daily(store, undo)
             self._undo = undo.pop_all()
         self._running = True
 
@@ -5064,6 +5269,9 @@ class Server:
 
     def _tick(self) -> bool:
         manager = self.manager
+        manager.store.check_files()
+        with contextlib.suppress(Unavailable):  # noted by the store
+            manager.store.checkpoint()
         if manager.store.failed:
             manager.check_health()
         try:
@@ -5076,9 +5284,25 @@ class Server:
             if not manager.store.failed:
                 manager.check_health()  # after the sweep, which leaves few agents to look at
         self._streams.keep_alive()
-        self.manager.store.fold()
         self._renew_certificate()
         return self.manager.purge()
+
+    @staticmethod
+    def _check_daily(store: Store, undo: contextlib.ExitStack) -> None:
+        """Look for damage once a day, and at once after a stop that was not clean."""
+        over = threading.Event()
+
+        def check() -> None:
+            wait_s = _CHECK_EVERY_S if store.checked else 0.0
+            while not over.wait(wait_s):
+                with contextlib.suppress(Unavailable):  # noted by the store
+                    store.check(over.is_set)
+                wait_s = _CHECK_EVERY_S
+
+        checker = threading.Thread(target=check, name="panguard-check", daemon=True)
+        checker.start()
+        undo.callback(checker.join)
+        undo.callback(over.set)
 
     def _warn_of_readers(self, path: Path) -> None:
         if path.exists() and path.stat().st_mode & 0o077:
@@ -5153,14 +5377,13 @@ class Server:
 
     def _lane(self, environs: list[dict[str, Any]]) -> list[Reply]:
         """Answer the heartbeats of one pass of the loop, all in one transaction."""
-        replies: list[Reply] = []
         try:
             with self.manager.store.transaction(durable=False):
                 replies = [self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]},
                                             spared=True)  # taken before the fault was added
                            for environ in environs]
         except Unavailable as error:
-            for _ in environs[len(replies):]:
+            for _ in environs:
                 self._api.latencies.observe(_HEARTBEAT_ROUTE.method, _HEARTBEAT_ROUTE.path, error.status, 0.0)
             replies = [self._api.finish(failure(error), environ) for environ in environs]
         return replies
@@ -5217,6 +5440,7 @@ class Server:
         return self._pair[0], hashlib.sha256(der).digest().hex(":").upper()
 
 
+_CHECK_EVERY_S = 86_400.0
 _HEARTBEAT_ROUTE = next(each for each in ENDPOINTS if each.serve is _heartbeat)
 _HEARTBEAT_LINE = re.compile(rb"POST (?P<path>/api/agents/[0-9A-Za-z_-]+/heartbeat) HTTP/1\.1\r\n").match
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import configparser
 import contextlib
 import dataclasses
+import errno
 import gc
 import hashlib
 import http.client
@@ -1084,7 +1085,8 @@ def locked(folder: Path) -> Iterator[None]:
         db.execute("ROLLBACK")
 
 
-def test_a_locked_database_is_a_503_until_it_is_free_and_loses_nothing(api: Client, server: Server) -> None:
+def test_a_locked_database_is_a_503_until_it_is_free_and_loses_nothing(api: Client, server: Server,
+                                                                       clock: ManualClock) -> None:
     agent = api.register()
     api.beat(agent, cpu=1)
     before = api.journal()
@@ -1094,10 +1096,11 @@ def test_a_locked_database_is_a_503_until_it_is_free_and_loses_nothing(api: Clie
         # Each waits a second for the lock: together they do not wait five.
         writes = [pool.submit(Client(server).call, *each, status=503) for each in (
             ("POST", "/api/agents/register", AGENT), ("POST", f"{path}/heartbeat", {"cpu": 99}),
-            ("POST", f"{path}/events", {"events": [THREAT]}), ("DELETE", path), ("GET", "/health"))]
+            ("POST", f"{path}/events", {"events": [THREAT]}), ("DELETE", path))]
         assert api.get(path)["cpu"] == 1, "a read waits for no lock"
         assert api.journal() == before
         answers = [each.result() for each in writes]
+        answers.append(api.call("GET", "/health", status=503))
     for answer in answers:
         assert int(answer.headers["Retry-After"]) > 0
         assert answer.json["ok"] is False and "locked" in answer.json["error"]
@@ -1202,7 +1205,7 @@ def test_an_agent_that_registers_while_another_writes_is_as_new_as_its_entry(
     with ThreadPoolExecutor(1) as pool:
         with store.transaction():
             waiting = pool.submit(manager_.register, **AGENT)
-            eventually(lambda: len(store._turns) == 2, "nobody waits")
+            eventually(lambda: len(store.write_lock) == 2, "nobody waits")
             clock.advance(66)
         agent = waiting.result(LIMIT_S).agent
     assert agent.registered_ms == clock.now().wall_ms
@@ -1329,6 +1332,231 @@ def test_without_room_on_the_disk_writes_are_503_and_nothing_acknowledged_is_los
         assert [each["id"] for each in running.ask("GET", "/api/agents")[1]["data"]] == ids
         assert running.end() == 0
     assert pragma(folder / "manager.db", "integrity_check") == "ok"
+
+
+# Faults of the file and the disk
+
+
+def test_a_use_case_that_fails_within_another_undoes_itself_only(by_hand: tuple[Manager, ManualClock]) -> None:
+    fleet, _ = by_hand
+    with fleet.store.transaction():
+        first = fleet.register(**AGENT).agent
+        with pytest.raises(ZeroDivisionError), fleet.store.transaction():
+            fleet.register(**AGENT)
+            fleet.heartbeat(first.id)
+            raise ZeroDivisionError
+        fleet.heartbeat(first.id, cpu=5)
+    assert [entry.agent_id for entry in fleet.journal()] == [first.id]
+    assert fleet.agent(first.id).cpu == 5 and fleet.heartbeats == 1
+    with pytest.raises(ZeroDivisionError), fleet.store.transaction():
+        fleet.heartbeat(first.id, cpu=6)
+        raise ZeroDivisionError
+    assert fleet.agent(first.id).cpu == 5 and fleet.heartbeats == 1, "what is undone is not counted"
+
+
+def test_heartbeats_that_could_not_be_committed_are_not_counted_as_answered(tmp_path: Path) -> None:
+    with Running(tmp_path / "data", MANAGER_TLS="off", MANAGER_LOG_LEVEL="ERROR") as running:
+        agent = running.ask("POST", "/api/agents/register", AGENT)[1]["data"]
+        path = f"/api/agents/{agent['id']}/heartbeat"
+        answered = Counter(running.ask("POST", path, {}, agent["token"])[0] for _ in range(3))
+        with limited_files(running, tmp_path / "data"):
+            while answered[503] < 3:
+                answered[running.ask("POST", path, {}, agent["token"])[0]] += 1
+                assert answered.total() < 10_000
+        request = urllib.request.Request(f"{running.url}/metrics", headers={"Authorization": f"Bearer {running.token}"})
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+            text = answer.read().decode()
+        assert f"\npanguard_heartbeats_total {answered[200]}\n" in text
+        counted = dict(re.findall(r'panguard_http_requests_total{[^}]*heartbeat[^}]*status="(\w+)"[^}]*} (\d+)', text))
+        assert counted == {"2xx": str(answered[200]), "5xx": "3"}
+
+
+@pytest.mark.parametrize("files", [["manager.db"], ["manager.db-wal"],
+                                   ["manager.db", "manager.db-wal", "manager.db-shm"]], ids=["database", "log", "all"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+def test_a_file_removed_or_replaced_is_noticed_within_a_second_and_nothing_is_written_on(
+        files: list[str], replaced: bool, api: Client, server: Server, clock: ManualClock, tmp_path: Path) -> None:
+    agent = api.register()
+    folder = server.manager.store.folder
+    for name in files:
+        shutil.copy(folder / name, tmp_path / name)
+        (folder / name).rename(tmp_path / f"{name}.kept")
+        if replaced:
+            shutil.copy(tmp_path / name, folder / name)
+    with suppress(manager.Unavailable):
+        clock.advance(1)
+    for method, path, body in (("GET", "/health", None), ("POST", "/api/agents/register", AGENT),
+                               ("GET", "/api/agents", None), ("POST", f"/api/agents/{agent['id']}/heartbeat", {})):
+        answer = api.call(method, path, body, status=503)
+        assert "removed or replaced" in answer.json["error"] and answer.headers["Retry-After"]
+    assert replaced or not any((folder / name).exists() for name in files), "no reader makes an empty one"
+    for name in files:
+        (tmp_path / f"{name}.kept").replace(folder / name)
+    clock.advance(1)
+    assert api.get("/health")["agents"]["total"] == 1
+    api.register()
+    assert len(api.get("/api/agents")) == 2
+
+
+def killed(folder: Path) -> str:
+    """A folder whose manager was killed, and the id of the agent there."""
+    with Running(folder, MANAGER_TLS="off") as running:
+        return str(running.ask("POST", "/api/agents/register", AGENT)[1]["data"]["id"])
+
+
+def test_a_log_without_its_database_refuses_the_start_and_is_kept(tmp_path: Path, run_main: Any) -> None:
+    folder = tmp_path / "data"
+    agent = killed(folder)
+    database, log = (folder / "manager.db").read_bytes(), (folder / "manager.db-wal").read_bytes()
+    (folder / "manager.db").unlink()
+    status, said = run_main("--port", 0, "--data-dir", folder)
+    assert status == 1
+    one_sentence(said, "manager.db is missing", "manager.db-wal", "backup")
+    assert (folder / "manager.db-wal").read_bytes() == log and not (folder / "manager.db").exists()
+    (folder / "manager.db").write_bytes(database)
+    with Server(port=0, data_dir=folder) as server:
+        assert server.manager.agent(agent).id == agent
+
+
+def test_a_second_manager_is_refused_although_the_lock_file_was_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with Running(folder, MANAGER_TLS="off") as running:
+        (folder / "lock").unlink()
+        other = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--data-dir", folder], text=True,
+                               capture_output=True, timeout=LIMIT_S, check=False)
+        assert other.returncode == 1
+        one_sentence(other.stderr, "another manager is running on", str(folder))
+        assert running.ask("POST", "/api/agents/register", AGENT)[0] == 201
+
+
+def damage(path: Path, table: str = "agents") -> None:
+    """Overwrite the first page of a table."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+        db.execute("INSERT INTO probe VALUES ('')")
+        db.commit()
+        log = path.with_name("manager.db-wal").read_bytes()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xa5" * size)
+    path.with_name("manager.db-wal").write_bytes(log)  # as a manager that was killed leaves it
+
+
+def test_a_damaged_file_is_refused_after_an_unclean_stop(tmp_path: Path, run_main: Any) -> None:
+    folder = tmp_path / "data"
+    killed(folder)
+    damage(folder / "manager.db")
+    status, said = run_main("--port", 0, "--data-dir", folder)
+    assert status == 1
+    one_sentence(said, "damaged", "restore a backup")
+
+
+def test_damage_in_a_large_file_is_found_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data"
+    killed(folder)
+    damage(folder / "manager.db", "threats")
+    monkeypatch.setattr(Store, "check_at_start_bytes", -1)
+    with Server(port=0, data_dir=folder) as server:
+        assert "damaged" in until(lambda: server.manager.store.problem, "the check of an unclean stop")
+        assert "restore a backup" in Client(server).call("GET", "/health", status=503).json["error"]
+
+
+def test_a_damaged_row_is_said_in_a_sentence_and_makes_the_manager_unhealthy(
+        api: Client, server: Server, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
+    api.register()
+    with contextlib.closing(sqlite3.connect(server.manager.store.folder / "manager.db")) as db:
+        db.execute("UPDATE journal SET data = '{'")
+        db.commit()
+    assert "damaged" in api.refusal("GET", "/api/events", status=503)
+    clock.advance(1)
+    assert "damaged" in api.call("GET", "/health", status=503).json["error"]
+    assert "Traceback" not in caplog.text
+
+
+def test_a_fault_is_logged_once_then_counted_and_logged_when_it_ends(
+        api: Client, server: Server, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
+    with locked(server.manager.store.folder):
+        for _ in range(11):
+            api.call("POST", "/api/agents/register", AGENT, status=503)
+    assert ["repeated 10 times" in line for line in caplog.messages] == [False, True]
+    assert all("locked" in line for line in caplog.messages)
+    api.call("GET", "/health", status=503)
+    caplog.clear()
+    clock.advance(1)
+    assert [("works again" in line, "11 times" in line) for line in caplog.messages] == [(True, True)]
+    assert api.get("/health")["status"] == "healthy"
+
+
+def test_the_log_stays_short_whatever_is_written(api: Client, server: Server, clock: ManualClock) -> None:
+    store = server.manager.store
+    store.log_limit_bytes = limit = 2**18
+    agent = api.register()
+    longest = 0
+    for _ in range(12):
+        api.post(f"/api/agents/{agent['id']}/events", {"events": [
+            {**THREAT, "details": {"text": "x" * 60_000}}] * 8}, status=201)
+        longest = max(longest, store.log_bytes())
+    assert longest < 4 * limit + 2**20
+    clock.advance(1)
+    assert store.log_bytes() <= limit
+    assert f"panguard_write_ahead_log_bytes {store.log_bytes()}" in api.call("GET", "/metrics").text
+
+
+@pytest.mark.parametrize(("broken", "named"), [("fcntl.lockf", "file locks"), ("mmap.mmap", "share memory")])
+def test_a_file_system_that_lacks_what_is_needed_is_named(broken: str, named: str, tmp_path: Path, run_main: Any,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "Not supported")
+    monkeypatch.setattr(broken, fail)
+    status, said = run_main("--port", 0, "--data-dir", tmp_path)
+    assert status == 1
+    one_sentence(said, str(tmp_path), named, "choose another")
+
+
+def test_a_read_only_folder_is_refused_in_one_sentence(tmp_path: Path, run_main: Any) -> None:
+    with Server(port=0, data_dir=tmp_path):
+        pass
+    mount = ["mount", "--bind", str(tmp_path), str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(tmp_path)], check=True, capture_output=True)
+        status, said = run_main("--port", 0, "--data-dir", tmp_path)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    assert status == 1
+    one_sentence(said, str(tmp_path), "cannot be written")
+
+
+def test_an_entry_is_streamed_only_once_it_is_durable(by_hand: tuple[Manager, ManualClock],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    class Channel:
+        backlog = 0
+        text = ""
+
+        def publish(self, data: bytes) -> bool:
+            self.text += data.decode()
+            return True
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    fleet, clock = by_hand
+    fleet.register(**AGENT)
+    streams, channel = manager.Streams(fleet), Channel()
+    streams.open(None, {}).start(channel)
+    clock.advance(67)
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "sync_path", fail)
+        assert fleet.sweep() == 1
+        with pytest.raises(manager.Unavailable):
+            streams.pump()
+        assert "agent_stale" not in channel.text
+        assert fleet.store.problem
+    streams.pump()
+    assert "agent_stale" in channel.text
 
 
 def test_what_is_kept_is_for_the_owner_alone(tmp_path: Path) -> None:
@@ -4988,7 +5216,7 @@ def test_a_fault_strikes_the_heartbeats_that_come_after_it(launch: Launch) -> No
         who, wire, other = site.agent(), site.wire(), site.wire()
         with site.server.manager.store.transaction():  # meanwhile heartbeats wait in the lane
             wire.send(beat(who))
-            eventually(lambda: len(site.server.manager.store._turns) == 2, "the lane does not wait")
+            eventually(lambda: len(site.server.manager.store.write_lock) == 2, "the lane does not wait")
             site.server.faults.add(route=route, **fault)
         assert wire.answer().status == 200
         other.send(beat(who))
@@ -5004,7 +5232,7 @@ def test_requests_that_arrived_before_the_stop_are_answered(launch: Launch) -> N
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with site.server.manager.store.transaction():
             first.send(beat(who))
-            eventually(lambda: len(site.server.manager.store._turns) == 2, "the lane does not wait")
+            eventually(lambda: len(site.server.manager.store.write_lock) == 2, "the lane does not wait")
             for wire, data in zip(wires, (beat(who), request("GET", "/nowhere"), beat(who, b"{")), strict=True):
                 wire.send(data)
             stopping = pool.submit(site.server.stop)
