@@ -5661,7 +5661,7 @@ _STYLE = r""":root{color-scheme:light dark;--bg:light-dark(#f5f6f8,#0e1216);--ca
 --hover:light-dark(#f0f3f7,#1b222a);--accent:light-dark(#0a5cc2,#74b3ff);--edge:light-dark(#b9c1ca,#3d4854);
 --green:light-dark(#18733a,#52c77a);--amber:light-dark(#8f5200,#e3a53f);--red:light-dark(#bd1e2c,#ff7f7c);
 --rose:light-dark(#98103f,#ff6fa0);--blue:light-dark(#4a6076,#93abc3);
-font:14px/1.45 system-ui,"Noto Sans CJK TC","PingFang TC","Microsoft JhengHei",sans-serif}
+font:14px/1.45 system-ui,"Noto Sans CJK TC","PingFang TC",sans-serif}
 *{box-sizing:border-box}
 [hidden]{display:none!important}
 body{margin:0;background:var(--bg);color:var(--text);font-variant-numeric:tabular-nums}
@@ -5680,7 +5680,6 @@ nav [aria-current=page]{color:var(--text);border-color:var(--accent);font-weight
 .lamp{white-space:nowrap;color:var(--soft)}
 .lamp i{width:9px;height:9px;border-radius:50%;background:var(--green)}
 .lamp .reconnecting{background:none;border:2px solid var(--amber)}
-.lamp .stopped{background:var(--red);border-radius:0}
 main{max-width:1560px;margin:auto;padding:16px 20px 48px;outline:0}
 h1{font-size:20px;margin:0 auto 0 0;overflow-wrap:anywhere}
 h2{font-size:14px;margin:0 0 8px}
@@ -5698,13 +5697,13 @@ button.main{background:var(--accent);color:var(--card);border-color:var(--accent
 button.danger,.error{color:var(--red)}
 button.plain,th button{border:0;background:none;padding:4px 7px;color:var(--soft);min-height:0}
 th button{padding:0;font-weight:600}
-[type=checkbox]{min-height:0;width:15px;height:15px;margin:0;accent-color:var(--accent);vertical-align:-2px}
+[type=checkbox]{min-height:0;width:15px;height:15px;margin:0}
 [type=search]{width:250px}
 .bar input:not([type]){width:116px}
 textarea{width:100%;min-height:190px}
 .counts{display:flex;flex-wrap:wrap;gap:8px;margin-bottom:12px}
 .counts button{gap:8px;padding:7px 14px;border-color:var(--line);border-radius:8px}
-.counts b{font-size:20px;line-height:1.2;color:var(--text)}
+.counts b{font-size:20px;line-height:1.2}
 .counts [aria-pressed=true]{border-color:var(--accent);box-shadow:inset 0 0 0 1px var(--accent)}
 .scroll{overflow-x:auto}
 .card .scroll{border:0}
@@ -5712,7 +5711,7 @@ table{border-collapse:collapse;width:100%}
 th{text-align:left;font-size:12.5px;color:var(--soft);white-space:nowrap}
 th,td{padding:6px 10px;border-bottom:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:0}
-td{overflow-wrap:anywhere}
+td{overflow-wrap:break-word;max-width:420px}time{white-space:nowrap}
 .n{text-align:right;white-space:nowrap}
 .host{font-weight:600;min-width:90px;display:inline-block}
 .nowrap,.state{white-space:nowrap;overflow-wrap:normal}
@@ -5720,14 +5719,14 @@ td{overflow-wrap:anywhere}
 .state{display:inline-flex;font-weight:600}
 .state svg{width:11px;height:11px;fill:currentColor}
 .state+.soft{margin-left:6px;font-size:12.5px;white-space:nowrap}
-.online{color:var(--green)}.stale{color:var(--amber)}.offline,.high{color:var(--red)}
-.critical{color:var(--rose)}.medium{color:var(--amber)}.low{color:var(--blue)}.none{color:var(--line)}
+.online{color:var(--green)}.stale,.medium{color:var(--amber)}.offline,.high{color:var(--red)}
+.critical{color:var(--rose)}.low{color:var(--blue)}
 .tag{display:inline-block;background:var(--hover);border:1px solid var(--line);border-radius:4px;padding:0 6px;
 margin:1px 4px 1px 0;font-size:12.5px;max-width:190px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;
 vertical-align:middle}
 .meter{display:inline-block;width:40px;height:6px;background:var(--line);margin-right:7px;vertical-align:1px}
 .meter i,.hbar{display:block;height:100%;background:var(--blue)}
-.hbar{height:4px;min-width:2px}
+.hbar{height:4px}
 .changed{animation:fade 1.6s}
 @keyframes fade{from{background:light-dark(#fff2c4,#3a3316)}}
 .bulk{position:sticky;bottom:8px;margin:8px 0;border-color:var(--accent)}
@@ -5740,17 +5739,14 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:5px 18px;margin:0}
 dd{margin:0;overflow-wrap:anywhere;min-width:0}
 summary{cursor:pointer;padding:4px 0}
 .foot{margin-top:14px}
-.menu{position:relative}
-.menu>div{position:absolute;right:0;z-index:3;width:max-content;display:grid;gap:5px}
+.menu>div{position:absolute;z-index:3;display:grid;gap:5px;translate:-40px}
 dialog{color:inherit;padding:20px;max-width:min(600px,94vw);max-height:84vh}
-dialog::backdrop{background:#0007}
-.signin{max-width:380px;margin:12vh auto;display:grid;gap:12px;padding:28px}
-.signin label{display:grid;gap:4px}
+.signin,.signin label{display:grid;gap:9px}
+.signin{max-width:380px;margin:12vh auto;padding:28px}
+
 .toast{position:fixed;left:50%;bottom:20px;transform:translateX(-50%);background:var(--text);color:var(--bg);
 border-radius:8px;padding:9px 16px;max-width:92vw;z-index:5}
 .toast:empty{display:none}
-.chart{display:block;width:100%;height:110px;fill:currentColor}
-.strip{height:22px;margin-top:12px}
 .ends{display:flex;justify-content:space-between;gap:8px}
 @media(prefers-reduced-motion:reduce){.changed{animation:none}}
 @media(max-width:1180px){.c-ip,.c-org_id,.c-os{display:none}}
@@ -5758,12 +5754,13 @@ border-radius:8px;padding:9px 16px;max-width:92vw;z-index:5}
 nav a{padding:7px 9px 6px}main{padding:12px 12px 40px}.c-policy,.c-memory{display:none}}
 @media(max-width:640px){.c-tags,.c-version,.c-cpu,.c-recentThreats,.roomy{display:none}th,td{padding:6px 7px}
 [type=search]{width:100%}.host{min-width:0}.counts{display:grid;grid-template-columns:1fr 1fr}
-.c-status .state+.soft{display:block;margin-left:17px}}"""
+.c-status .state+.soft{display:block;margin-left:17px}}
+p a{text-decoration:underline}"""
 
 _SCRIPT = r""""use strict";
 const root = document.documentElement;
-const DAY_MS = 86400000;
-let lang = localStorage.lang || (navigator.language.startsWith("zh") ? "zh" : "en");
+const MONTH_MS = 2592000000;
+let zh = (localStorage.lang || navigator.language).startsWith("zh");
 let theme = localStorage.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 let token = sessionStorage.token || "";
 let role = "admin";
@@ -5771,16 +5768,16 @@ let paths = {};      // what the manager offers, from its OpenAPI document
 let overview = {};
 let skewMs = 0;      // the manager's clock less the reader's
 let lastSeq = 0;     // number of the latest journal entry heard
-let view = {};       // name, id, load(live), and entry(entry) if it shows the journal
+let view = {};       // name, id, load(live)
 let shownMs = 0;     // when what is shown was read
 
 // The text in the reader's language; each %s is replaced by an argument.
-const t = (text, ...args) => (lang === "zh" && ZH[text] || text).replace(/%s/g, () => args.shift());
+const t = (text, ...args) => (zh && ZH[text] || text).replace(/%s/g, () => args.shift());
 
 // An element, "tag.class". Every text goes in as a text node, never as HTML.
 function h(what, props, ...kids) {
   const [tag, name] = what.split(".");
-  const svg = ["svg", "path", "rect", "circle"].includes(tag);
+  const svg = /^(svg|path|rect|circle)$/.test(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   if (props?.constructor !== Object) [props, kids] = [{}, [props, ...kids]];
   node.append(...kids.flat(3).filter((kid) => kid || kid === 0));
@@ -5794,13 +5791,22 @@ function h(what, props, ...kids) {
 }
 const btn = (text, onclick, kind = "", more = {}) => h("button." + kind, {onclick, ...more}, text);
 const card = (title, ...kids) => h("section.card", h("h2", title), kids);
-const tag = (text, ...more) => h("span.tag", {title: text}, text, more);
+const tag = (text, ...more) => h("span.tag", text, more);
+const head = (title, ...kids) => h("div.bar", h("h1", t(title)), kids);
+const to = (text, name, query) => h("a", {href: link(name, query)}, text);
+const box = (checked, change, more) => h("input", {type: "checkbox", checked, onchange: ({target}) => change(target.checked),
+  ...more});
+const named = (label) => ({"aria-label": t(label), placeholder: t(label), maxlength: 64});
+const put = (node, ...kids) => node?.replaceChildren(...kids);
+const $ = (selector) => document.querySelector(selector);
+const fact = (label, ...value) => [h("dt", t(label)), h("dd", value)];
 const empty = (title, ...rest) => h("div.empty", h("b", title), rest);
-const table = (heads, rows, more = {}) => h("div.scroll", {tabindex: 0, role: "group", "aria-label": heads.join()},
+const row = (...cells) => h("tr", cells.map((cell) => h("td", cell)));
+const table = (heads, rows, more = {}) => h("div.scroll",
   h("table", more, h("thead", h("tr", heads.map((head) => h("th", {scope: "col"}, t(head))))), h("tbody", rows)));
 
 const now = () => Date.now() + skewMs;
-const locale = () => (lang === "zh" ? "zh-Hant" : "en-GB");
+const locale = () => zh ? "zh-Hant" : "en-GB";
 const number = (value) => (value || 0).toLocaleString(locale());
 function span(ms) {
   const s = Math.max(0, Math.round(ms / 1000));
@@ -5808,11 +5814,11 @@ function span(ms) {
     : t("%s d", s / 86400 | 0);
 }
 // An instant in the reader's zone, with the UTC one on hover.
-const when = (iso) => iso ? h("time", {datetime: iso, title: iso}, new Date(iso).toLocaleString(locale(),
-  {dateStyle: "short", timeStyle: "medium"})) : "–";
+const time = (iso, text, more) => iso ? h("time", {datetime: iso, title: iso, ...more}, text) : "–";
+const stamp = (iso) => time(iso, new Date(iso).toLocaleString(locale(), {dateStyle: "short", timeStyle: "medium"}));
 // How long ago, kept up to date by tick(). Heartbeats are not in the journal: `capMs` is the most it can be.
-const living = (iso, form, capMs) => iso ? h("time", {datetime: iso, title: iso, "data-form": form, "data-cap": capMs},
-  age(iso, form, capMs)) : "–";
+const living = (iso, form, capMs) => time(iso, age(iso, form, capMs), {"data-form": form,
+  "data-cap": capMs});
 function age(iso, form, capMs) {
   const ms = now() - Date.parse(iso);
   return t(form, capMs && ms > capMs ? "< " + span(capMs) : span(ms));
@@ -5821,13 +5827,12 @@ const shape = (...kids) => h("svg", {viewBox: "0 0 12 12", "aria-hidden": "true"
 const SHAPES = {online: "M6 0a6 6 0 1 0 0 12a6 6 0 1 0 0-12", stale: "M6 0L12 12H0z", offline: "M0 0H12V12H0z"};
 const state = (status) => h("span", {class: "state " + status}, shape(h("path", {d: SHAPES[status]})), t(status));
 const mark = (bad) => h("svg.mark", {viewBox: "0 0 32 32", "aria-hidden": "true", xmlns: "http://www.w3.org/2000/svg"},
-  h("path", {d: "M3 14a13 13 0 0 1 26 0zM3 18a13 13 0 0 0 26 0z", fill: "#2f7fe0"}),
-  h("path", {d: "M16 4v24", stroke: "#fff", "stroke-width": 3}), bad && h("circle", {cx: 23, cy: 9, r: 9, fill: "#d3212f"}));
+  h("path", {d: "M3 14a13 13 0 0 1 26 0l-13-5zM3 18l13 5 13-5a13 13 0 0 1-26 0z", fill: "#2f7fe0"}), bad && h("circle", {cx: 23, cy: 9, r: 9, fill: "#d3212f"}));
 
 // The API
 
 const may = (method, path) => paths[path]?.[method] && (role === "admin" || method === "get");
-const takes = (path, name) => paths[path]?.get.parameters.some((each) => each.name === name);
+const takes = (path, name) => paths[path].get.parameters.find((each) => each.name === name)?.schema;
 function address(path, query) {
   const given = new URLSearchParams(Object.entries(query || {}).filter(([, value]) => value || value === 0 || value === false));
   return path + (given.size ? "?" + given : "");
@@ -5852,22 +5857,11 @@ async function getOverview() {
   skewMs = Date.parse(data.updatedAt) - Date.now();
   const bad = data.offlineAgents;
   document.title = (bad ? t("%s offline", bad) + " – " : "") + "Panguard Manager";
-  document.querySelector("link").href = "data:image/svg+xml,"
+  $("link").href = "data:image/svg+xml,"
     + encodeURIComponent(new XMLSerializer().serializeToString(mark(bad)));
 }
 
-// The journal's latest entries that match. It is read forwards, so start far enough back.
-async function latest(filter, wanted) {
-  for (let back = 200; ; back *= 10) {
-    const start = Math.max(0, lastSeq - back);
-    const found = [];
-    for (let after = start, page = {length: 200}; page.length === 200; after = page.at(-1)?.seq) {
-      page = await get("/api/events", {...filter, after, limit: 200});
-      found.push(...page);
-    }
-    if (found.length >= wanted || !start) return found.slice(-200).reverse();
-  }
-}
+const latest = (filter, limit) => get("/api/events", {...filter, order: "desc", limit});
 
 // Live: one stream a browser, held by the tab that has the lock and shared with the others
 
@@ -5886,7 +5880,6 @@ function hear(entry) {
   if (entry.seq <= lastSeq) return;
   lastSeq = entry.seq;
   if (leading) tabs.postMessage({entry});
-  view.entry?.(entry);
   soon();
 }
 tabs.onmessage = ({data}) => {
@@ -5968,19 +5961,18 @@ function tick() {
     const text = age(each.dateTime, each.dataset.form, +each.dataset.cap);
     if (each.textContent !== text) each.textContent = text;
   }
-  const words = {live: "Live", reconnecting: "Reconnecting"};
-  document.querySelector(".lamp")?.replaceChildren(h("i", {class: lamp}), t(words[lamp] || "Stopped"),
-    lamp === "live" ? "" : h("span.roomy", t("as of %s ago", span(Date.now() - shownMs))));
+  const live = lamp === "live";
+  put($(".lamp"), h("i", {class: lamp}), t(live ? "Live" : "Reconnecting"), live ? "" : h("span.roomy", t("as of %s ago", span(Date.now() - shownMs))));
 }
 setInterval(tick, 1000);
 
 // The frame: sign-in, views, dialogs, keys
 
 function say(text) {
-  const toast = document.querySelector(".toast");
+  const toast = $(".toast");
   toast.textContent = text;
   clearTimeout(say.timer);
-  say.timer = setTimeout(() => toast.replaceChildren(), 8000);
+  say.timer = setTimeout(() => put(toast), 8000);
 }
 // Do something; what fails, or what it gives, is shown as a message.
 async function attempt(work) {
@@ -5995,15 +5987,16 @@ async function attempt(work) {
 const act = async (work) => await attempt(work) && refresh();
 
 function frame(...content) {
-  root.lang = lang === "zh" ? "zh-Hant" : "en";
+  root.lang = locale();
   root.style.colorScheme = theme;
-  document.body.replaceChildren(...content, h("div.toast", {role: "status"}));
+  put(document.body, ...content, h("div.toast", {role: "status"}));
 }
 const switches = () => [
-  btn(lang === "zh" ? "English" : "中文", () => {
-    localStorage.lang = lang = lang === "zh" ? "en" : "zh";
+  btn(zh ? "English" : "中文", () => {
+    zh = !zh;
+    localStorage.lang = locale();
     start();
-  }, "plain", {lang: lang === "zh" ? "en" : "zh-Hant"}),
+  }, "plain", {lang: zh ? "en" : "zh-Hant"}),
   btn(t(theme === "dark" ? "Light" : "Dark"), () => {
     localStorage.theme = theme = theme === "dark" ? "light" : "dark";
     start();
@@ -6030,7 +6023,7 @@ function signIn(message = "") {
       start();
     } catch (error) {
       token = "";
-      document.querySelector(".error").textContent ||= error.message;
+      $(".error").textContent ||= error.message;
     }
   }}, h("div.name", mark(), h("h1", "Panguard Manager")), h("label", {for: "token"}, t("Token"), field), problem,
   h("button.main", t("Sign in")), h("div.soft", t("An admin's or a viewer's token.")), h("div", switches()))));
@@ -6080,9 +6073,10 @@ const show = () => token && attempt(async () => {
   for (const each of document.querySelectorAll("nav a")) {
     each.setAttribute("aria-current", each.hash === "#" + (name === "agent" ? "fleet" : name) ? "page" : "false");
   }
-  const main = document.querySelector("main");
+  const main = $("main");
+  main.ariaBusy = true;
   if (view.name !== name || view.id !== id) {
-    main.replaceChildren();
+    put(main);
     view = {name, id};
     VIEWS[name][1](view, main, id && decodeURIComponent(id));
   }
@@ -6093,32 +6087,33 @@ const show = () => token && attempt(async () => {
     if (each.options || each !== document.activeElement) each.value = value;
   }
   shownMs = Date.now();
+  main.ariaBusy = false;
 });
 addEventListener("hashchange", show);
 
 // Ask before something is done. Gives whether the person agrees.
 const ask = (title, body, yes, kind = "main") => new Promise((resolve) => {
-  const box = h("dialog", {"aria-label": title, onclose: () => {
-    resolve(box.returnValue === "yes");
-    box.remove();
-  }}, h("h2", title), body, h("div.bar foot", yes && btn(yes, () => box.close("yes"), kind),
-    btn(t(yes ? "Cancel" : "Close"), () => box.close(""))));
-  document.body.append(box);
-  box.showModal();
+  const dialog = h("dialog", {"aria-label": title, onclose: () => {
+    resolve(dialog.returnValue === "yes");
+    dialog.remove();
+  }}, h("h2", title), body, h("div.bar foot", yes && btn(yes, () => dialog.close("yes"), kind),
+    btn(t(yes ? "Cancel" : "Close"), () => dialog.close(""))));
+  document.body.append(dialog);
+  dialog.showModal();
 });
 
 const KEYS = {"/": "Find", j: "Next row", k: "Former row", x: "Tick the row", "?": "Show the keys"};
 addEventListener("keydown", (event) => {
   const {key, target} = event;
-  if (!KEYS[key] || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog")) return;
+  if (!KEYS[key] || event.ctrlKey || event.metaKey || event.altKey || $("dialog")) return;
   if (target.matches("input:not([type=checkbox]), textarea, select")) return;
   const rows = [...document.querySelectorAll("main tbody tr")];
   const at = rows.findIndex((row) => row.contains(target));
   event.preventDefault();
-  if (key === "/") document.querySelector("[type=search], [data-param]")?.focus();
+  if (key === "/") $("[type=search], [data-param]")?.focus();
   else if (key === "x") rows[at]?.querySelector("[type=checkbox]")?.click();
   else if (key === "?") {
-    ask(t("Keys"), h("dl", Object.entries(KEYS).map(([each, what]) => [h("dt", h("code", each)), h("dd", t(what))])));
+    ask(t("Keys"), h("dl", Object.entries(KEYS).map(([each, what]) => fact(each, t(what)))));
   } else rows[Math.max(0, Math.min(rows.length - 1, at + (key === "j" ? 1 : -1)))]?.querySelector("a, button")?.focus();
 });
 
@@ -6126,7 +6121,8 @@ addEventListener("keydown", (event) => {
 
 // A control bound to a parameter of the address. Typing replaces the address, choosing adds to the history.
 function filter(name, label, choices) {
-  if (!takes("/api/" + (view.name === "fleet" ? "agents" : "threats"), name === "period" ? "since" : name)) return "";
+  const path = {fleet: "agents", threats: "threats", journal: "events"}[view.name];
+  if (name !== "period" && !takes("/api/" + path, name)) return "";
   const bound = {"aria-label": t(label), "data-param": name};
   if (choices) {
     return h("select", {...bound, onchange: (event) => setParams({[name]: event.target.value})},
@@ -6138,11 +6134,11 @@ function filter(name, label, choices) {
   }});
 }
 const agentLink = (id, hostname) => id ? h("a.host", {href: link("agent", {}, id)}, hostname || id) : "–";
-const quoted = (text) => "'" + text.replace(/'/g, "'\\''") + "'";
+const quoted = (text) => "'" + text.replaceAll("'", "'\\''") + "'";
 const asCurl = (path, method, body) => ["curl", method && "-X " + method, '-H "Authorization: Bearer $TOKEN"', body
   && "-H 'Content-Type: application/json' -d " + quoted(JSON.stringify(body)), quoted(location.origin + path)]
   .filter(Boolean).join(" ");
-const foot = (...lines) => h("details.foot", h("summary", t("The same as curl")), lines.map((line) => h("pre", line)));
+const foot = (...lines) => h("details.foot", h("summary", t("As curl")), lines.map((line) => h("pre", line)));
 const pager = (page, total) => total > LIMIT && h("div.bar",
   btn(t("Former page"), () => setParams({page: page - 1}), "", {disabled: page < 2}),
   t("Page %s of %s", page, Math.ceil(total / LIMIT)),
@@ -6170,11 +6166,10 @@ const COLUMNS = [
   ["status", "Status", (a) => [state(a.status), a.statusSince && h("span.soft", living(a.statusSince, "for %s"))]],
   ["hostname", "Hostname", (a) => agentLink(a.id, a.hostname)],
   ["tags", "Tags", (a) => a.tags.map((each) => tag(each))], ["os", "OS", (a) => a.os],
-  ["version", "Version", (a) => !newest || a.version === newest ? a.version
+  ["version", "Version", (a) => a.version === newest ? a.version
     : h("span.stale", {title: t("The newest in the fleet is %s", newest)}, a.version + " ↑")],
   ["ip", "Address", (a) => h("span.nowrap", a.ip)], ["policy", "Policy", policyState],
-  ["recentThreats", "Threats 24 h", (a) => a.recentThreats ? h("a", {href: link("threats", {agent_id: a.id})},
-    number(a.recentThreats)) : a.recentThreats ?? "–", true],
+  ["recentThreats", "Threats 24 h", (a) => a.recentThreats ? to(number(a.recentThreats), "threats", {agent_id: a.id}) : a.recentThreats ?? "–", true],
   ["cpu", "CPU", (a) => meter(a.cpu), true], ["memory", "Memory", (a) => meter(a.memory), true],
   ["lastHeartbeat", "Last heartbeat", (a) => living(a.lastHeartbeat, "%s ago", beatCap(a)), true],
   ["org_id", "Org", (a) => a.org_id || "–"]];
@@ -6190,13 +6185,12 @@ function buildFleet(view, main) {
   const changes = btn("", () => draw());
   let rows = new Map(); // by agent's id: what was drawn
   let [items, total, layout] = [[], 0, ""];
-  const columns = COLUMNS.slice(2).map(([name, label]) => h("label", h("input", {type: "checkbox",
-    checked: !hidden.has(name), onchange: ({target}) => {
-      hidden[target.checked ? "delete" : "add"](name);
-      localStorage.hidden = [...hidden];
-      draw();
-    }}), " ", t(label)));
-  main.append(h("div.bar", h("h1", t("Fleet")), changes, filter("q", "Find hostname, id, address or tag"),
+  const columns = COLUMNS.slice(2).map(([name, label]) => h("label", box(!hidden.has(name), (on) => {
+    hidden[on ? "delete" : "add"](name);
+    localStorage.hidden = [...hidden];
+    draw();
+  }), " ", t(label)));
+  main.append(head("Fleet", changes, filter("q", "Find hostname, id, address or tag"),
     filter("tag", "Tag"), filter("os", "OS", Object.keys(overview.agentsByOs).map((os) => [os, os])),
     filter("version", "Version"), filter("org_id", "Org"),
     h("details.menu roomy", h("summary", t("Columns")), h("div.card", columns)),
@@ -6205,8 +6199,8 @@ function buildFleet(view, main) {
   function pick(id, hostname, on) {
     if (on) selected.set(id, hostname);
     else selected.delete(id);
-    const box = rows.get(id)?.node.querySelector("input");
-    if (box) box.checked = on;
+    const ticked = rows.get(id)?.node.querySelector("input");
+    if (ticked) ticked.checked = on;
     drawBulk();
   }
 
@@ -6219,33 +6213,32 @@ function buildFleet(view, main) {
       const text = JSON.stringify(a);
       const old = kept.get(a.id);
       return [a.id, old?.text === text ? old : {text, node: h("tr", {class: old && "changed"},
-        bulky && h("td", h("input", {type: "checkbox", checked: selected.has(a.id), "aria-label": t("Select %s", a.hostname),
-          onchange: ({target}) => pick(a.id, a.hostname, target.checked)})),
+        bulky && h("td", box(selected.has(a.id), (on) => pick(a.id, a.hostname, on), {"aria-label": t("Select %s", a.hostname)})),
         shown.map(([name, , cell, numeric]) => h("td", {class: "c-" + name + (numeric ? " n" : "")}, cell(a))))}];
     }));
     const heads = shown.map(([name, label, , numeric]) => {
-      const way = !takes("/api/agents", "sort") ? "" : sort === name ? "ascending" : sort === "-" + name && "descending";
+      const way = sort === name ? "ascending" : sort === "-" + name && "descending";
       return h("th", {scope: "col", class: "c-" + name + (numeric ? " n" : ""), "aria-sort": way}, SORTS.includes(name) && takes("/api/agents", "sort")
         ? btn(t(label) + (way ? way === "ascending" ? " ▲" : " ▼" : ""),
           () => setParams({sort: (way === "ascending" ? "-" : "") + name})) : t(label));
     });
-    const all = h("input", {type: "checkbox", "aria-label": t("Select this page"), checked: items.every((a) =>
-      selected.has(a.id)), onchange: ({target}) => items.forEach((a) => pick(a.id, a.hostname, target.checked))});
+    const all = box(items.every((a) => selected.has(a.id)), (on) => items.forEach((a) => pick(a.id, a.hostname, on)),
+      {"aria-label": t("Select this page")});
     const {activeElement} = document;
     if (!items.length) {
-      body.replaceChildren(location.hash.includes("?") ? empty(t("No agent matches."), h("a", {href: "#fleet"}, t("Show all")))
+      put(body, location.hash.includes("?") ? empty(t("No agent matches."), h("a", {href: "#fleet"}, t("Show all")))
         : empty(t("No agents yet"), t("Register the first one. On its machine, run:"), h("pre", registerLine("TOKEN"))));
     } else {
       if (!body.querySelector("tbody")) {
-        body.replaceChildren(table([], [], {"aria-label": t("Fleet"), onmouseleave: () => changes.hidden || draw()}), h("div"));
+        put(body, table([], [], {"aria-label": t("Fleet"), onmouseleave: () => changes.hidden || draw()}), h("div"));
       }
-      const [head, rest] = body.querySelectorAll("thead, tbody");
-      head.replaceChildren(h("tr", bulky && h("th", {scope: "col"}, all), heads));
+      const [top, rest] = body.querySelectorAll("thead, tbody");
+      put(top, h("tr", bulky && h("th", {scope: "col"}, all), heads));
       const nodes = [...rows.values()].map((row) => row.node);
       if (nodes.length !== rest.children.length || nodes.some((node, at) => node !== rest.children[at])) {
-        rest.replaceChildren(...nodes);
+        put(rest, ...nodes);
       }
-      body.lastChild.replaceChildren(h("p.soft", t("%s agents", number(total))), pager(page, total) || "");
+      put(body.lastChild, h("p.soft", t("%s agents", number(total))), pager(page, total) || "");
     }
     if (activeElement !== document.activeElement) { // it was moved or drawn anew
       const label = activeElement.getAttribute("aria-label") || activeElement.textContent;
@@ -6258,16 +6251,17 @@ function buildFleet(view, main) {
   function drawBulk() {
     bulk.hidden = !selected.size;
     const title = t("%s selected", selected.size);
-    if (bulk.contains(document.activeElement)) return bulk.firstChild.replaceChildren(title);
-    const name = h("input", {"aria-label": t("New tag"), placeholder: t("New tag"), maxlength: 64});
-    const every = h("input", {type: "checkbox"});
+    if (bulk.contains(document.activeElement)) return put(bulk.firstChild, title);
+    const name = h("input", named("New tag"));
+    const every = box();
     const tagging = (label, field) => btn(t(label), () => name.value.trim() ? change(every.checked,
       t(label) + ": " + name.value.trim(), {[field]: [name.value.trim()]}) : name.focus());
-    return bulk.replaceChildren(h("b", title), total > items.length && h("label", every, " ",
+    return put(bulk, h("b", title), total > items.length && h("label", every, " ",
       t("all %s that match", number(total))) || "", name, tagging("Add tag", "addTags"), tagging("Remove tag", "removeTags"),
     btn(t("Deregister") + "…", () => change(every.checked, t("Deregister"), {deregister: true}), "danger"),
     btn(t("Clear"), () => {
-      for (const id of [...selected.keys()]) pick(id, "", false);
+      selected.clear();
+      layout = "";
       draw();
     }, "plain"));
   }
@@ -6289,10 +6283,9 @@ function buildFleet(view, main) {
 
   const exportCsv = () => attempt(async () => {
     const all = await get("/api/agents", {...fleetFilter(), detail: true});
-    const names = ["id", "status", "hostname", "tags", "os", "version", "ip", "activePolicyVersion", "recentThreats", "cpu",
-      "memory", "lastHeartbeat", "registeredAt", "org_id"];
+    const names = Object.keys(all[0] || {});
     // A cell that begins like a formula would be run by a spreadsheet.
-    const cell = (value) => '"' + String(value ?? "").replace(/^[=+\-@\t\r]/, "'$&").replace(/"/g, '""') + '"';
+    const cell = (value) => '"' + String(value ?? "").replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""') + '"';
     const lines = [names, ...all.map((a) => names.map((name) => a[name]))].map((row) => row.map(cell).join() + "\r\n");
     const href = URL.createObjectURL(new Blob(["\ufeff", ...lines], {type: "text/csv"}));
     h("a", {href, download: "fleet.csv"}).click();
@@ -6304,20 +6297,20 @@ function buildFleet(view, main) {
     const turn = view.turn = {};
     const path = address("/api/agents", {...fleetFilter(), sort: param("sort") || "status", page: +param("page") || 1,
       limit: LIMIT, detail: true});
-    const [answer, silent, top] = await Promise.all([api("GET", path),
-      takes("/api/agents", "silent_ms") && api("GET", "/api/agents?limit=1&silent_ms=" + 30 * DAY_MS),
-      takes("/api/agents", "sort") && get("/api/agents", {sort: "-version", limit: 1})]);
+    const [answer, silent, [top]] = await Promise.all([api("GET", path),
+      api("GET", "/api/agents?limit=1&silent_ms=" + MONTH_MS),
+      get("/api/agents", {sort: "-version", limit: 1})]);
     if (turn !== view.turn) return;
-    newest = top?.[0]?.version;
+    newest = top?.version;
     const count = (label, value, filters) => btn([label, h("b", number(value))],
       () => setParams({status: "", silent_ms: "", ...filters}), "", {"aria-pressed": String(["status", "silent_ms"].every(
         (name) => param(name) === (filters[name] || "")))});
     const at = [...counts.children].indexOf(document.activeElement);
-    counts.replaceChildren(count(t("All"), overview.totalAgents, {}),
+    put(counts, count(t("All"), overview.totalAgents, {}),
       ...["online", "stale", "offline"].map((status) => count(state(status), overview[status + "Agents"], {status})),
-      silent ? count(t("Silent 30 days"), silent.total, {silent_ms: String(30 * DAY_MS)}) : "");
+      takes("/api/agents", "silent_ms") ? count(t("Silent 30 days"), silent.total, {silent_ms: MONTH_MS + ""}) : "");
     counts.children[at]?.focus();
-    end.replaceChildren(foot(asCurl(path)));
+    put(end, foot(asCurl(path)));
     const changed = answer.data.filter((a, at) => a.id !== items[at]?.id || JSON.stringify(a) !== rows.get(a.id)?.text);
     [items, total] = [answer.data, answer.total];
     // Rows do not move away under the pointer.
@@ -6332,7 +6325,7 @@ function buildFleet(view, main) {
 
 function buildAgent(view, main, id) {
   const path = one("/api/agents/", id);
-  const name = h("input", {"aria-label": t("New tag"), placeholder: t("New tag"), maxlength: 64});
+  const name = h("input", named("New tag"));
   const retag = (change) => act(async () => {
     await api("PATCH", path, change);
     name.value = "";
@@ -6342,20 +6335,18 @@ function buildAgent(view, main, id) {
     event.preventDefault();
     if (name.value.trim()) retag({addTags: [name.value.trim()]});
   }}, name, h("button", t("Add tag")));
-  const fact = (label, ...value) => [h("dt", t(label)), h("dd", value)];
 
   view.load = async () => {
-    const a = await get(path).catch((error) => main.replaceChildren(h("h1", id), empty(error.message,
+    const a = await get(path).catch((error) => put(main, h("h1", id), empty(error.message,
       h("a", {href: link("threats", {agent_id: id})}, t("Threats")))));
     if (!a) return;
-    const [threats, policy, scopes, entries, hours] = await Promise.all([get("/api/threats", {agent_id: id, limit: 10}),
-      get(one("/api/policy/agent/", id), {ack: false}), policyScopes(a), latest({agent_id: id}, 20),
-      paths["/api/timeline"] && get("/api/timeline", {agent_id: id})]);
+    const [threats, policy, policies, entries] = await Promise.all([get("/api/threats", {agent_id: id, limit: 10}),
+      get(one("/api/policy/agent/", id), {ack: false}), get("/api/policy", {limit: 200}), latest({agent_id: id}, 30)]);
     const edits = may("patch", "/api/agents/{id}");
     const [falls, next] = {online: [a.staleAt, "stale"], stale: [a.offlineAt, "offline"]}[a.status] || [];
     const open = main.querySelector("details")?.open;
     const typing = document.activeElement === name;
-    main.replaceChildren(h("div.bar", h("h1", a.hostname), state(a.status), edits && btn(t("Deregister") + "…", () =>
+    put(main, h("div.bar", h("h1", a.hostname), state(a.status), edits && btn(t("Deregister") + "…", () =>
       act(async () => {
         if (!await ask(t("Deregister %s?", a.hostname), t("Its token stops working. Its threats are kept."),
           t("Deregister"), "danger")) return "";
@@ -6365,37 +6356,33 @@ function buildAgent(view, main, id) {
       }), "danger")),
     h("div.cards",
       card(t("Why it is %s", t(a.status)), h("dl", a.statusReason && fact("Reason", a.statusReason),
-        a.statusSince && fact("Since", when(a.statusSince), ", ", living(a.statusSince, "for %s")),
-        fact("Last heartbeat", when(a.lastHeartbeat), ", ", living(a.lastHeartbeat, "%s ago", beatCap(a))),
-        falls && fact("Next", t("%s, without a further heartbeat, at", t(next)), " ", when(falls))), hours && strip(hours)),
+        a.statusSince && fact("Since", stamp(a.statusSince), ", ", living(a.statusSince, "for %s")),
+        fact("Last heartbeat", stamp(a.lastHeartbeat), ", ", living(a.lastHeartbeat, "%s ago", beatCap(a))),
+        falls && fact("Next", t("%s, without a further heartbeat, at", t(next)), " ", stamp(falls)))),
       card(t("Machine"), h("dl", fact("Id", h("code", a.id)), fact("OS", a.os, " ", a.arch), fact("Version", a.version),
         fact("Address", a.ip), fact("Org", a.org_id || "–"), fact("Machine id", a.machine_id || "–"),
         fact("CPU", meter(a.cpu)), fact("Memory", meter(a.memory)),
-        fact("Uptime", a.uptime === null ? "–" : span(a.uptime * 1000)), fact("Registered", when(a.registeredAt)))),
+        fact("Uptime", a.uptime === null ? "–" : span(a.uptime * 1000)), fact("Registered", stamp(a.registeredAt)))),
       card(t("Tags"), h("p", a.tags.map((each) => tag(each, edits && btn("×", () => retag({removeTags: [each]}), "plain",
         {"aria-label": t("Remove tag %s", each)}))), !a.tags.length && t("none")), edits && adding),
       card(t("Policy"), h("p", policyState(a)), policy.rules.length ? table(["Rule", "From", "Settings"],
-        policy.rules.map((rule) => h("tr", h("td", rule.type), h("td", scopeOf(rule, scopes)),
-          h("td", h("code", JSON.stringify(rule.config)))))) : t("No rules.")),
+        policy.rules.map((rule) => {
+          const from = scopesOf(a, policies).find((p) => p.rules.some(({type}) => type === rule.type));
+          return row(rule.type, from && [from.version, ", ", scopeName(from)], h("code", JSON.stringify(rule.config)));
+        })) : t("No rules.")),
       h("section.card wide", h("h2", t("Threats")), threats.length ? table(["Severity", "Type", "Source", "When"],
-        threats.map((e) => h("tr", h("td", severity(e.severity)), h("td", h("a", {href: link("threats",
-          {agent_id: id, type: e.type})}, e.type)), h("td", indicator(e)), h("td", when(e.receivedAt))))) : t("none")),
+        threats.map((e) => row(severity(e.severity), to(e.type, "threats", {agent_id: id, type: e.type}),
+          indicator(e), stamp(e.receivedAt)))) : t("none")),
       h("section.card wide", h("h2", t("Journal")), journalTable(entries)),
       h("details.wide", {open}, h("summary", t("Raw JSON")), h("pre", JSON.stringify(a, null, 2)))), foot(asCurl(path)));
     if (typing) name.focus();
   };
 }
 
-// What each rule comes from: the narrowest scope that has one of its type.
-const policyScopes = async (a) => {
-  const [all, org, policies] = await Promise.all([get("/api/policy/active"), a.org_id && get("/api/policy/active",
-    {org_id: a.org_id}), get("/api/policy", {limit: 200})]);
-  return [["this agent", policies.find((each) => each.agent_id === a.id)], ["its org", org], ["all agents", all]];
-};
-function scopeOf(rule, scopes) {
-  const [name, policy] = scopes.find(([, each]) => each?.rules.some(({type}) => type === rule.type)) || [];
-  return name ? t(name) + ", " + policy.version : "–";
-}
+// Whom a policy is for, and the newest one of each scope that reaches an agent, the narrowest first.
+const scopeName = (p) => p.agent_id ? agentLink(p.agent_id) : p.org_id || t("all agents");
+const scopesOf = (a, policies) => [(p) => p.agent_id === a.id, (p) => p.org_id && p.org_id === a.org_id,
+  (p) => !p.agent_id && !p.org_id].map((fits) => policies.find(fits)).filter(Boolean);
 
 // Threats
 
@@ -6410,15 +6397,15 @@ const severity = (name) => h("span", {class: "state " + name}, shape([9, 6, 3, 0
   .map((y, at) => h("rect", {x: at * 3, y, width: 2, height: 12 - y}))), t(name));
 const indicator = (e) => source(e)
   ? h("a", {href: link("threats", {source_ip: source(e)}), title: t("Same source")}, source(e))
-  : fileOf(e) ? h("a", {href: link("threats", {file_hash: fileOf(e)}), title: t("Same file")}, fileOf(e).slice(0, 12) + "…")
-    : "–";
+  : fileOf(e) && takes("/api/threats", "file_hash") ? h("a", {href: link("threats", {file_hash: fileOf(e)}),
+    title: t("Same file")}, fileOf(e).slice(0, 12) + "…") : fileOf(e) || "–";
 const choices = (words) => Object.entries(words).map(([value, text]) => [value, t(text)]);
 
 function buildThreats(view, main) {
   const body = h("div");
-  main.append(h("div.bar", h("h1", t("Threats")), filter("severity", "Severity", SEVERITIES.map((each) => [each, t(each)])),
+  main.append(head("Threats", filter("severity", "Severity", SEVERITIES.map((each) => [each, t(each)])),
     filter("type", "Type"), filter("agent_id", "Agent id"), filter("source_ip", "Source"), filter("file_hash", "File hash"),
-    may("patch", "/api/threats/{id}") && filter("state", "State", choices(STATES)), filter("period", "Any time",
+    filter("state", "State", choices(STATES)), filter("period", "Any time",
       choices({3600000: "1 h", 86400000: "24 h", 604800000: "7 d"}))), body);
   view.load = async () => {
     const page = +param("page") || 1;
@@ -6428,7 +6415,7 @@ function buildThreats(view, main) {
     const path = address("/api/threats", query);
     const {data, total} = await api("GET", path);
     const groups = Map.groupBy(data, (e) => JSON.stringify([e.type, e.agentId, source(e), e.state]));
-    body.replaceChildren(...attacks(data), data.length ? table(["Severity", "Type", "Agent", "Source", "Count", "Latest",
+    put(body, ...attacks(data), data.length ? table(["Severity", "Type", "Agent", "Source", "Count", "Latest",
       "State", "Details"], [...groups.values()].map(threatRow)) : location.hash.includes("?")
       ? empty(t("No threat matches."), h("a", {href: "#threats"}, t("Show all")))
       : empty(t("No threats reported"), t("When an agent reports one, it appears here by itself.")),
@@ -6436,73 +6423,354 @@ function buildThreats(view, main) {
   };
 }
 
-// Threats that the manager has correlated, joined into attacks.
-function attacks(threats) {
-  const left = new Map(threats.map((each) => [each.id, each]));
-  const found = [];
-  for (const start of threats) {
-    const group = [];
-    for (const todo = [start.id]; todo.length;) {
-      const each = left.get(todo.pop());
-      if (!each) continue;
-      left.delete(each.id);
-      group.push(each);
-      todo.push(...each.correlatedWith);
-    }
-    if (group.length > 1) found.push(group);
-  }
-  return found.slice(0, 5).map((group) => {
-    const hosts = new Map(group.map((each) => [each.agentId, each.hostname]));
-    return h("p.card", h("b", t("Correlated attack on %s agents", hosts.size)), " ",
-      severity(SEVERITIES.find((name) => group.some((each) => each.severity === name))), " ",
-      [...new Set(group.map((each) => each.type))].join(", "), " · ", indicator(group[0]), " · ",
-      living(group[0].receivedAt, "%s ago"), h("br"), [...hosts].map(([id, name]) => h("span.tag", agentLink(id, name))));
-  });
-}
+// Threats of several agents that the manager has correlated, by the source or file that they share.
+const attacks = (threats) => [...Map.groupBy(threats.filter((e) => e.correlatedWith.length), (e) => source(e) || fileOf(e))
+  .values()].slice(0, 3).map((group) => {
+  const hosts = new Map(group.map((e) => [e.agentId, e.hostname]));
+  return h("p.card", h("b", t("Correlated attack on %s agents", hosts.size)), " ", indicator(group[0]), " · ",
+    severity(SEVERITIES.find((name) => group.some((e) => e.severity === name))), " ",
+    [...new Set(group.map((e) => e.type))].join(", "), " · ", living(group[0].receivedAt, "%s ago"), h("br"),
+    [...hosts].map(([id, name]) => tag(agentLink(id, name))));
+});
 
 function threatRow(group) {
   const [e] = group;
   const word = t(STATES[e.state || "open"]);
-  return h("tr", h("td", severity(e.severity)), h("td", h("a", {href: link("threats", {type: e.type})}, e.type),
-    e.note && h("div.soft", e.note)), h("td", agentLink(e.agentId, e.hostname)), h("td", indicator(e)),
-  h("td", number(group.length)), h("td", living(e.receivedAt, "%s ago")),
-  h("td", may("patch", "/api/threats/{id}") ? btn(word, () => triage(group)) : word),
-  h("td", btn(t("Details"), () => ask(e.type, [h("p", e.hostname, " · ", when(e.receivedAt)),
-    h("pre", JSON.stringify(e, null, 2))]), "plain")));
+  return row(severity(e.severity), [to(e.type, "threats", {type: e.type}), e.note && h("div.soft", e.note)],
+    agentLink(e.agentId, e.hostname), indicator(e), number(group.length), living(e.receivedAt, "%s ago"),
+    may("patch", "/api/threats/{id}") ? btn(word, () => triage(group)) : word,
+    btn(t("Details"), () => ask(e.type, [h("p", e.hostname, " · ", stamp(e.receivedAt)),
+      h("pre", JSON.stringify(e, null, 2))]), "plain"));
 }
 function triage(group) {
   const choice = h("select", {"aria-label": t("State"), value: group[0].state},
     choices(STATES).map(([value, text]) => h("option", {value}, text)));
-  const note = h("input", {"aria-label": t("Note"), placeholder: t("Note"), value: group[0].note || ""});
+  const note = h("input", {...named("Note"), value: group[0].note || ""});
   return act(async () => {
     if (!await ask(t("State of %s threats", group.length), h("div.bar", choice, note), t("Save"))) return "";
     for (const {id} of group) await api("PATCH", one("/api/threats/", id), {state: choice.value, note: note.value || null});
     return t("Saved.");
   });
 }
+// Overview
+
+const hbars = (title, rows) => card(title, rows.length ? rows.map(([label, count]) => {
+  const fill = h("i.hbar");
+  fill.style.width = 100 * count / Math.max(...rows.map((row) => row[1])) + "%";
+  return h("div", h("div.ends", h("span", label), number(count)), fill);
+}) : t("none"));
+
+function buildOverview(view, main) {
+  view.load = async () => {
+    const [summary, agents] = await Promise.all([get("/api/threats/summary"), everyAgent()]);
+    const behind = agents.filter((a) => a.pendingPolicies).length;
+    put(main, head("Overview"), h("div.cards",
+      card(t("Policy"), overview.activePolicyVersion ? h("p", h("b", overview.activePolicyVersion), " ", t(
+        "%s of %s agents have what holds for them", number(agents.length - behind), number(agents.length))) : t("none")),
+      hbars(t("Severity"), SEVERITIES.map((key) => [severity(key), summary.bySeverity[key]])),
+      hbars(t("Type"), Object.entries(summary.byType).map(([type, count]) => [to(type, "threats", {type}),
+        count])),
+      hbars(t("Source"), summary.topSourceIps.map(({ip, count}) => [to(ip, "threats", {source_ip: ip}),
+        count])),
+      hbars(t("Agent"), summary.topAgents.map((each) => [agentLink(each.agentId, each.hostname), each.count])),
+      ...["version", "os"].map((key) => hbars(t(key === "os" ? "OS" : "Version"), [...Map.groupBy(agents, (a) => a[key])]
+        .map(([name, list]) => [to(name, "fleet", {[key]: name}), list.length])
+        .sort((one, other) => other[1] - one[1]).slice(0, 10)))), foot(asCurl("/api/overview")));
+  };
+}
+// All agents in detail, at most once in half a minute: the fleet may be large.
+async function everyAgent() {
+  if (!(now() - everyAgent.at < 30000)) {
+    everyAgent.list = await get("/api/agents", {detail: true});
+    everyAgent.at = now();
+  }
+  return everyAgent.list;
+}
+
+// Policies
+
+function buildPolicies(view, main) {
+  const body = h("div");
+  const text = h("textarea", {"aria-label": t("Policy as JSON"), spellcheck: "false", oninput: check, value: JSON.stringify(
+    {name: "Block an address", rules: [{type: "block_ip", config: {ip: "203.0.113.9"}}]}, null, 2)});
+  const verdict = h("span", {role: "status"});
+  const issue = btn(t("Issue") + "…", () => act(async () => {
+    const policy = JSON.parse(text.value);
+    const scope = policy.agent_id || policy.org_id || t("all agents");
+    if (!await ask(t("Issue %s?", policy.name), [h("p", t("%s rules for %s", policy.rules.length, scope)),
+      h("pre", text.value)], t("Issue"))) return "";
+    const {data} = await api("POST", "/api/policy", policy);
+    return t("Issued %s; %s agents online get it now.", data.version, data.broadcastedTo);
+  }), "main");
+  function check() {
+    let problem = "";
+    try {
+      const {name, rules} = JSON.parse(text.value);
+      if (!name || !rules?.length) problem = "name, rules: …";
+    } catch (error) {
+      problem = error.message;
+    }
+    issue.disabled = problem;
+    verdict.className = problem && "error";
+    verdict.textContent = problem || "✓";
+  }
+  check();
+  main.append(head("Policies"), body, may("post", "/api/policy") ? h("details.card foot",
+    h("summary", t("Issue a policy")), text, h("div.bar", issue, verdict)) : "", foot(asCurl("/api/policy")));
+  view.load = async () => {
+    const [policies, agents] = await Promise.all([get("/api/policy", {limit: 200}), everyAgent()]);
+    const sameScope = (p) => (each) => each.org_id === p.org_id && each.agent_id === p.agent_id;
+    put(body, policies.length ? table(["Version", "Name", "For", "Rules", "Issued", "Acknowledged", "Actions"],
+      policies.map((p, at) => {
+        const inForce = !policies.slice(0, at).some(sameScope(p));
+        const scope = agents.filter((a) => p.agent_id ? a.id === p.agent_id : !p.org_id || a.org_id === p.org_id);
+        const has = (a) => +(a.activePolicyVersion || "v0").slice(1) >= +p.version.slice(1);
+        return row(h("b", p.version), p.name, scopeName(p), p.rules.length,
+          stamp(p.createdAt), inForce ? btn(t("%s of %s", scope.filter(has).length, scope.length), () => ask(
+            t("Not acknowledged: %s", p.version), h("p", scope.filter((a) => !has(a)).slice(0, 100).map((a) =>
+              tag(a.hostname)))), "plain") : h("span.soft", t("replaced")),
+          [btn(t("Changes"), () => ask(p.name + " " + p.version, changes(p, policies.slice(at + 1).find(sameScope(p)))), "plain"),
+            inForce && p.agent_id && p.rules.length && may("delete", "/api/policy/agent/{id}") && btn(t("Drop") + "…", () =>
+              act(async () => {
+                if (!await ask(t("Drop the override of %s?", p.agent_id), "", t("Drop"), "danger")) return "";
+                await api("DELETE", one("/api/policy/agent/", p.agent_id));
+                return t("Saved.");
+              }), "plain danger")]);
+      })) : empty(t("No policy yet"), t("Issue the first one below.")));
+  };
+}
+function changes(policy, former) {
+  const lines = (each) => each ? each.rules.map((rule) => JSON.stringify(rule)) : [];
+  const [after, before] = [lines(policy), lines(former)];
+  return [h("p.soft", policy.description, " ", former ? t("Compared with %s", former.version) : ""),
+    h("pre", before.filter((line) => !after.includes(line)).map((line) => h("div.offline", "− " + line)),
+      after.map((line) => before.includes(line) ? h("div", "  " + line) : h("div.online", "+ " + line)))];
+}
+
 // Journal
 
-const journalTable = (entries) => entries.length ? table(["When", "Type", "Agent", "What"], entries.map(journalRow)) : t("none");
-function journalRow({at, type, agentId, actor, seq, data, ...rest}) {
-  const fields = {...rest, ...data};
+const entryTypes = () => takes("/api/events", "type").items.enum;
+const journalTable = (entries) => entries.length ? table(["No.", "When", "Type", "Agent", "What"], entries.map(journalRow))
+  : t("none");
+function journalRow({seq, at, type, agentId, hostname, actor, ...fields}) {
   const what = Object.entries(fields).filter(([, value]) => value !== null && value !== "").map(([name, value]) =>
     name + ": " + (typeof value === "object" ? JSON.stringify(value) : value)).join(", ");
-  const who = typeof actor === "object" ? Object.values(actor).join(" ") : actor;
-  return h("tr", {"data-seq": seq}, h("td.nowrap", when(at)), h("td.nowrap", t(type)),
-    h("td", agentLink(agentId, fields.hostname)), h("td", what, h("div.soft", who)));
+  return row(seq, stamp(at), t(type), agentLink(agentId, hostname), [what, h("div.soft", Object.values(actor).join(" "))]);
+}
+function buildJournal(view, main) {
+  const body = h("div");
+  let shown = null; // number of the latest entry shown while paused
+  const pause = btn(t("Pause"), () => {
+    shown = shown === null ? lastSeq : null;
+    view.load();
+  });
+  main.append(head("Journal", filter("type", "Type", entryTypes().map((each) => [each, t(each)])), filter("agent_id", "Agent id"), pause), body);
+  view.load = async () => {
+    pause.textContent = shown === null ? t("Pause") : t("Go on (%s new)", lastSeq - shown);
+    if (shown !== null && body.firstChild) return;
+    const given = {type: param("type"), agent_id: param("agent_id")};
+    put(body, h("div.card", journalTable(await latest(given, 100))), foot(asCurl(address("/api/events", given))));
+  };
+}
+
+// Add agents
+
+function buildEnroll(view, main) {
+  const field = (name, label, value) => h("label", t(label), " ", h("input", {name, value}));
+  const path = "/api/enroll-tokens";
+  const made = h("div");
+  const list = h("div");
+  const form = h("form.bar", {onsubmit: (event) => {
+    event.preventDefault();
+    const given = Object.fromEntries(new FormData(form));
+    act(async () => {
+      const {data} = await api("POST", path, {maxUses: +given.uses, ttlMs: given.hours * 3600000, org_id: given.org_id || null, tags: given.tags.split(/[\s,]+/).filter(Boolean)});
+      put(made, h("p", t("The token is shown this once. Run on each machine:")), h("pre", registerLine(data.token)));
+      return t("Saved.");
+    });
+  }}, field("uses", "Uses", 1), field("hours", "Hours", 24), field("org_id", "Org", ""), field("tags", "Tags", ""),
+  h("button.main", t("Issue a token")));
+  main.append(head("Add agents"), may("post", path) ? h("div.card", form, made) : h("div.card",
+    t("Give each machine the enrolment token and run there:"), h("pre", registerLine("ENROLL_TOKEN"))), list);
+  view.load = async () => {
+    const tokens = paths[path] ? await get(path) : [];
+    const news = await latest({type: "agent_registered"}, 5);
+    put(list, h("div.foot", tokens.length ? table(["Token", "Uses", "Expires", "Org", "Tags", "Actions"], tokens.map(
+      (each) => row(each.id, each.uses + " / " + each.maxUses, stamp(each.expiresAt), each.org_id || "–",
+        each.tags.map((name) => tag(name)), may("delete", path + "/{id}") && btn(t("Revoke"), () => act(async () => {
+          await api("DELETE", one(path + "/", each.id));
+          return t("Saved.");
+        }), "plain danger")))) : ""), h("section.card foot", h("h2", t("Registered lately")), journalTable(news)));
+  };
+}
+
+// System
+
+function buildSystem(view, main) {
+  view.load = async () => {
+    const health = (await (await fetch("/health")).json()).data;
+    const text = await (await fetch("/metrics", {headers: {Authorization: "Bearer " + token}})).text();
+    const rows = [...Object.entries(health).flatMap(([name, value]) => value instanceof Object ? Object.entries(value)
+      .map(([key, each]) => [name + " " + key, each]) : [[name, value]]),
+    ...[...text.matchAll(/^panguard_(\w+)\s(\S+)$/gm)].map(([, name, value]) => [name.replaceAll("_", " "), number(+value)])];
+    put(main, head("System"), card(t("Manager"), h("dl", rows.map((each) => fact(...each)))), foot(asCurl("/health"),
+      asCurl("/metrics")));
+  };
 }
 
 // The views, in their order: title of the link, and what builds one
 
 const VIEWS = {
-  fleet: ["Fleet", buildFleet],
-  agent: ["", buildAgent],
-  threats: ["Threats", buildThreats],
-};
+  fleet: ["Fleet", buildFleet], agent: ["", buildAgent], threats: ["Threats", buildThreats],
+  overview: ["Overview", buildOverview], policies: ["Policies", buildPolicies], journal: ["Journal", buildJournal],
+  enroll: ["Add agents", buildEnroll], system: ["System", buildSystem]};
 
-start();
-const ZH = {};"""  # noqa: E501, RUF001
-_SENT = {name: re.sub(r"\n +", "\n", text) for name, text in (("style", _STYLE), ("script", _SCRIPT))}
+const ZH = Object.fromEntries(`Fleet=機群
+Threats=威脅
+Overview=總覽
+Policies=策略
+Journal=日誌
+Add agents=新增代理
+System=系統
+Token=權杖
+Sign in=登入
+Sign out=登出
+Live=即時
+Reconnecting=重新連線中
+as of %s ago=%s前的資料
+Light=淺色
+Dark=深色
+viewer=檢視者
+online=在線
+stale=逾時
+offline=離線
+%s offline=%s 台離線
+%s s=%s 秒
+%s min=%s 分鐘
+%s h=%s 小時
+%s d=%s 天
+for %s=已 %s
+%s ago=%s前
+now=現在
+All=全部
+Silent 30 days=靜默 30 天
+Status=狀態
+Hostname=主機名稱
+Tags=標籤
+Tag=標籤
+New tag=新標籤
+Add tag=加上標籤
+Remove tag=移除標籤
+Remove tag %s=移除標籤 %s
+OS=作業系統
+Version=版本
+Address=位址
+Policy=策略
+Threats 24 h=24 小時威脅
+Memory=記憶體
+Last heartbeat=最後心跳
+Org=組織
+Agent=代理
+Agent id=代理 ID
+Columns=欄位
+Export CSV=匯出 CSV
+Find hostname, id, address or tag=搜尋主機名稱、ID、位址或標籤
+%s pending=%s 項待套用
+none=無
+The newest in the fleet is %s=機群中最新的是 %s
+%s agents=%s 個代理
+%s selected=已選 %s 個
+all %s that match=所有符合的 %s 個
+%s changed=%s 項變更
+Deregister=取消註冊
+Deregister %s?=取消註冊 %s?
+%s is deregistered.=%s 已取消註冊。
+Its token stops working. Its threats are kept.=其權杖將失效,威脅資料會保留。
+Clear=清除
+%s match, %s would change.=%s 個符合,%s 個會變更。
+Done: %s of %s changed.=完成:已變更 %s / %s。
+No agent matches.=沒有符合的代理。
+Show all=顯示全部
+No agents yet=尚無代理
+Register the first one. On its machine, run:=請在主機上執行以註冊第一個代理:
+Former page=上一頁
+Next page=下一頁
+Page %s of %s=第 %s / %s 頁
+Why it is %s=為何%s
+Reason=原因
+Since=自
+Next=接著
+%s, without a further heartbeat, at=若無心跳將%s:
+Machine=主機
+Uptime=運行時間
+Registered=註冊時間
+Rule=規則
+From=來自
+Settings=設定
+all agents=所有代理
+Severity=嚴重程度
+critical=嚴重
+high=高
+medium=中
+low=低
+Type=類型
+Source=來源
+File hash=檔案雜湊
+State=狀態
+Count=次數
+Latest=最近
+When=時間
+What=內容
+Details=詳情
+Open=未處理
+Acknowledged=已確認
+False positive=誤報
+Note=備註
+Correlated attack on %s agents=針對 %s 個代理的關聯攻擊
+No threat matches.=沒有符合的威脅。
+No threats reported=尚無威脅
+When an agent reports one, it appears here by itself.=代理回報後會自動顯示於此。
+%s threats=%s 筆威脅
+State of %s threats=%s 筆威脅的狀態
+Save=儲存
+Saved.=已儲存。
+Cancel=取消
+As curl=以 curl 取得
+An admin's or a viewer's token.=管理員或檢視者的權杖。
+The token is wrong or no longer valid.=權杖錯誤或已失效。
+The manager does not answer. Is it running?=Manager 沒有回應,是否正在執行?
+%s of %s agents have what holds for them=%s / %s 個代理已套用
+Name=名稱
+For=對象
+Issued=發布時間
+Actions=操作
+%s of %s=%s / %s
+replaced=已取代
+Changes=變更
+Not acknowledged: %s=尚未確認:%s
+Drop=移除
+Drop the override of %s?=移除 %s 的專屬策略?
+Issue=發布
+Issue a policy=發布策略
+Issue %s?=發布 %s?
+%s rules for %s=%s 條規則,對象:%s
+Issued %s; %s agents online get it now.=已發布 %s,%s 個在線代理將套用。
+No policy yet=尚無策略
+Pause=暫停
+Go on (%s new)=繼續(%s 筆新)
+Uses=次數
+Hours=小時
+Issue a token=發出權杖
+Expires=到期
+Revoke=撤銷`.split("\n").map((line) => line.split(/=(.*)/)));
+
+start();"""  # noqa: E501, RUF001
+# What a browser needs not: comments, and white space outside of texts. It also declares shorter.
+_SPARE = re.compile(
+    r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`)"""  # texts, kept
+    r"""|//[^\n]*|;\s*(?=\})|\s*([{}()[\],;:?=<>+*&|!-])\s*|\b(const)\b|\s+""")
+_SENT = {"style": _STYLE.replace("\n", ""), "script": _SPARE.sub(
+    lambda found: found[1] or found[2] or ("let" if found[3] else " " if found[0].isspace() else ""), _SCRIPT)}
 
 
 def _source(name: str) -> str:
