@@ -4810,8 +4810,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def service(self) -> None:
         super().service()
         self.active_s = time.monotonic()
-        self.sockets.soon(self.sockets.settle, self)
-        self.sockets.soon(self.read_next)
+        self.sockets.soon(self._go_on)  # one call, so that the loop is woken once
+
+    def _go_on(self) -> None:
+        self.sockets.settle(self)
+        self.read_next()
 
     # Streams
 
