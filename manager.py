@@ -5164,7 +5164,8 @@ class WebServer:
                 channel.end()
 
     def _in_flight(self) -> bool:
-        return any(channel.requests or channel.total_outbufs_len for channel in self.channels())
+        return bool(self.workers.queue) or any(
+            channel.requests or channel.total_outbufs_len for channel in self.channels())
 
 
 class Server:
