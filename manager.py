@@ -1023,7 +1023,8 @@ def checked(table: Table) -> Callable[[_Method], _Method]:
             if kwargs.get("caller", LOCAL) is LOCAL:
                 given = signature.bind_partial(*args, **kwargs).arguments
                 cleaned = clean_arguments(table, {name: value for name, value in given.items() if name in names})
-                args, kwargs = (given.pop("self"),), {**given, **cleaned}
+                taken = {name: value for name, value in cleaned.items() if name in signature.parameters}
+                args, kwargs = (given.pop("self"),), {**given, **taken}
             return method(*args, **kwargs)
         return cast("_Method", call)
     return decorate
