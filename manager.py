@@ -3943,6 +3943,9 @@ _FAILURES = {"400": "Invalid input; the text names every offending field", "401"
              "429": "Too many requests or wrong tokens from this address", "503": "The database is not available"}
 
 
+_OTHER_SUCCESS = {_register: "Success, of one known before", _create_policy: "What the policy would change (dryRun)"}
+
+
 def openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 document, from the tables that route and validate."""
     def envelope(ok: bool) -> dict[str, Any]:
@@ -3962,8 +3965,8 @@ def openapi() -> dict[str, Any]:
                 {each.media.partition(";")[0]: {"schema": {}}} if each.media else envelope(True))}}}
         if each.etag:
             operation["responses"]["304"] = {"description": "What If-None-Match names is still so"}
-        if each.serve is _register:
-            operation["responses"]["200"] = {"description": "Success, of one known before", "content": envelope(True)}
+        if each.serve in _OTHER_SUCCESS:
+            operation["responses"]["200"] = {"description": _OTHER_SUCCESS[each.serve], "content": envelope(True)}
         for status, description in _FAILURES.items():
             operation["responses"][status] = {"description": description, "content": envelope(False)}
         if each.body is not None:
