@@ -1125,12 +1125,18 @@ def shipped_event(body: dict[str, Any]) -> dict[str, Any]:
 
 
 PAGE: Table = {"page": may(digits(1, 1_000_000)), "limit": may(digits(1, 200))}
+_SOME_AGENTS: Table = {
+    "status": may(one_of(*Status)), "org_id": may(_KEY), "tag": may(_TAGS), "os": may(_NAME), "version": may(_NAME),
+    "q": may(_NAME)}
 SORTS = ("hostname", "lastHeartbeat", "status", "version", "recentThreats", "cpu", "memory")
 AGENT_FILTER: Table = {
-    "status": may(one_of(*Status)), "org_id": may(_KEY), "tag": may(_TAGS), "os": may(_NAME), "version": may(_NAME),
-    "q": may(_NAME), "silent_ms": may(digits(0, _EXACT)),
+    **_SOME_AGENTS, "silent_ms": may(digits(0, _EXACT)),
     "sort": may(one_of(*(sign + name for name in SORTS for sign in ("", "-")))), **PAGE}
 AGENT_LIST: Table = {**AGENT_FILTER, "detail": may(switch(), False)}
+BULK_FILTER: Table = {**_SOME_AGENTS, "silent_ms": may(number(0, _EXACT)), "all": may(flag())}
+BULK: Table = {
+    "ids": may(list_of(_KEY, 1000)), "filter": may(record(BULK_FILTER, strict=True)), "addTags": may(_TAGS),
+    "removeTags": may(_TAGS), "deregister": may(flag()), "dryRun": may(flag(), False)}
 THREAT_FILTER: Table = {
     "since": may(instant()), "until": may(instant()), "org_id": may(_KEY), "agent_id": may(_KEY),
     "severity": may(one_of(*SEVERITIES)), "type": may(_NAME), "source_ip": may(_NAME), "file_hash": may(_NAME),
@@ -1908,6 +1914,7 @@ _FOUND = """(instr(lower(a.hostname || char(10) || a.id || char(10) || a.ip), lo
         WITH RECURSIVE every (tag) AS (SELECT min(tag) FROM agent_tags UNION ALL
             SELECT (SELECT min(tag) FROM agent_tags t WHERE t.tag > every.tag) FROM every WHERE every.tag IS NOT NULL)
         SELECT tag FROM every WHERE instr(lower(tag), lower(:q)))))"""
+_BULK_STEP = 50  # agents changed in one transaction of a bulk change: some 10 ms, so that no heartbeat waits long
 _STORED = ("id", "hostname", "os", "version", "ip", "org_id", "machine_id", "arch", "cpu", "memory", "uptime",
            "last_heartbeat_ms", "registered_ms", "acknowledged", "recent_threats")
 _AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'version', c.version, 'ip', a.ip,
@@ -2507,14 +2514,18 @@ class Manager:
 
     def _filter(self, db: sqlite3.Connection, now: Moment, *, status: str | None = None, org_id: str | None = None,
                 tag: Sequence[str] | None = None, os: str | None = None, version: str | None = None,
-                q: str | None = None, silent_ms: int | None = None) -> tuple[str, str, dict[str, Any], int | None]:
+                q: str | None = None, silent_ms: float | None = None, ids: Sequence[str] | None = None,
+                ) -> tuple[str, str, dict[str, Any], int | None]:
         """The letters of the tables that filters need, in an order that finds few agents first and in the order of
         registration; the WHERE for SQL, or nothing; its parameters; how many agents match, if that is known."""
         tags = {f"tag{number}": each for number, each in enumerate(dict.fromkeys(tag or ()))}
         given = {**self.liveness.cutoffs(now.tick_ms), "day_ago_ms": now.steady_ms - _DAY_MS, "org_id": org_id,
-                 "os": os, "version": version, "q": q, "heard_ms": now.tick_ms - (silent_ms or 0), **tags}
+                 "os": os, "version": version, "q": q, "heard_ms": now.tick_ms - (silent_ms or 0),
+                 "ids": to_json(ids), **tags}
+        plus = "" if ids is None else "+"  # keeps SQLite to the index of ids
         of_agent = [condition for value, condition in (
-            (org_id, "a.org_id = :org_id"), (os, "a.os = :os"), (q, _FOUND)) if value is not None]
+            (ids, "a.id IN (SELECT value FROM json_each(:ids))"), (org_id, f"{plus}a.org_id = :org_id"),
+            (os, f"{plus}a.os = :os"), (q, _FOUND)) if value is not None]
         of_contact = [condition for value, condition in (
             (version, "c.version = :version"), (silent_ms, "c.seen_ms <= :heard_ms")) if value is not None]
         total = None
@@ -2528,7 +2539,7 @@ class Manager:
         of_tag += [f"EXISTS (SELECT 1 FROM agent_tags o WHERE o.tag = :{name} AND o.agent = t.agent)"
                    for name in list(tags)[1:]]
         conditions = {"t": of_tag, "a": of_agent, "c": of_contact}
-        order = "tac" if org_id or os else "tca"
+        order = "act" if ids is not None else "tac" if org_id or os else "tca"
         tables = "".join(each for each in order if conditions[each])
         where = " AND ".join(condition for each in tables for condition in conditions[each])
         return tables or "a", f" WHERE {where}" if where else "", given, total
@@ -2557,30 +2568,72 @@ class Manager:
         now = self.now()
         with self.store.transaction() as db:
             row = self._row(db, now, agent_id)
-            before = self.store.loads(row["tags"])
-            after = list(dict.fromkeys(
-                tags if tags is not None else
-                [tag for tag in [*before, *(add_tags or ())] if tag not in set(remove_tags or ())]))
-            if len(after) > 64:
-                raise Invalid(f"addTags: must leave at most 64 tags, and would leave {len(after)}")
-            if after != before:
-                db.execute("UPDATE agents SET tags = ? WHERE key = ?", (to_json(after), row["key"]))
-                self.store.journal(now.wall_ms, "agent_updated", caller, agent_id, row["org_id"], {
-                    "hostname": row["hostname"], "tags": {"from": before, "to": after}})
+            self._write_tags(db, now, row, list(dict.fromkeys(tags)) if tags is not None else
+                             _edited_tags(row, add_tags, remove_tags), caller)
             return self._agent(db, now, agent_id)
+
+    def _write_tags(self, db: sqlite3.Connection, now: Moment, row: sqlite3.Row, after: Sequence[str],
+                    caller: Caller) -> bool:
+        before = self.store.loads(row["tags"])
+        if after != before:
+            db.execute("UPDATE agents SET tags = ? WHERE key = ?", (to_json(after), row["key"]))
+            self.store.journal(now.wall_ms, "agent_updated", caller, row["id"], row["org_id"], {
+                "hostname": row["hostname"], "tags": {"from": before, "to": after}})
+        return bool(after != before)
 
     def deregister(self, agent_id: str, *, caller: Caller = LOCAL) -> None:
         """Remove an agent; its threat events and its entries stay. Raises NotFound."""
         now = self.now()
         with self.store.transaction() as db:
-            row = self._row(db, now, agent_id)
-            db.execute("DELETE FROM agents WHERE key = ?", (row["key"],))
-            total, online = self._agent_counts
-            self._agent_counts = total - 1, online - (row["status"] == Status.ONLINE)
-            self._fleet_changed = True
-            db.execute("DELETE FROM policies_in_force WHERE scope = 'agent:' || ?", (agent_id,))
-            self.store.journal(now.wall_ms, "agent_deregistered", caller, agent_id, row["org_id"],
-                               {"hostname": row["hostname"]})
+            self._remove(db, now, self._row(db, now, agent_id), caller)
+
+    def _remove(self, db: sqlite3.Connection, now: Moment, row: sqlite3.Row, caller: Caller) -> bool:
+        db.execute("DELETE FROM agents WHERE key = ?", (row["key"],))
+        total, online = self._agent_counts
+        self._agent_counts = total - 1, online - (self.liveness.status(row["seen_ms"], now.tick_ms) is Status.ONLINE)
+        self._fleet_changed = True
+        db.execute("DELETE FROM policies_in_force WHERE scope = 'agent:' || ?", (row["id"],))
+        self.store.journal(now.wall_ms, "agent_deregistered", caller, row["id"], row["org_id"],
+                           {"hostname": row["hostname"]})
+        return True
+
+    @checked(BULK)
+    def bulk(self, *, ids: Sequence[str] | None = None, filter: Mapping[str, Any] | None = None,
+             add_tags: Sequence[str] | None = None, remove_tags: Sequence[str] | None = None,
+             deregister: bool | None = None, dry_run: bool = False, caller: Caller = LOCAL) -> dict[str, Any]:
+        """Change the tags of many agents, or deregister them: those of `ids` that are registered, or those that
+        `filter` (a mapping with the fields of BULK_FILTER) finds; `{"all": True}` finds all.
+
+        Gives `matched`, `changed`, and `ids` of at most 1,000 that are changed, or would be if not for `dry_run`.
+        It is done in transactions of a few agents, between which heartbeats pass; each looks again whether its agents
+        still match. A fault leaves done what was done before it, and the same call goes on. Raises Invalid.
+        """
+        filters = {name: value for name, value in (filter or {}).items() if value}
+        everyone = filters.pop("all", False)
+        if (ids is None) == (filter is None):
+            raise Invalid("ids, filter: exactly one of them must be given")
+        if filter is not None and bool(filters) == everyone:
+            raise Invalid('filter: must name at least one filter, or be {"all": true} for all agents')
+        if [bool(deregister), add_tags is not None, remove_tags is not None].count(True) != 1:
+            raise Invalid("addTags, removeTags, deregister: exactly one of them must be given")
+
+        def matching(db: sqlite3.Connection, ids: Sequence[str] | None) -> list[sqlite3.Row]:
+            tables, where, given, _ = self._filter(db, self.clock.now(), **filters, ids=ids)
+            tables += "".join(each for each in "ac" if each not in tables)
+            return db.execute(f"SELECT a.*, c.seen_ms FROM {_joined(tables)}{where} ORDER BY a.key", given).fetchall()
+
+        with self.store.read() as db:
+            rows = matching(db, ids)
+        due = [row["id"] for row in rows
+               if deregister or _edited_tags(row, add_tags, remove_tags) != self.store.loads(row["tags"])]
+        changed = due if dry_run else []
+        for first in range(0, 0 if dry_run else len(due), _BULK_STEP):
+            with self.store.transaction() as db:
+                now = self.clock.now()
+                changed += [row["id"] for row in matching(db, due[first:first + _BULK_STEP]) if (
+                    self._remove(db, now, row, caller) if deregister else
+                    self._write_tags(db, now, row, _edited_tags(row, add_tags, remove_tags), caller))]
+        return {"matched": len(rows), "changed": len(changed), "ids": changed[:1000]}
 
     def holder(self, token_digest: bytes) -> Identity | None:
         """The agent to whom the token of this digest was given.
@@ -3099,6 +3152,15 @@ def _joined(tables: str) -> str:
     first = _CHOOSE[tables[0]]
     others = (_CHOOSE[each] for each in tables[1:])
     return first[0] + "".join(f" CROSS JOIN {table} ON {key} = {first[1]}" for table, key in others)
+
+
+def _edited_tags(row: sqlite3.Row, add: Sequence[str] | None, remove: Sequence[str] | None) -> list[str]:
+    """An agent's tags with some added and others removed. Raises Invalid for more than 64."""
+    without = set(remove or ())
+    after = list(dict.fromkeys(tag for tag in [*json.loads(row["tags"]), *(add or ())] if tag not in without))
+    if len(after) > 64:
+        raise Invalid(f"addTags: must leave at most 64 tags, and would leave {len(after)} on {row['id']}")
+    return after
 
 
 def _identity(row: sqlite3.Row) -> Identity:
@@ -3779,6 +3841,11 @@ def _agents(call: Call) -> Reply:
     else:
         items, total = call.manager.agents_json(**filters)
     return success_list(items, call.query, total)
+
+
+@endpoint("POST", "/api/agents/bulk", "Change the tags of many agents, or deregister them", body=BULK)
+def _bulk(call: Call) -> Reply:
+    return success(call.manager.bulk(**call.body, caller=call.caller))
 
 
 @endpoint("GET", "/api/agents/:id", "Show one agent in detail", allow=(AGENT,))

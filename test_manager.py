@@ -2512,6 +2512,7 @@ BODIES: dict[str, Any] = {
     "PATCH /api/agents/:id": {"tags": ["a"]},
     "POST /api/enroll-tokens": {},
     "PATCH /api/threats/:id": {"state": "acknowledged"},
+    "POST /api/agents/bulk": {"filter": {"tag": ["kept"]}, "addTags": ["b"], "dryRun": True},
     "POST /api/agents/:id/events": {"events": [THREAT]},
     "POST /api/policy": {"name": "p", "rules": [RULE]},
 }
@@ -2818,7 +2819,7 @@ def near(schema: Any) -> st.SearchStrategy[Any]:
     return st.one_of(right[kind(schema)], right[kind(schema)], right[kind(schema)], ANY_JSON)
 
 
-@pytest.mark.parametrize("route", WITH_BODY)
+@pytest.mark.parametrize("route", [name for name in WITH_BODY if "bulk" not in name])  # which may deregister all
 def test_no_json_is_a_fault_and_only_what_openapi_allows_is_taken(
         route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
     agent = api.register()
@@ -3514,6 +3515,7 @@ WORK: dict[str, Any] = {
             "lastHeartbeat", "status", "recentThreats", "-cpu", "memory")],
     "agents searched": lambda api, agent: [
         api.get(f"/api/agents?limit=5&{query}") for query in ("q=h1", "silent_ms=5")],
+    "agents in bulk": lambda api, agent: api.post("/api/agents/bulk", {"ids": [agent["id"]], "addTags": ["x"]}),
     "a policy": lambda api, agent: policy(api, org_id="o1"),
     "a fetch": lambda api, agent: api.get(f"/api/policy/agent/{agent['id']}"),
     "the journal": lambda api, agent: [api.get(f"/api/events?limit=5&{query}") for query in (
@@ -3860,6 +3862,62 @@ def test_agents_are_sorted_and_paged(sort: str, query: str, api: Client) -> None
     assert [each["id"] for each in api.get(f"/api/agents?sort={sort}{query}")] == [each["id"] for each in expected]
 
 
+# Bulk changes
+
+def test_many_agents_are_changed_at_once(api: Client) -> None:
+    agents = [api.register(hostname=f"h{n}", os="xy"[n % 2], tags=["old"]) for n in range(7)]
+    ids = [agent["id"] for agent in agents]
+
+    def bulk(**body: Any) -> tuple[int, int, list[int]]:
+        before = stored(api, agents[6])
+        answer = api.post("/api/agents/bulk", {**body, "dryRun": True})
+        assert stored(api, agents[6]) == before
+        entries = len(api.journal())
+        assert list(answer) == ["matched", "changed", "ids"] and api.post("/api/agents/bulk", body) == answer
+        assert len(api.journal()) == entries + answer["changed"], "an entry for each"
+        return answer["matched"], answer["changed"], [ids.index(each) for each in answer["ids"]]
+
+    assert bulk(filter={"os": "x"}, addTags=["new", "old"]) == (4, 4, [0, 2, 4, 6])
+    assert bulk(filter={"os": "x"}, addTags=["new"]) == (4, 0, [])
+    assert bulk(ids=[ids[1], ids[0], "agent-unknown"], removeTags=["new", "x"]) == (2, 1, [0])
+    assert [agent["tags"] for agent in api.get("/api/agents")[:3]] == [["old"], ["old"], ["old", "new"]]
+    assert api.journal("agent_updated")[-1]["agentId"] == ids[0]
+    assert bulk(filter={"tag": ["old", "new"], "status": "online", "q": "h4"}, deregister=True) == (1, 1, [4])
+    assert bulk(filter={"silent_ms": 1}, deregister=True) == (0, 0, [])
+    assert bulk(ids=[ids[3]], deregister=True) == (1, 1, [3])
+    api.refusal("GET", f"/api/agents/{ids[3]}", status=404)
+    assert bulk(filter={"all": True}, addTags=["z"]) == (5, 5, [0, 1, 2, 5, 6])
+    assert bulk(filter={"all": True}, deregister=True)[:2] == (5, 5)
+    assert api.get("/api/agents") == [] and len(api.journal("agent_deregistered")) == 7
+
+
+@pytest.mark.parametrize(("body", "named"), [
+    ({"filter": {}, "addTags": ["a"]}, "filter"), ({"filter": {"all": False}, "deregister": True}, "filter"),
+    ({"filter": {"all": True, "os": "x"}, "addTags": ["a"]}, "filter"), ({"addTags": ["a"]}, "ids, filter"),
+    ({"filter": {"tag": []}, "deregister": True}, "filter"),
+    ({"filter": {"limit": 1}, "addTags": ["a"]}, "filter.'limit'"),
+    ({"ids": ["a"], "filter": {"all": True}, "addTags": ["a"]}, "ids, filter"),
+    ({"ids": ["x"] * 1001, "addTags": ["a"]}, "ids"), ({"ids": []}, "addTags, removeTags, deregister"),
+    ({"ids": [], "addTags": ["a"], "removeTags": ["b"]}, "addTags, removeTags, deregister"),
+    ({"ids": [], "deregister": False}, "addTags, removeTags, deregister"),
+    ({"filter": {"all": True}, "addTags": [str(number) for number in range(64)]}, "addTags")])
+def test_a_wrong_bulk_change_changes_nothing(body: Any, named: str, api: Client) -> None:
+    agent = api.register(tags=["kept"])
+    before = stored(api, agent)
+    assert api.refusal("POST", "/api/agents/bulk", body, status=400).startswith(named + ": ")
+    assert stored(api, agent) == before
+
+
+def test_a_bulk_change_of_many_is_complete_and_lists_a_thousand(by_hand: tuple[Manager, ManualClock]) -> None:
+    fleet, _ = by_hand
+    with fleet.store.transaction():
+        for number in range(1203):
+            fleet.register(**AGENT, org_id=f"o{number % 3}")
+    answer = fleet.bulk(filter={"q": "web"}, add_tags=["a"])
+    assert (answer["matched"], answer["changed"], len(answer["ids"])) == (1203, 1203, 1000)
+    assert fleet.agents_json(tag=["a"], limit=1)[1] == 1203
+
+
 # Conventions
 
 @pytest.mark.parametrize(("method", "path", "body", "named"), [
@@ -3890,7 +3948,7 @@ def test_calls_from_python_are_checked_as_calls_over_http_are(by_hand: tuple[Man
             ("policyVersion", lambda: fleet.heartbeat(agent_id, policy_version=-1)),
             ("addTags", lambda: fleet.retag(agent_id, add_tags="abc")),
             ("rules[0].type", lambda: fleet.create_policy("x", [{"type": "nope"}])),
-            ("name", lambda: fleet.create_policy("", [RULE])),
+            ("name", lambda: fleet.create_policy("", [RULE])), ("ids", lambda: fleet.bulk(ids="x", deregister=True)),
             ("'colour'", lambda: fleet.agents_json(colour="blue")), ("status", lambda: fleet.agents(status="gone")),
             ("limit", lambda: fleet.agents_json(limit=201))):
         with pytest.raises(manager.Invalid, match=rf"(^|; ){re.escape(named)}: "):
@@ -4079,6 +4137,7 @@ MATRIX = {route: [int(status) for status in row.split()] for route, row in {
     "DELETE /api/agents/:id":                "401 401 200 403 403 403 200",
     "GET /api/agents":                       "401 401 403 403 403 200 200",
     "GET /api/agents/:id":                   "401 401 200 403 403 200 200",
+    "POST /api/agents/bulk":                 "401 401 403 403 403 403 200",
     "PATCH /api/agents/:id":                 "401 401 403 403 403 403 200",
     "POST /api/agents/:id/events":           "401 401 201 403 403 403 201",
     "PATCH /api/threats/:id":                "401 401 403 403 403 403 200",
