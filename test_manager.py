@@ -7469,7 +7469,6 @@ def test_dashboard_finds_filters_sorts_and_pages(screen: Screen, server: Server,
 
 
 @pytest.mark.browser
-@pytest.mark.skipif("POST /api/agents/bulk" not in ROUTES, reason="the manager does not offer it yet")
 def test_dashboard_changes_many_agents_at_once(screen: Screen, api: Client) -> None:
     for number in range(3):
         api.register(hostname=f"web-{number}")
