@@ -3010,11 +3010,11 @@ class Manager:
     def purge(self) -> bool:
         """Remove a little of what is past its retention, in time that has passed; whether there may be more.
 
-        After a step of the wall clock nothing is removed until an hour has passed without another.
+        After a step of the wall clock nothing is removed, except for space, until an hour has passed without another.
         """
         now = self.now()
         if now.steady_ms - self._stepped_ms < _HOUR_MS:
-            return False
+            return self._purge_for_space() > 0
         removed = 0
         for table, key, column, before_ms in (
                 ("threats", "key", "received_ms", self._cutoff_ms(now, self.config.threat_retention_ms)),
@@ -3045,7 +3045,7 @@ class Manager:
         removed, step = 0, max(_PURGE_STEP, min(excess_bytes // 4096, 10 * _PURGE_STEP))
         with self.store.transaction(durable=False) as db:
             rows = db.execute(
-                "SELECT * FROM (SELECT 'threats' AS source, key, received_ms AS at_ms FROM threats ORDER BY key "
+                f"SELECT * FROM (SELECT 'threats' AS source, t.key, {_RECEIVED} AS at_ms FROM threats t ORDER BY t.key "
                 "LIMIT :step) UNION ALL SELECT * FROM (SELECT 'journal', seq, at_ms FROM journal ORDER BY seq "
                 "LIMIT :step) ORDER BY at_ms LIMIT :step", {"step": step}).fetchall()
             for table, key in (("threats", "key"), ("journal", "seq")):

@@ -2127,6 +2127,18 @@ def test_purging_resumes_an_hour_after_the_last_step() -> None:
             assert len(kept(api)[0]) == left
 
 
+def test_after_a_step_a_database_that_is_too_large_is_purged_all_the_same() -> None:
+    with fleet(max_db_bytes=2**20) as api:
+        agent = api.register()
+        api.server.clock.step(TEN_YEARS_S)
+        for number in range(20):
+            event = {**THREAT, "details": {"padding": "x" * 10_000}}
+            report(api, agent, *[{**event, "id": f"{number}-{each}"} for each in range(20)])
+            advance(api, 30)
+        assert 0 < len(kept(api)[0]) < 100
+        assert len(api.journal("threats_reported")) < 20, "entries are as old as the threats beside them"
+
+
 def test_rows_of_an_older_version_from_the_future_are_kept_for_their_retention(tmp_path: Path) -> None:
     with Server(port=0, clock=ManualClock(), data_dir=tmp_path) as server:
         for hostname in ("one", "two"):
