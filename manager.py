@@ -11,7 +11,7 @@ file beside bottle and waitress and run it, or embed it:
         agent = server.manager.register(hostname="web-1", os="linux", version="1.2.0").agent
         assert server.manager.agent(agent.id).status is Status.ONLINE
 
-The file is a house of rooms. A room uses only the rooms above it:
+The file has ten sections. A section uses only the sections above it:
 
     1  Settings      what an operator may set: one table for options, variables, help and README
     2  Domain        agents, liveness, errors: pure functions and frozen records
@@ -1940,7 +1940,7 @@ _STEP_MS = 120_000  # a wall clock that differs by more from the time that has p
 _LONGEST_DOWN_MS = 366 * _DAY_MS  # a manager that seems to have been down for longer has a wrong clock
 _RECORD_MS = 60_000  # how often the time that has passed is recorded
 _SWEEP_STEP = 2000  # agents announced in one transaction: some 30 ms, so that no heartbeat waits long
-_SILENT = "announced != 'online'"  # said in so many words, or SQLite does not use the index of the silent
+_SILENT = "announced != 'online'"  # repeats the partial index's predicate so that SQLite uses it
 _SWEEP_READ = 50 * _SWEEP_STEP
 _ENTRIES_PER_MINUTE = 30  # that one agent can cause in the journal
 _AGENTS_COUNTED = 100_000  # for that bound, the latest
@@ -4527,7 +4527,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             if site.count_body_bytes(arrived_bytes):
                 self.counted_bytes += arrived_bytes
             else:
-                self.close()  # others may have its room at once
+                self.close()  # its place is free for others at once
                 self.error, self.completed = Overloaded("too many bodies are being received; try again"), True
         if not self.completed:
             return consumed

@@ -1,4 +1,4 @@
-"""Panguard Manager's tests: behaviour through the public doors, in the order of the rooms of manager.py."""
+"""Panguard Manager's tests: behaviour through the public doors, one file for manager.py."""
 
 from __future__ import annotations
 
@@ -5567,7 +5567,7 @@ def test_one_heartbeat_that_fails_within_fails_alone(launch: Launch, monkeypatch
 
 
 @everywhere
-def test_a_full_house_answers_or_refuses_at_once_and_recovers(launch: Launch,
+def test_connections_beyond_the_limit_are_refused_at_once_until_others_close(launch: Launch,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "SPARE_DESCRIPTORS", 20)
     monkeypatch.setattr(manager, "raise_descriptor_limit", lambda: 70)
@@ -5591,7 +5591,7 @@ def test_a_full_house_answers_or_refuses_at_once_and_recovers(launch: Launch,
             return bool(site.get("/health"))
         except (AssertionError, OSError):
             return False
-    eventually(served, "a house that has emptied still refuses")
+    eventually(served, "connections are still refused after the others have closed")
 
 
 @everywhere
