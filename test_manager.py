@@ -7523,8 +7523,8 @@ def test_dashboard_triage(screen: Screen, api: Client) -> None:
     states = [threat["state"] for threat in api.get("/api/threats")]
     assert states == ["false_positive"] * 2 + ["open"] * 4
     rows.first.get_by_title("Same source").click()
+    until(lambda: page.get_by_label("Source").input_value() == "203.0.113.9", "the source is not what is looked for")
     page.get_by_text("6 threats").wait_for()
-    assert page.get_by_label("Source").input_value() == "203.0.113.9"
 
 
 @pytest.mark.browser
