@@ -1934,6 +1934,7 @@ _IN_FORCE = """
         (SELECT version FROM policies_in_force WHERE scope = 'agent:' || ?)
     FROM contacts WHERE agent = ?"""
 _FORGIVEN_PER_HOUR = 10  # a dead agent may not stay online for as long as somebody disturbs the manager
+_FULL = "the database has reached MANAGER_MAX_DB_BYTES; the oldest threats and entries are removed early"
 _HOUR_MS = 3_600_000
 _PROBE_MS = 5000  # between two writes to learn whether the database can be written
 _STEP_MS = 120_000  # a wall clock that differs by more from the time that has passed was stepped
@@ -1965,7 +1966,6 @@ _THREAT = f"""json_object('id', {_EVENT_ID.format('t.key')}, 'agentId', t.agent_
     'correlatedWith', json((SELECT json_group_array({_EVENT_ID.format('key')}) FROM (
         {_shared('source_ip')} UNION {_shared('file_hash')} ORDER BY key DESC LIMIT {_LISTED}))),
     'state', t.state, 'note', t.note)"""
-_NOT_FALSE = " AND state != 'false_positive'"
 _ENTRY_CONDITIONS = {"agent_id": "agent_id = :agent_id", "org_id": "org_id = :org_id", "since": "at_ms >= :since",
                      "until": "at_ms < :until"}
 THE_MANAGER = Caller("manager")
@@ -2403,14 +2403,22 @@ class Manager:
             now = self.now()  # here, as in register()
             agent = caller.agent
             if agent is None or agent.id != agent_id:
-                agent = _identity(self._row(db, now, agent_id))
+                row = self._row(db, now, agent_id)
+                agent = Identity(row["key"], agent_id, row["org_id"])
             key, _, org_id = agent
             stale_after_ms = self.liveness.stale_after_ms
             if not db.execute(_BEAT, (now.tick_ms, now.wall_ms, uptime, cpu, memory, key,
                                       now.tick_ms - stale_after_ms, version, policy_version)).rowcount:
                 self.forgive_suspend()  # as in register()
                 now = self.now()
-                self._hear_news(db, now, agent, version, policy_version)
+                row = self._row(db, now, agent_id)
+                self._contact(db, now, dict(row))
+                if version not in (None, row["version"]):
+                    db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, key))
+                    self._journal_of_agent(now, "agent_updated", Caller("agent", agent=agent), agent_id, org_id, {
+                        "hostname": row["hostname"], "version": {"from": row["version"], "to": version}})
+                if policy_version:
+                    self._acknowledge(db, now, key, policy_version)
                 db.execute(_BEAT, (now.tick_ms, now.wall_ms, uptime, cpu, memory, key,
                                    now.tick_ms - stale_after_ms, None, None))
             acknowledged, *versions = db.execute(_IN_FORCE, (org_id, agent_id, key)).fetchone()
@@ -2420,17 +2428,6 @@ class Manager:
 
     def _count_heartbeat(self) -> None:
         self.heartbeats += 1
-
-    def _hear_news(self, db: sqlite3.Connection, now: Moment, agent: Identity, version: str | None,
-                   policy_version: int | None) -> None:
-        row = self._row(db, now, agent.id)
-        self._contact(db, now, dict(row))
-        if version not in (None, row["version"]):
-            db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, agent.key))
-            self._journal_of_agent(now, "agent_updated", Caller("agent", agent=agent), agent.id, agent.org_id, {
-                "hostname": row["hostname"], "version": {"from": row["version"], "to": version}})
-        if policy_version:
-            self._acknowledge(db, now, agent.key, policy_version)
 
     def _acknowledge(self, db: sqlite3.Connection, now: Moment, key: int, version: int) -> None:
         """Take a version as acknowledged unless it is older than the last one or was never issued."""
@@ -2492,7 +2489,7 @@ class Manager:
     def _choose(self, db: sqlite3.Connection, now: Moment, *, sort: str | None, page: int | None, limit: int | None,
                 **filters: Any) -> tuple[str, dict[str, Any], int | None]:
         """FROM for SQL of a list, with the tables a and c; its parameters; and, if paged, the total."""
-        paged = page is not None or limit is not None
+        paged, window = _window(page, limit)
         tables, where, given, total = self._filter(db, now, **filters)
         if paged and total is None:
             (total,) = db.execute(f"SELECT count(*) FROM {_joined(tables)}{where}", given).fetchone()
@@ -2508,9 +2505,8 @@ class Manager:
         # The page is chosen before the rest of its agents is read.
         chosen = (f"SELECT {key} AS key FROM {_joined(tables)}{where} ORDER BY {order} {key}"
                   f"{' DESC' if 'DESC' in order else ''} LIMIT :size OFFSET :skip")
-        size = (limit or 50) if paged else -1
         return (f"({chosen}) chosen CROSS JOIN agents a ON a.key = chosen.key CROSS JOIN contacts c ON c.agent = a.key",
-                {**given, "size": size, "skip": ((page or 1) - 1) * size}, total if paged else None)
+                {**given, **window}, total if paged else None)
 
     def _filter(self, db: sqlite3.Connection, now: Moment, *, status: str | None = None, org_id: str | None = None,
                 tag: Sequence[str] | None = None, os: str | None = None, version: str | None = None,
@@ -2546,17 +2542,14 @@ class Manager:
 
     @staticmethod
     def _list(db: sqlite3.Connection, item: str, source: str, where: Sequence[str], order: str,
-              given: Mapping[str, Any], page: int | None, limit: int | None, *,
-              default_limit: int = -1) -> tuple[bytes, int | None]:
+              given: Mapping[str, Any], page: int | None, limit: int | None) -> tuple[bytes, int | None]:
         """A JSON array of the items of `source`, and, if a page is asked for, how many there are in all."""
         matching = "WHERE " + " AND ".join(where) if where else ""
-        paged = page is not None or limit is not None
+        paged, window = _window(page, limit, 50)
         total = db.execute(f"SELECT count(*) FROM {source} {matching}", given).fetchone()[0] if paged else None
-        size = (limit or 50) if paged else default_limit
         (body,) = db.execute(
             f"SELECT CAST(json_group_array(json(item)) AS BLOB) FROM (SELECT {item} AS item FROM {source} "
-            f"{matching} ORDER BY {order} LIMIT :limit OFFSET :offset)",
-            {**given, "limit": size, "offset": ((page or 1) - 1) * size}).fetchone()
+            f"{matching} ORDER BY {order} LIMIT :size OFFSET :skip)", {**given, **window}).fetchone()
         return body, total
 
     @checked(RETAG)
@@ -2652,7 +2645,7 @@ class Manager:
                            "WHERE new_token_digest = ?", (token_digest,))
                 # Read again: another registration may have replaced the token meanwhile.
                 row = db.execute(select + "token_digest = ?", (token_digest,)).fetchone()
-        return row and _identity(row)
+        return row and Identity(*row)
 
     def knows_token(self, token_digest: bytes) -> bool:
         """Whether an agent has the token of this digest, or will have it once it uses it. Never waits for a writer."""
@@ -2796,8 +2789,7 @@ class Manager:
                 row = db.execute("SELECT received_ms FROM threats WHERE key = ?", (before,)).fetchone()
                 given["before_ms"] = row[0] if row else -1
                 where += ["t.received_ms <= :before_ms", "(t.received_ms < :before_ms OR t.key < :before)"]
-            return self._list(db, _THREAT, "threats t", where, "t.received_ms DESC, t.key DESC", given, page, limit,
-                              default_limit=50)
+            return self._list(db, _THREAT, "threats t", where, "t.received_ms DESC, t.key DESC", given, page, limit)
 
     def triage(self, key: int, *, state: str | None = None, note: str | None = None, caller: Caller = LOCAL) -> bytes:
         """Set the state of a threat event, its note, or both; the event as JSON. Raises NotFound, Invalid."""
@@ -2822,44 +2814,35 @@ class Manager:
 
     def threat_summary(self, *, period: str = "24h", org_id: str | None = None) -> dict[str, Any]:
         """How many events of which kinds, agents and sources were received within a period up to now."""
-        source, given = self._threats_since(self.now(), PERIODS_MS[period], org_id)
         with self.store.read() as db:
-            false_positives = self._false_positives(db, source, given)
-            severities = self._counted(db, "severity", source, given)
+            source, given, severities, false_positives = self._threats_since(db, self.now(), period, org_id)
             return {
-                "period": period, "total": sum(severities.values()),
-                "bySeverity": {severity: severities.get(severity, 0) for severity in SEVERITIES},
+                "period": period, "total": sum(severities.values()), "bySeverity": severities,
                 "byType": self._counted(db, "type", source, given),
                 "topAgents": [dict(row) for row in db.execute(
                     f"SELECT agent_id AS agentId, (SELECT hostname FROM threats WHERE agent_id = counted.agent_id "
                     f"ORDER BY received_ms DESC LIMIT 1) AS hostname, count FROM (SELECT agent_id, count(*) AS count "
-                    f"FROM {source} GROUP BY agent_id ORDER BY count DESC, agent_id LIMIT 10) counted",
-                    given)],
-                "topSourceIps": [dict(row) for row in db.execute(
-                    f"SELECT source_ip AS ip, count(*) AS count FROM {source} AND source_ip IS NOT NULL "
-                    f"GROUP BY source_ip ORDER BY count DESC, source_ip LIMIT 10", given)],
+                    f"FROM {source} GROUP BY agent_id ORDER BY count DESC, agent_id LIMIT 10) counted", given)],
+                "topSourceIps": [{"ip": ip, "count": count} for ip, count in self._counted(
+                    db, "source_ip", source + " AND source_ip IS NOT NULL", given, 10).items()],
                 "falsePositives": false_positives}
 
-    @staticmethod
-    def _threats_since(now: Moment, period_ms: int, org_id: str | None) -> tuple[str, dict[str, Any]]:
-        """The threat events of a period up to now but for false positives, as the FROM and WHERE of a query and what
-        these are given."""
+    def _threats_since(self, db: sqlite3.Connection, now: Moment, period: str,
+                       org_id: str | None) -> tuple[str, dict[str, Any], dict[str, int], int]:
+        """The threat events of a period but for false positives, as FROM and WHERE for SQL; its parameters; how many
+        there are of each severity; how many false positives are left out."""
         # Left to choose, SQLite reads another index from end to end, for the order that GROUP BY wants.
-        source = ("threats INDEXED BY threats_org WHERE org_id = :org_id AND received_ms >= :since" if org_id else
-                  "threats INDEXED BY threats_time WHERE received_ms >= :since")
-        return source + _NOT_FALSE, {"since": now.steady_ms - period_ms, "org_id": org_id}
-
-    @staticmethod
-    def _false_positives(db: sqlite3.Connection, source: str, given: Mapping[str, Any]) -> int:
-        """How many false positives a source of `_threats_since` leaves out."""
-        every = source.removesuffix(_NOT_FALSE)
-        (count,) = db.execute(f"SELECT count(*) FROM {every} AND state = 'false_positive'", given).fetchone()
-        return int(count)
+        index = "threats_org WHERE org_id = :org_id AND" if org_id else "threats_time WHERE"
+        source = f"threats INDEXED BY {index} received_ms >= :since AND state "
+        given = {"since": now.steady_ms - PERIODS_MS[period], "org_id": org_id}
+        (left_out,) = db.execute(f"SELECT count(*) FROM {source} = 'false_positive'", given).fetchone()
+        source += "!= 'false_positive'"
+        found = self._counted(db, "severity", source, given)
+        return source, given, {severity: found.get(severity, 0) for severity in SEVERITIES}, left_out
 
     @staticmethod
     def _counted(db: sqlite3.Connection, column: str, source: str, given: Mapping[str, Any],
                  most: int = -1) -> dict[str, int]:
-        """How many threat events there are of each value of a column, the most frequent first."""
         return {row[0]: row[1] for row in db.execute(
             f"SELECT {column}, count(*) FROM {source} GROUP BY {column} ORDER BY count(*) DESC, {column} LIMIT {most}",
             given)}
@@ -2921,13 +2904,12 @@ class Manager:
 
     def policies(self, *, page: int | None = None, limit: int | None = None) -> tuple[list[Policy], int | None]:
         """Every policy ever issued, newest first, and, if paged, how many there are."""
-        paged = page is not None or limit is not None
-        size = (limit or 50) if paged else -1
+        paged, window = _window(page, limit)
         with self.store.read() as db:
-            rows = db.execute("SELECT * FROM policies ORDER BY version DESC LIMIT ? OFFSET ?",
-                              (size, ((page or 1) - 1) * size)).fetchall()
+            found = [self._policy(row) for row in db.execute(
+                "SELECT * FROM policies ORDER BY version DESC LIMIT :size OFFSET :skip", window)]
             total = db.execute("SELECT count(*) FROM policies").fetchone()[0] if paged else None
-        return [self._policy(row) for row in rows], total
+        return found, total
 
     def custom_rules(self, agent_id: str | None) -> list[str]:
         """The text of the enabled `custom` rules of an agent, or of all: `config.text`, or else `config` as JSON."""
@@ -2983,28 +2965,23 @@ class Manager:
     def overview(self, *, org_id: str | None = None) -> dict[str, Any]:
         """The fleet at a glance: agents by status and system, threats by severity and type."""
         now = self.now()
-        given = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id}
-        of_org = " AND a.org_id = :org_id" if org_id else ""
+        of_org = "a.org_id = :org_id" if org_id else "TRUE"
         with self.store.read() as db:
             counts = self._counts(db, now, org_id)
             summaries = {}
-            for name, period in (("last24h", "24h"), ("last7d", "7d")):
-                source, since = self._threats_since(now, PERIODS_MS[period], org_id)
-                by_severity = self._counted(db, "severity", source, since)
-                summaries[name] = {"total": sum(by_severity.values()),
-                                   **{severity: by_severity.get(severity, 0) for severity in SEVERITIES},
-                                   "falsePositives": self._false_positives(db, source, since)}
-            source, since = self._threats_since(now, _DAY_MS, org_id)
+            for period in ("7d", "24h"):
+                source, given, severities, left_out = self._threats_since(db, now, period, org_id)
+                summaries[f"last{period}"] = {"total": sum(severities.values()), **severities,
+                                              "falsePositives": left_out}
             in_force = [(policy.version, ()) for policy in self._in_force(db, _scopes(org_id, None))]
             return {
                 "totalAgents": sum(counts.values()),
                 **{f"{status}Agents": counts[status] for status in Status},
-                "threatSummary": summaries, "activePolicyVersion": version_text(resolve(in_force, 0).version),
+                "threatSummary": {name: summaries[name] for name in ("last24h", "last7d")},
+                "activePolicyVersion": version_text(resolve(in_force, 0).version),
                 "topThreats": [{"type": type, "count": count}
-                               for type, count in self._counted(db, "type", source, since, 10).items()],
-                "agentsByOs": {row[0]: row[1] for row in db.execute(
-                    f"SELECT os, count(*) FROM agents a WHERE TRUE{of_org} GROUP BY os ORDER BY count(*) DESC, os",
-                    given)},
+                               for type, count in self._counted(db, "type", source, given, 10).items()],
+                "agentsByOs": self._counted(db, "os", f"agents a WHERE {of_org}", given),
                 "updatedAt": iso(now.wall_ms)}
 
     def purge(self) -> bool:
@@ -3053,8 +3030,7 @@ class Manager:
                                           [(row["key"],) for row in rows if row["source"] == table]).rowcount
         if removed:
             if self.warning() is None:
-                log.warning("the database has reached MANAGER_MAX_DB_BYTES (%d); the oldest threat events and journal "
-                            "entries are removed early", self.config.max_db_bytes)
+                log.warning("%s (%d)", _FULL, self.config.max_db_bytes)
             self.purged_for_space += removed
             self._purged_for_space_ms = self.clock.now().tick_ms
         return removed
@@ -3062,9 +3038,7 @@ class Manager:
     def warning(self) -> str | None:
         """What /health says beside its status, from memory: in the last hour the database was too large."""
         last_ms = self._purged_for_space_ms
-        if last_ms is None or self.clock.now().tick_ms - last_ms >= 3_600_000:
-            return None
-        return "the database has reached MANAGER_MAX_DB_BYTES; the oldest threats and entries are removed early"
+        return None if last_ms is None or self.clock.now().tick_ms - last_ms >= _HOUR_MS else _FULL
 
     # Journal and health
 
@@ -3147,6 +3121,13 @@ class Manager:
         return {Status.ONLINE: total - sum(counts.values()), **counts}
 
 
+def _window(page: int | None, limit: int | None, unpaged: int = -1) -> tuple[bool, dict[str, int]]:
+    """Whether a page is asked for, and the parameters of LIMIT :size OFFSET :skip."""
+    paged = page is not None or limit is not None
+    size = (limit or 50) if paged else unpaged
+    return paged, {"size": size, "skip": ((page or 1) - 1) * size}
+
+
 def _joined(tables: str) -> str:
     """FROM for SQL of tables that choose agents, read in the order of their letters (CROSS JOIN keeps it)."""
     first = _CHOOSE[tables[0]]
@@ -3161,10 +3142,6 @@ def _edited_tags(row: sqlite3.Row, add: Sequence[str] | None, remove: Sequence[s
     if len(after) > 64:
         raise Invalid(f"addTags: must leave at most 64 tags, and would leave {len(after)} on {row['id']}")
     return after
-
-
-def _identity(row: sqlite3.Row) -> Identity:
-    return Identity(row["key"], row["id"], row["org_id"])
 
 
 def _scopes(org_id: str | None, agent_id: str | None) -> list[str]:
