@@ -1308,15 +1308,15 @@ _LOG_BYTES = 8 * 2**20  # the log is made empty once it is longer; less on a sma
 _FEW_PAGES = 1000  # that writers wait for, while the log is made empty
 _PROBE_BYTES = 2**17  # more than the room left in the log may hold
 _APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
+_LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'journal'"
 _FAULTS = (
     ("moved", "{folder}/manager.db or its log was removed or replaced; put it back, or stop the manager and restore "
               "a backup"),
     ("disk is full", "there is no room left in {folder}; free some"),
     ("locked", "another program holds {folder}/manager.db locked; end it"),
     ("readonly", "{folder}/manager.db cannot be written; give this user the right to write it"),
-    ("malformed", "{folder}/manager.db is damaged; stop the manager and restore a backup"),
-    ("Could not decode", "{folder}/manager.db is damaged; stop the manager and restore a backup"),
-    ("not a database", "{folder}/manager.db is damaged; stop the manager and restore a backup"),
+    ("malformed|Could not decode|not a database",
+     "{folder}/manager.db is damaged; stop the manager and restore a backup"),
     ("disk I/O error", "the disk under {folder} fails to read or write; check it"),
     ("unable to open", "{folder}/manager.db cannot be opened; check that the folder is there and can be written"),
 )
@@ -1415,7 +1415,7 @@ class Store:
         self._owner: int | None = None  # the thread within a transaction
         self._broken: BaseException | None = None  # why the transaction as a whole must fail
         self._on_commit: list[Callable[[], None]] = []
-        self._journaled = False
+        self.journaled = False  # whether this transaction added entries, of which the listeners are told
         self._synchronous = ""
         self._readers: list[sqlite3.Connection] = []
         self._closed = False
@@ -1447,9 +1447,9 @@ class Store:
         self._check_folder()
         disk = os.statvfs(folder)
         self.log_limit_bytes = max(2**16, min(_LOG_BYTES, disk.f_blocks * disk.f_frsize // 16))
-        self._guard = self._take_folder()
+        self._running = f"another manager is running on {folder}; stop it or choose another --data-dir"
         with contextlib.ExitStack() as undo:
-            undo.callback(self._guard.close)
+            self._take_folder(undo)
             try:
                 stopped_cleanly = self.log_bytes() == 0
                 self._check_file()
@@ -1487,50 +1487,39 @@ class Store:
                              "owner") from None
 
     def _lock_file(self, undo: contextlib.ExitStack) -> None:
-        """Lock the database itself too: the file `lock` may have been removed. Raises StartError.
-
-        The lock is on a byte that SQLite does not use, and taken once the file is in WAL mode: before, SQLite's
-        unlocking is of all bytes. POSIX locks end once the process closes any descriptor of the file, so this one
-        stays open until after SQLite's.
-        """
+        """Lock a byte of the database that SQLite does not use: the file `lock` may have been removed."""
+        # In WAL mode only: before, SQLite unlocks all bytes. POSIX locks end once the process closes any descriptor
+        # of the file, so this one stays open until SQLite's is closed.
         self._file_lock = os.open(self._path, os.O_RDWR)
         undo.callback(os.close, self._file_lock)
         try:
             fcntl.lockf(self._file_lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2**62)
         except OSError:
-            raise StartError(f"another manager is running on {self.folder}; stop it or choose another --data-dir") \
-                from None
+            raise StartError(self._running) from None
 
     def _find_inodes(self) -> list[tuple[int, int]] | None:
-        """Device and inode of the database's files; None if one is missing."""
         try:
             found = [os.stat(f"{self._path}{end}") for end in ("", "-wal", "-shm")]
         except OSError:
             return None
         return [(each.st_dev, each.st_ino) for each in found]
 
-    def _take_folder(self) -> sqlite3.Connection:
-        """A lock on the folder that ends with the process, however it ends."""
+    def _take_folder(self, undo: contextlib.ExitStack) -> None:
+        """Lock the folder until the process ends, however it ends. Raises StartError."""
         try:
             private_file(self.folder / "lock")  # whoever can open it can hold it
-            guard = sqlite3.connect(self.folder / "lock", timeout=0, isolation_level=None, check_same_thread=False)
-        except (sqlite3.Error, OSError):
-            raise StartError(f"the data folder {self.folder} cannot be written; choose another or change its owner") \
-                from None
-        try:
-            guard.execute("PRAGMA journal_mode = MEMORY")
-            guard.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
-            guard.close()
-            raise StartError(
-                f"another manager is running on {self.folder}; stop it or choose another --data-dir"
-                if "locked" in str(error) else
-                f"the data folder {self.folder} cannot be written ({error}); choose another or change its owner"
-            ) from None
-        return guard
+            self._guard = sqlite3.connect(self.folder / "lock", timeout=0, isolation_level=None,
+                                          check_same_thread=False)
+            undo.callback(self._guard.close)
+            self._guard.execute("PRAGMA journal_mode = MEMORY")
+            self._guard.execute("BEGIN EXCLUSIVE")
+        except (sqlite3.Error, OSError) as error:
+            if "database is locked" in str(error):
+                raise StartError(self._running) from None
+            raise StartError(f"the data folder {self.folder} cannot be written ({error}); choose another or change "
+                             "its owner") from None
 
     def _check_file(self) -> None:
-        """Read what is there before anything may write to it."""
         try:
             if not self._path.exists() or self._path.stat().st_size == 0:
                 if self.log_bytes():
@@ -1543,8 +1532,7 @@ class Store:
         except OSError as error:
             raise StartError(f"{self._path} cannot be read ({error.strerror}); change its owner") from None
         # Where no log is waiting, not even the reader's own files need be made beside the database.
-        log_waits = self._log.exists()
-        mode = "?mode=ro" if log_waits else "?immutable=1"
+        mode = "?mode=ro" if self._log.exists() else "?immutable=1"
         with contextlib.closing(sqlite3.connect(self._path.absolute().as_uri() + mode, uri=True)) as db:
             (version,), (owner,) = db.execute("PRAGMA user_version").fetchone(), \
                 db.execute("PRAGMA application_id").fetchone()
@@ -1640,14 +1628,14 @@ class Store:
                 if self._broken:
                     raise self._broken
                 db.execute("COMMIT")
-                done = self._on_commit + list(self.listeners) * self._journaled
+                done = self._on_commit + list(self.listeners) * self.journaled
             except BaseException as error:
                 with contextlib.suppress(sqlite3.Error):
                     if db.in_transaction:
                         db.execute("ROLLBACK")
                 self._translate(error)
             finally:
-                self._owner, self._broken, self._on_commit, self._journaled = None, None, [], False
+                self._owner, self._broken, self._on_commit, self.journaled = None, None, [], False
         for call in done:
             call()
         if durable and self.log_bytes() > 4 * self.log_limit_bytes:  # whoever writes a lot helps to copy it
@@ -1667,23 +1655,19 @@ class Store:
         if self._moved:
             self._translate(sqlite3.OperationalError("moved: device and inode differ"))
 
-    def read(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+    @contextlib.contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
         """A view of one instant, which no writer waits for; within a transaction of the same thread, of that.
 
         Raises Unavailable when the file cannot be read.
         """
-        return self._read_within() if self._owner == threading.get_ident() else self._read()
-
-    @contextlib.contextmanager
-    def _read_within(self) -> Iterator[sqlite3.Connection]:
-        try:
-            yield self._writer
-        except sqlite3.Error as error:
-            self._broken = error
-            self._translate(error)
-
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
+        if self._owner == threading.get_ident():
+            try:
+                yield self._writer
+            except sqlite3.Error as error:
+                self._broken = error
+                self._translate(error)
+            return
         self._require_usable()
         try:
             try:
@@ -1702,26 +1686,22 @@ class Store:
         except sqlite3.Error as error:
             self._translate(error)
 
-    def note_entries(self) -> None:
-        """Tell the listeners, once this transaction is committed, that it added entries."""
-        self._journaled = True
-
     def durable_seq(self) -> int:
         """The number of the latest journal entry that a power cut cannot undo, having made it so."""
         with self.read() as db:
-            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
-        if row and row[0] > self._durable_seq:
+            newest = int(db.execute(_LAST_SEQ).fetchone()[0])
+        if newest > self._durable_seq:
             try:
                 sync_path(self._log)
             except OSError as error:
                 self._translate(sqlite3.OperationalError(f"disk I/O error: {error.strerror}"))
-            self._durable_seq = row[0]
-        return row[0] if row else 0
+            self._durable_seq = newest
+        return newest
 
     def journal(self, at_ms: int, type: str, caller: Caller, agent_id: str | None, org_id: str | None,
                 data: Mapping[str, Any]) -> None:
         """Add an entry within the transaction of the change that it reports."""
-        self.note_entries()
+        self.journaled = True
         self._writer.execute(
             "INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) VALUES (?, ?, ?, ?, ?, ?)",
             (at_ms, type, to_json(caller.actor()), org_id, agent_id, to_json(data)))
@@ -1832,10 +1812,8 @@ class Store:
     def used_bytes(self) -> int:
         """What the pages in use take: the file does not shrink, it uses the room of removed rows again."""
         with self.read() as db:
-            used: int = db.execute(
-                "SELECT (page_count - freelist_count) * page_size FROM pragma_page_count, pragma_freelist_count, "
-                "pragma_page_size").fetchone()[0]
-        return used
+            return int(db.execute("SELECT (page_count - freelist_count) * page_size FROM pragma_page_count, "
+                                  "pragma_freelist_count, pragma_page_size").fetchone()[0])
 
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
@@ -1858,16 +1836,8 @@ class Store:
                 self._readers.pop().close()
 
     def _sentence(self, error: BaseException) -> str | None:
-        return next((sentence.format(folder=self.folder) for sign, sentence in _FAULTS if sign in str(error)), None)
-
-    def _note_fault(self, sentence: str, error: object) -> None:
-        """Log a fault the first, tenth, hundredth, … time; `probe()` logs when it has ended."""
-        self._faults[sentence] += 1
-        times = self._faults[sentence]
-        if times == 1:
-            log.error("%s (%s)", sentence, error)
-        elif str(times).strip("0") == "1":
-            log.error("repeated %d times: %s", times, sentence)
+        return next((sentence.format(folder=self.folder) for sign, sentence in _FAULTS if re.search(sign, str(error))),
+                    None)
 
     def _translate(self, error: BaseException) -> NoReturn:
         """Raise Unavailable for a fault of the file or its disk, and any other error as it is."""
@@ -1879,7 +1849,11 @@ class Store:
             self._damage = sentence  # until a restart: reads may have given wrong answers
         if self._owner == threading.get_ident():
             self._broken = error
-        self._note_fault(sentence, error)
+        self._faults[sentence] += 1
+        if (times := self._faults[sentence]) == 1:
+            log.error("%s (%s)", sentence, error)
+        elif str(times).strip("0") == "1":  # the tenth, hundredth, … time; probe() logs when the fault has ended
+            log.error("repeated %d times: %s", times, sentence)
         raise Unavailable(sentence, retry_after_s=5) from error
 
 
@@ -2087,7 +2061,6 @@ class Manager:
         return 0
 
     def _entry_steady_ms(self, now: Moment, seq: int, at_ms: int) -> int:
-        """When an entry was written, on the steady clock."""
         index = bisect.bisect(self._spans, seq, key=lambda span: span.first_entry) - 1
         span = self._spans[index]
         until_ms = now.steady_ms if span is self._spans[-1] else span.until_ms
@@ -2170,12 +2143,8 @@ class Manager:
         return announced
 
     def _fallen_due(self, now: Moment) -> list[tuple[int, int, str]]:
-        """The next changes of status to announce as (due_ms on the tick, agent's key, status), oldest first.
-
-        Online agents have no index, for their heartbeats' sake. All of them are looked through once the one who
-        had been silent longest, when that was done last, may have fallen due: with heartbeats once a minute, every
-        few seconds at most.
-        """
+        """The next changes of status to announce as (due_ms on the tick, agent's key, status), oldest first."""
+        # Online agents have no index: it would slow heartbeats. All are read once the longest silent may be due.
         online_from, stale_from = self.liveness.cutoffs(now.tick_ms).values()
         select = f"SELECT seen_ms + ? AS due_ms, agent, ? FROM contacts WHERE {{}} AND seen_ms < ? " \
                  f"ORDER BY seen_ms LIMIT {_SWEEP_READ}"
@@ -2216,7 +2185,7 @@ class Manager:
                        "(SELECT status, ? + due_ms FROM temp.due WHERE due.agent = contacts.agent) "
                        "WHERE agent IN (SELECT agent FROM temp.due)", (now.wall_of(0),))
             db.execute("DELETE FROM temp.due")
-            self.store.note_entries()
+            self.store.journaled = True
         return step
 
     def _of_status(self, now: Moment, status: Status, *, hint: bool = True) -> str:
@@ -2250,12 +2219,8 @@ class Manager:
 
     def _journal_of_agent(self, now: Moment, type: str, caller: Caller, agent_id: str, org_id: str | None,
                           data: Mapping[str, Any], *, severity: int = len(SEVERITIES), always: bool = False) -> None:
-        """Journal what an agent caused: at most 30 entries per agent and minute. The next one counts those
-        `suppressed`.
-
-        As many of the 30 as there are severities are kept for threats worse than any reported in that minute, so
-        that a flood of lesser ones hides none.
-        """
+        """Journal what an agent caused, at most 30 entries a minute: the next one counts those `suppressed`. Some of
+        the 30 are kept for threats worse than any reported in that minute."""
         began_ms, count, suppressed, worst = self._entries.pop(agent_id, (now.tick_ms, 0, 0, len(SEVERITIES)))
         if now.tick_ms - began_ms >= 60_000:
             began_ms, count, worst = now.tick_ms, 0, len(SEVERITIES)
@@ -2352,7 +2317,6 @@ class Manager:
         return None, rows[0]["id"] if rows else None
 
     def _enroll_token(self, db: sqlite3.Connection, now: Moment, caller: Caller) -> sqlite3.Row | None:
-        """The enrolment token that the caller registers with, if it is one. Raises Unauthorized."""
         if caller.role != "enroller" or caller.credential is None:
             return None
         row: sqlite3.Row | None = db.execute("SELECT * FROM enroll_tokens WHERE id = ? AND expires_ms > ?",
@@ -2363,8 +2327,7 @@ class Manager:
 
     @staticmethod
     def _use_enroll_token(db: sqlite3.Connection, issued: sqlite3.Row, known: sqlite3.Row | None) -> None:
-        """Count a use, unless this repeats a registration after which nothing was heard: its answer may have been
-        lost. Raises Unauthorized when the token is used up."""
+        # A registration repeated before anything was heard counts once: its answer may have been lost.
         if known and not known["heard"] and known["enroll_token"] == issued["id"]:
             return
         if not db.execute("UPDATE enroll_tokens SET uses = uses + 1 WHERE id = ? AND uses < max_uses",
@@ -2886,7 +2849,6 @@ class Manager:
 
     def _issue(self, db: sqlite3.Connection, now: Moment, name: str, description: str | None,
                rules: Sequence[Mapping[str, Any]], org_id: str | None, agent_id: str | None) -> Policy:
-        """Add a version and put it in force."""
         reached = self._counts(db, now, org_id, agent_id)[Status.ONLINE]
         policy_id = "pol_" + secrets.token_hex(6)
         version = db.execute(
@@ -2954,7 +2916,6 @@ class Manager:
                       rules=self.store.loads(row["rules"]))
 
     def _in_force(self, db: sqlite3.Connection, scopes: Sequence[str]) -> list[Policy]:
-        """The policies in force of these scopes, in their order."""
         rows = {row["scope"]: self._policy(row) for row in db.execute(
             f"SELECT * FROM policies_in_force JOIN policies USING (version) "
             f"WHERE scope IN ({', '.join('?' * len(scopes))})", scopes)}
@@ -3064,8 +3025,7 @@ class Manager:
     def last_seq(self) -> int:
         """The sequence number of the latest entry, removed ones included."""
         with self.store.read() as db:
-            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
-        return row[0] if row else 0
+            return int(db.execute(_LAST_SEQ).fetchone()[0])
 
     def check_health(self) -> None:
         """Learn for health() whether the database can be written, and count the agents. The timer calls it."""
