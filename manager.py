@@ -4255,17 +4255,6 @@ READ, WRITE = select.POLLIN, select.POLLOUT  # epoll uses the same numbers
 http_date = functools.lru_cache(maxsize=2)(build_http_date)
 
 
-class Stream(Protocol):
-    """What a handler leaves in environ["manager.stream"] to keep its connection open.
-
-    start() comes at most once, closed() exactly once and never before start() has returned.
-    """
-
-    def start(self, channel: Channel) -> None: ...
-
-    def closed(self) -> None: ...
-
-
 class UpgradeRequired(Error):  # type: ignore[misc]
     code, reason = 426, "Upgrade Required"
     headers = (("Upgrade", "TLS/1.2, HTTP/1.1"), ("Connection", "close, Upgrade"))
@@ -4506,7 +4495,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             return
         if self.chunked:
             self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow))
-        if not self.channel.server.site.may_send_body(self.path, self.headers.get("AUTHORIZATION")):
+        if not self.channel.server.site.api.may_send_body(self.path, self.headers.get("AUTHORIZATION")):
             self.left_out_bytes = math.inf if self.chunked else self.content_length
             self.body_rcv, self.chunked, self.content_length, self.expect_continue = None, False, 0, False
             self.headers.pop("CONTENT_LENGTH", None)
@@ -4574,7 +4563,7 @@ class ErrorReply(ErrorTask):  # type: ignore[misc]
         error, sent = self.request.error, getattr(self.request, "headers", {})
         if error.code == 413:
             error.body = f"body: must be at most {_MOST_BYTES} bytes"
-        reply = self.channel.server.site.error_reply(error.code, error.body, {
+        reply = self.channel.server.site.api.refuse(error.code, error.body, {
             "wsgi.url_scheme": self.channel.scheme, "REMOTE_ADDR": self.channel.addr[0],
             **{f"HTTP_{name}": sent.get(name, "") for name in ("X_REQUEST_ID", "ORIGIN", "X_FORWARDED_PROTO")}})
         self.status = _STATUS_LINES[reply.status]
@@ -4602,7 +4591,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     phase = Phase.HTTP
     refusal: Error | None = None  # the answer to whatever this client asks
     socket: Any  # a plain one, or the SSLSocket made of it
-    stream: Stream | None = None
+    stream: EventStream | None = None
     chunked = False
     handshake_writes = False
     tolerance = 0  # bytes that may still be dropped
@@ -4753,7 +4742,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         except ssl.SSLWantWriteError:
             self.handshake_writes = True
         except (OSError, ValueError) as error:
-            self.server.site.handshake_failed(self.addr[0], getattr(error, "reason", None) or type(error).__name__)
+            api, reason = self.server.site.api, getattr(error, "reason", None) or type(error).__name__
+            api.refusals.note("handshake", self.addr[0], api.manager.clock.now().tick_ms, reason)
             self.handle_close()
 
     def _linger(self) -> None:
@@ -4868,28 +4858,26 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
 # The lane
 
+_HEARTBEAT_ROUTE = next(each for each in ENDPOINTS if each.serve is _heartbeat)
+_HEARTBEAT_LINE = re.compile(rb"POST (?P<path>/api/agents/[0-9A-Za-z_-]+/heartbeat) HTTP/1\.1\r\n").match
+
 
 class Lane:
-    """Requests of one kind that are answered in the loop, all of one turn by one call.
-
-    line(data): matches the request line of a POST and its CRLF, naming its `path`.
-    answer(environs): a reply to each, in order, once all of them are safe; be short.
-    closed(): whether workers are to answer them just now.
+    """Heartbeats, answered in the loop: all of one pass in one transaction.
 
     It takes requests in the plain form that clients use, whole or with their body on the way. All others are left to
-    waitress; so what it takes must be read as waitress reads it, but need not be all that waitress takes.
+    waitress: what is taken must be read as waitress reads it, but may be a strict subset of what waitress accepts.
     """
 
-    def __init__(self, line: Callable[[bytes], re.Match[bytes] | None],
-                 answer: Callable[[list[Environ]], Sequence[Reply]], closed: Callable[[], bool]) -> None:
-        self._line, self._answer, self._closed = line, answer, closed
+    def __init__(self, api: Api) -> None:
+        self._api = api
         self._waiting: list[tuple[Channel, Environ]] = []
 
     def take(self, channel: Channel, data: bytes) -> bool:
         """Take a request, or leave what has arrived of it in `channel.held`; false if it is not for the lane."""
-        line = self._line(data)
+        line = _HEARTBEAT_LINE(data)
         end = data.find(b"\r\n\r\n")
-        if not line or end < line.end() or len(data) > LANE_BYTES or channel.total_outbufs_len or self._closed():
+        if not line or end < line.end() or len(data) > LANE_BYTES or channel.total_outbufs_len or self._api.faults:
             return False
         environ = self._headers(data[line.end():end])
         if environ is None or "," in environ.get("HTTP_HOST", ","):
@@ -4932,10 +4920,17 @@ class Lane:
         waiting, self._waiting = self._waiting, []
         site = waiting[0][0].server.site
         try:
-            replies = self._answer([environ for _, environ in waiting])
+            with self._api.manager.store.transaction(durable=False):
+                replies = [self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]},
+                                            spared=True)  # taken before the fault was added
+                           for _, environ in waiting]
+        except Unavailable as error:
+            for _ in waiting:
+                self._api.latencies.observe(_HEARTBEAT_ROUTE.method, _HEARTBEAT_ROUTE.path, error.status, 0.0)
+            replies = [self._api.finish(failure(error), environ) for _, environ in waiting]
         except Exception:
-            log.exception("the lane failed")
-            replies = [site.error_reply(500, "internal error", {})] * len(waiting)
+            log.exception("heartbeats could not be answered")
+            replies = [self._api.refuse(500, "internal error", {})] * len(waiting)
         date = http_date(int(time.time()))
         for (channel, environ), reply in zip(waiting, replies, strict=True):
             if not channel.authenticated and environ.get("manager.authenticated"):
@@ -5010,7 +5005,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
                     time.sleep(0.01)  # the process is out of descriptors: do not spin on it
                 return
-            counted_as = self.site.counted_as(address[0])
+            counted_as = "" if self.site.api.is_proxy(address[0]) else network_of(address[0])
             crowd = max(len(self._map) - self.site.connection_limit,
                         self.site.strangers[counted_as] - self.site.address_limit)
             if crowd >= SPARE_DESCRIPTORS // 2:
@@ -5052,28 +5047,15 @@ def raise_descriptor_limit() -> int:
 class WebServer:
     """Serves a WSGI application from one loop thread and a few workers, between start() and stop().
 
-    application: for everything that is not in the lane; runs on a worker.
-    error_reply(status, text, environ): what is said when waitress or the connection itself refuses.
-    lane: what is answered in the loop.
-    tls_context: replaceable at any time, for the connections that come after; None serves plaintext to all.
-    plaintext_allowed(address): whether that peer may do without TLS where there is a context.
-    may_send_body(path, authorization): whether a request's body is received.
-    counted_as(address): what is counted against the limit of connections per address; "" is not.
-    streams: what environ["manager.streams"] is to be.
-    handshake_failed(address, reason): called in the loop.
+    `owner` is told if the loop dies. `tls_context` may be replaced at any time, for the connections that come after;
+    None serves plaintext to all.
     """
 
-    def __init__(
-        self, application: Application, config: Config, *, error_reply: Callable[[int, str, Environ], Reply],
-        lane: Lane,
-        tls_context: ssl.SSLContext | None, plaintext_allowed: Callable[[str], bool], streams: Streams,
-        may_send_body: Callable[[str, str | None], bool], counted_as: Callable[[str], str],
-        on_death: Callable[[], None], handshake_failed: Callable[[str, str], None],
-    ) -> None:
-        self.handshake_failed = handshake_failed
-        self.application, self.error_reply, self.lane = application, error_reply, lane
-        self.tls_context, self.plaintext_allowed, self.streams = tls_context, plaintext_allowed, streams
-        self.may_send_body, self.counted_as, self.on_death = may_send_body, counted_as, on_death
+    def __init__(self, owner: Server, application: Application, api: Api, streams: Streams,
+                 tls_context: ssl.SSLContext | None) -> None:
+        config = owner.config
+        self.owner, self.application, self.api, self.streams = owner, application, api, streams
+        self.tls_context, self.lane = tls_context, Lane(api)
         self.config = config
         self.body_bytes = 0  # buffered, of all requests; counted in the loop and in workers
         self._body_bytes_lock = threading.Lock()
@@ -5124,6 +5106,10 @@ class WebServer:
             error, self.error = self.error, None
             raise error
 
+    def plaintext_allowed(self, address: str) -> bool:
+        """Whether that peer may do without TLS where there is a certificate."""
+        return self.config.tls != "require" and (_is_loopback(address) or self.api.is_proxy(address))
+
     def count_body_bytes(self, more: int) -> bool:
         """Count bytes of bodies that were buffered, or (negative) let go; false if there would be too many."""
         with self._body_bytes_lock:
@@ -5158,7 +5144,7 @@ class WebServer:
                 self.sockets.turn(max(0.0, deadline - time.monotonic()))
         except BaseException as error:
             self.error = error
-            self.on_death()
+            self.owner.on_death()
         finally:
             self.stopping = True
             self.sockets.close()
@@ -5366,14 +5352,7 @@ class Server:
 
         context = self._tls(folder)
         try:
-            self._web = WebServer(  # which looks the host up
-                app, config, error_reply=self._api.refuse,
-                lane=Lane(_HEARTBEAT_LINE, self._lane, lambda: bool(self.faults)), tls_context=context,
-                plaintext_allowed=self._plaintext_allowed, streams=self._streams,
-                may_send_body=self._api.may_send_body, on_death=lambda: self.on_death(),
-                counted_as=lambda address: "" if self._api.is_proxy(address) else network_of(address),
-                handshake_failed=lambda address, reason: self._api.refusals.note(
-                    "handshake", address, self.clock.now().tick_ms, reason))
+            self._web = WebServer(self, app, self._api, self._streams, context)  # looks the host up
             follower.start()
             undo.callback(stop_following)
             self._web.start()
@@ -5386,22 +5365,6 @@ class Server:
             host = "localhost"
         self.url = (f"http{'s' * bool(self._web.tls_context)}://" + (f"[{host}]" if ":" in host else host)
                     + f":{self._web.port}")
-
-    def _lane(self, environs: list[dict[str, Any]]) -> list[Reply]:
-        """Answer the heartbeats of one pass of the loop, all in one transaction."""
-        try:
-            with self.manager.store.transaction(durable=False):
-                replies = [self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]},
-                                            spared=True)  # taken before the fault was added
-                           for environ in environs]
-        except Unavailable as error:
-            for _ in environs:
-                self._api.latencies.observe(_HEARTBEAT_ROUTE.method, _HEARTBEAT_ROUTE.path, error.status, 0.0)
-            replies = [self._api.finish(failure(error), environ) for environ in environs]
-        return replies
-
-    def _plaintext_allowed(self, address: str) -> bool:
-        return self.config.tls != "require" and (_is_loopback(address) or self._api.is_proxy(address))
 
     def _tls(self, folder: Path) -> ssl.SSLContext | None:
         config, local = self.config, _is_loopback(self.config.host)
@@ -5453,8 +5416,6 @@ class Server:
 
 
 _CHECK_EVERY_S = 86_400.0
-_HEARTBEAT_ROUTE = next(each for each in ENDPOINTS if each.serve is _heartbeat)
-_HEARTBEAT_LINE = re.compile(rb"POST (?P<path>/api/agents/[0-9A-Za-z_-]+/heartbeat) HTTP/1\.1\r\n").match
 
 
 def _is_loopback(host: str) -> bool:
