@@ -4388,6 +4388,7 @@ class ChunkedBody(ChunkedReceiver):  # type: ignore[misc]
     _chunk_bytes = 0  # of the present chunk, still to come
     _after_chunk = _after_last_chunk = False
     _trailer_bytes = 0
+    _framing_bytes = 0  # by which chunk lines exceed what they frame
 
     def received(self, data: bytes) -> int:
         """Read on, and return how many bytes of `data` belong to this body. A fault is left in `error`."""
@@ -4426,6 +4427,9 @@ class ChunkedBody(ChunkedReceiver):  # type: ignore[misc]
             self._chunk_bytes = int(size[1], 16)
             self._after_chunk = self._chunk_bytes > 0
             self._after_last_chunk = not self._after_chunk
+            self._framing_bytes = max(self._framing_bytes + len(line) + 4 - self._chunk_bytes, 0)
+            if self._framing_bytes > 4 * CHUNK_LINE_BYTES:
+                self.error = BadRequest("the chunks are too small for their lines")
         else:
             self.error = BadRequest("a chunk line must be a size in hexadecimal digits, with or without extensions")
 

@@ -4645,6 +4645,17 @@ def test_chunks_with_extensions_and_trailers_are_taken_in_any_two_pieces(server:
     assert server.manager.agent(who.agent.id).cpu == 7
 
 
+@pytest.mark.parametrize(("count", "status"), [(2_000, 200), (10_000, 400)])
+def test_a_body_in_very_many_small_chunks_is_refused(count: int, status: int, server: Server) -> None:
+    who = server.manager.register(**AGENT)
+    body = b'{"cpu": 7' + b" " * (count - 10) + b"}"
+    head = request("POST", f"/api/agents/{who.agent.id}/heartbeat", b"", "Transfer-Encoding: chunked",
+                   "Connection: close", token=who.token)
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    answer, _ = sent_raw(server, head + chunks)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+
+
 @pytest.mark.parametrize("path", ["//metrics", "///metrics", "/api//agents", "/metr%ffics", "/metrics%ff", "/%6detrics",
                                   "/metrics%2f", "/%2e/metrics", "/x/%2E%2e/metrics", "/openapi%2ejson", "/%2fmetrics",
                                   "/api%2Fagents", "http://x//metrics", "http://x/%6Detrics"])
