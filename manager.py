@@ -6158,6 +6158,7 @@ function buildFleet(view, main) {
   const counts = h("div.counts");
   const body = h("div");
   const bulk = h("div.card bar bulk");
+  const [name, every] = [h("input", named("New tag")), box()];
   const end = h("div");
   const changes = btn("", () => draw());
   let rows = new Map(); // by agent's id: what was drawn
@@ -6229,8 +6230,6 @@ function buildFleet(view, main) {
     bulk.hidden = !selected.size;
     const title = t("%s selected", selected.size);
     if (bulk.contains(document.activeElement)) return put(bulk.firstChild, title);
-    const name = h("input", named("New tag"));
-    const every = box();
     const tagging = (label, field) => btn(t(label), () => name.value.trim() ? change(every.checked,
       t(label) + ": " + name.value.trim(), {[field]: [name.value.trim()]}) : name.focus());
     return put(bulk, h("b", title), total > items.length && h("label", every, " ",

@@ -7504,16 +7504,18 @@ def test_dashboard_changes_many_agents_at_once(screen: Screen, api: Client) -> N
     dialog = page.get_by_role("dialog", name="Add tag: fresh")
     dialog.get_by_text("2 match, 2 would change.").wait_for()
     dialog.get_by_text("web-2").wait_for()
+    api.register(hostname="web-3")
+    page.get_by_text("4 agents").wait_for()  # drawn anew: the tag typed is kept
     dialog.get_by_role("button", name="Cancel").click()
     assert not [agent for agent in api.get("/api/agents") if agent["tags"]]
     page.get_by_role("button", name="Add tag").click()
     dialog.get_by_role("button", name="Add tag: fresh").click()
     page.get_by_text("Done: 2 of 2 changed.").wait_for()
-    assert [agent["tags"] for agent in api.get("/api/agents")] == [["fresh"], [], ["fresh"]]
+    assert [agent["tags"] for agent in api.get("/api/agents")] == [["fresh"], [], ["fresh"], []]
     page.get_by_role("button", name="Deregister…").click()
     page.get_by_role("dialog").get_by_role("button", name="Deregister").click()
-    page.get_by_text("1 agents").wait_for()
-    assert [agent["hostname"] for agent in api.get("/api/agents")] == ["web-1"]
+    page.get_by_text("2 agents").wait_for()
+    assert [agent["hostname"] for agent in api.get("/api/agents")] == ["web-1", "web-3"]
 
 
 @pytest.mark.browser
