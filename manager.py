@@ -1589,13 +1589,17 @@ class Store:
                              f"({error}); make room for {path}") from error
         log.info("%s is changed for this version; %s is a copy of what it was", self._path, path)
 
-    def transaction(self, *, durable: bool = True) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+    def transaction(self, *, durable: bool = True, savepoint: bool = True,
+                    ) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """All or nothing; a durable one is on the disk when it returns, another one after the next that is.
 
         Within a transaction of the same thread it is a part of that one: if it fails, only it is undone; if the
-        other fails, both are. Raises Unavailable, with nothing changed, when the file cannot be written.
+        other fails, both are. Without a `savepoint` only a fault of the database undoes what it did, with all the rest.
+        Raises Unavailable, with nothing changed, when the file cannot be written.
         """
-        return self._nested() if self._owner == threading.get_ident() else self._transaction(durable)
+        if self._owner != threading.get_ident():
+            return self._transaction(durable)
+        return self._nested() if savepoint else self.read()
 
     @contextlib.contextmanager
     def _nested(self) -> Iterator[sqlite3.Connection]:
@@ -2362,7 +2366,7 @@ class Manager:
 
         Raises NotFound.
         """
-        with self.store.transaction(durable=False) as db:
+        with self.store.transaction(durable=False, savepoint=False) as db:
             now = self.now()  # here, as in register()
             agent = caller.agent
             if agent is None or agent.id != agent_id:
@@ -2372,18 +2376,19 @@ class Manager:
             stale_after_ms = self.liveness.stale_after_ms
             if not db.execute(_BEAT, (now.tick_ms, now.wall_ms, uptime, cpu, memory, key,
                                       now.tick_ms - stale_after_ms, version, policy_version)).rowcount:
-                self.forgive_suspend()  # as in register()
-                now = self.now()
-                row = self._row(db, now, agent_id)
-                self._contact(db, now, dict(row))
-                if version not in (None, row["version"]):
-                    db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, key))
-                    self._journal_of_agent(now, "agent_updated", Caller("agent", agent=agent), agent_id, org_id, {
-                        "hostname": row["hostname"], "version": {"from": row["version"], "to": version}})
-                if policy_version:
-                    self._acknowledge(db, now, key, policy_version)
-                db.execute(_BEAT, (now.tick_ms, now.wall_ms, uptime, cpu, memory, key,
-                                   now.tick_ms - stale_after_ms, None, None))
+                with self.store.transaction():
+                    self.forgive_suspend()  # as in register()
+                    now = self.now()
+                    row = self._row(db, now, agent_id)
+                    self._contact(db, now, dict(row))
+                    if version not in (None, row["version"]):
+                        db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, key))
+                        self._journal_of_agent(now, "agent_updated", Caller("agent", agent=agent), agent_id, org_id, {
+                            "hostname": row["hostname"], "version": {"from": row["version"], "to": version}})
+                    if policy_version:
+                        self._acknowledge(db, now, key, policy_version)
+                    db.execute(_BEAT, (now.tick_ms, now.wall_ms, uptime, cpu, memory, key,
+                                       now.tick_ms - stale_after_ms, None, None))
             acknowledged, *versions = db.execute(_IN_FORCE, (org_id, agent_id, key)).fetchone()
             self.store.on_commit(self._count_heartbeat)
         in_force = [(version, ()) for version in versions if version]
