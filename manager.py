@@ -20,7 +20,7 @@ The file has ten sections. A section uses only the sections above it:
     5  Manager       the use cases, one method each: no HTTP, no threads, no sleep
     6  HTTP          the routes: who may call, what they take, what they answer
     7  Event streams the journal as server-sent events; they hold connections, not threads
-    8  Server        waitress on one loop: lane, socket map, streams, TLS; clocks, start and stop
+    8  Server        waitress on one loop: heartbeat batch, socket map, streams, TLS; clocks, start and stop
     9  Command line  main()
     10 Dashboard     the page: HTML, style and script as constants, last because it is data
 """
@@ -3337,7 +3337,7 @@ class Fault:
         if (self.status is None and self.drop is None and self.delay_s <= 0) or self.delay_s < 0 or self.times < 1:
             raise ValueError("a fault must have a status, a drop or a delay_s above 0, and times of at least 1")
 
-    def strike(self) -> None:
+    def apply(self) -> None:
         """Do what comes before the request is served. Raises Dropped, ManagerError."""
         if self.delay_s:
             time.sleep(self.delay_s)
@@ -3407,14 +3407,14 @@ class Api:
         self.faults = Faults()
 
     def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str], *,
-               spared: bool = False) -> Reply:
-        """Serve a request to `route`, whatever happens. Raises Dropped only, for a fault asked for, unless `spared`."""
+               skip_faults: bool = False) -> Reply:
+        """Serve a request to `route`, whatever happens. Raises Dropped only, for a fault."""
         began_s = time.perf_counter()
         try:
             caller = self._admit(route, environ, path)
-            fault = self.faults.take(route, path.get("id")) if self.faults and not spared else None
+            fault = self.faults.take(route, path.get("id")) if self.faults and not skip_faults else None
             if fault:
-                fault.strike()
+                fault.apply()
             translate = route.translate if self.manager.config.open_enrollment else None
             body = {} if route.body is None else clean_body(
                 route.body, self._read(environ), translate, strict=AGENT not in route.allow)
@@ -3528,7 +3528,7 @@ class Api:
             error.status, "wrong_token" if "HTTP_AUTHORIZATION" in environ else "no_token")
         self.refusals.note(reason, address, tick_ms, f"{route.method} {route.path}")
         if "id" in path and AGENT in route.allow:
-            with contextlib.suppress(Throttled, Unavailable):  # a stranger makes few entries, of any agents
+            with contextlib.suppress(Throttled, Unavailable):  # few entries without a credential
                 self.refusals.journaled.count(address, tick_ms)
                 self.refusals.of_agent.count(path["id"], tick_ms)
                 self.manager.note_refusal(path["id"], reason, caller=Caller(ANYONE, address))
@@ -4155,7 +4155,7 @@ class SystemClock:
                 wait_s = interval_s
                 try:
                     if callback():
-                        wait_s = 0.02  # others go first
+                        wait_s = 0.02  # lets other threads run
                 except Unavailable:
                     pass  # logged where it arose; the next round tries again
                 except Exception:
@@ -4238,7 +4238,7 @@ HANDSHAKE_S = 15.0  # for the first byte and a TLS handshake
 REQUEST_S = 30.0  # for a request to arrive, and a second more for each
 SLOWEST_UPLOAD_BYTES_PER_S = 4 * KIB
 IDLE_S = 120.0
-STRANGER_IDLE_S = 15.0  # for connections on which nobody has shown a credential yet
+UNAUTHENTICATED_IDLE_S = 15.0  # for connections on which nobody has shown a credential yet
 CLEANUP_S = 5.0  # between two looks at who has had their time
 GRACE_S = 4.0  # at the stop, for what is in flight
 MAX_HEADERS = 32 * KIB
@@ -4248,10 +4248,10 @@ SEND_BYTES = 64 * KIB
 STREAM_BACKLOG = 1 * MIB  # a reader further behind than this is dropped
 LINGER_BYTES = 8 * MIB  # what a client may still send after its last answer
 SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that there are too many
-ACCEPTS_PER_TURN = 128
+ACCEPTS_AT_ONCE = 128
 LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 FRAMING = frozenset({"connection", "content-length", "server"})  # headers that waitress looks at itself
-LANE_BYTES = 4 * KIB  # a longer request is a worker's to parse
+BATCH_BYTES = 4 * KIB  # a longer request is a worker's to parse
 _STATUS_LINES = {each.value: f"{each.value} {each.phrase}" for each in http.HTTPStatus}
 _CLOSE = "Connection: close\r\n"
 _PRINTABLE = bytes(range(32, 127))
@@ -4276,7 +4276,7 @@ class Overloaded(Error):  # type: ignore[misc]
 class SocketMap(dict[int, Any]):
     """The sockets of one loop, over epoll or poll; a socket is looked at only after something happened to it.
 
-    "Something" is an event, or a call that another thread asked for with soon(). Nothing else may change
+    "Something" is an event, or a call that another thread asked for with call_soon(). Nothing else may change
     what a socket waits for, so no wake-up is lost and idle connections cost nothing.
     """
 
@@ -4287,10 +4287,10 @@ class SocketMap(dict[int, Any]):
         self._interest: dict[int, int] = {}
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._asleep = False
-        self._bell, self._rope = socket.socketpair()
-        self._bell.setblocking(False)
-        self._rope.setblocking(False)
-        self._poller.register(self._bell.fileno(), READ)
+        self._wake_r, self._wake_w = socket.socketpair()
+        self._wake_r.setblocking(False)
+        self._wake_w.setblocking(False)
+        self._poller.register(self._wake_r.fileno(), READ)
 
     def __setitem__(self, fd: int, channel: Any) -> None:
         super().__setitem__(fd, channel)
@@ -4303,15 +4303,15 @@ class SocketMap(dict[int, Any]):
         with contextlib.suppress(OSError, KeyError):
             self._poller.unregister(fd)
 
-    def soon(self, call: Callable[..., object], *args: Any) -> None:
+    def call_soon(self, call: Callable[..., object], *args: Any) -> None:
         """Have the loop make a call; for every thread, the loop's own included."""
         self._calls.append((call, args))
         if self._asleep:  # written before the loop looks at the calls, read after they were added to
             self._asleep = False
             with contextlib.suppress(OSError):
-                self._rope.send(b"!")
+                self._wake_w.send(b"!")
 
-    def turn(self, timeout: float) -> None:
+    def run_once(self, timeout: float) -> None:
         """Wait until something happens, deal with it, then make the calls asked for."""
         self._asleep = True
         if self._calls:
@@ -4321,21 +4321,21 @@ class SocketMap(dict[int, Any]):
         for fd, flags in events:
             channel = self.get(fd)
             if channel is None:
-                if fd == self._bell.fileno():
-                    self._bell.recv(4096)
+                if fd == self._wake_r.fileno():
+                    self._wake_r.recv(4096)
             elif channel.accepting:  # after the others: a descriptor freed here must not be reused here
-                self.soon(channel.handle_accept)
+                self.call_soon(channel.handle_accept)
             else:
                 if flags & READ and not channel.readable():
                     self._watch(fd, self._interest[fd] & ~READ)
                     flags &= ~READ
                 wasyncore.readwrite(channel, flags)
-                self.settle(channel)
+                self.update_interest(channel)
         while self._calls:
             call, args = self._calls.popleft()
             call(*args)
 
-    def settle(self, channel: Any) -> None:
+    def update_interest(self, channel: Any) -> None:
         """Send what can be sent at once, then wait for what the channel now wants."""
         fd: int = channel._fileno
         if fd in self and (writes := channel.writable()):
@@ -4356,8 +4356,8 @@ class SocketMap(dict[int, Any]):
     def close(self) -> None:
         for channel in list(self.values()):
             channel.handle_close() if isinstance(channel, Channel) else channel.close()
-        self._bell.close()
-        self._rope.close()
+        self._wake_r.close()
+        self._wake_w.close()
         if self.use_epoll:
             self._poller.close()
 
@@ -4529,13 +4529,13 @@ class Task(WSGITask):  # type: ignore[misc]
             raise ClientDisconnected from None
         finally:
             if not self.channel.authenticated and (self.environ or {}).get("manager.authenticated"):
-                self.channel.sockets.soon(self.channel.authenticate)
+                self.channel.sockets.call_soon(self.channel.authenticate)
             stream = (self.environ or {}).pop("manager.stream", None)
             if stream is not None:  # not handed over: an error, a HEAD, a client that left
                 stream.closed()
 
     def build_response_header(self) -> bytes:
-        """waitress decides about the framing; the rest goes out as it was said, at a fifth of the price."""
+        """waitress decides about the framing; other headers bypass its normalisation (5 times faster)."""
         if self.channel.server.site.stopping:
             self.request.headers["CONNECTION"] = "close"
         framing, lines = [("Date", http_date(int(self.start_time)))], []
@@ -4605,7 +4605,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     handshake_writes = False
     tolerance = 0  # bytes that may still be dropped
     scheme = "http"
-    held, wanted = b"", 0  # what has arrived of the next request; for the lane also how long it will be
+    held, wanted = b"", 0  # what has arrived of the next request; for a heartbeat also how long it will be
     began_s, taken = 0.0, 0  # the request being received
     authenticated = False
     counted_as = ""  # the address under which it counts as unauthenticated
@@ -4643,7 +4643,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return math.inf  # it waits for us
         if (self.request is not None or self.held) and not self.requests and not self.total_outbufs_len:
             return self.began_s + REQUEST_S + self.taken / SLOWEST_UPLOAD_BYTES_PER_S
-        return self.active_s + (IDLE_S if self.authenticated else STRANGER_IDLE_S)
+        return self.active_s + (IDLE_S if self.authenticated else UNAUTHENTICATED_IDLE_S)
 
     # What the loop does
 
@@ -4673,7 +4673,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.held = data
                 return True
             self.wanted = 0
-            if not self.refusal and self.server.site.lane.take(self, data):
+            if not self.refusal and self.server.site.batch.take(self, data):
                 return True
         self.taken += len(data)
         return bool(super().received(data))
@@ -4690,7 +4690,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def authenticate(self) -> None:
         """Its client has shown a credential: it may be idle for longer, and its address may have more of them."""
         self.authenticated = True
-        self.server.site.count_stranger(self.counted_as, -1)
+        self.server.site.count_unauthenticated(self.counted_as, -1)
         self.counted_as = ""
 
     def handle_write(self) -> None:
@@ -4711,7 +4711,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.sending:
             stream, self.stream = self.stream, None
             super().handle_close()
-        self.server.site.count_stranger(self.counted_as, -1)
+        self.server.site.count_unauthenticated(self.counted_as, -1)
         self.counted_as = ""
         if self.request is not None:
             self.request.close()
@@ -4802,13 +4802,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.write_soon(data[sent:])
             if closing or sent < len(data):
                 self.close_when_flushed = closing
-                self.sockets.soon(self.sockets.settle, self)
+                self.sockets.call_soon(self.sockets.update_interest, self)
 
     def _flush_some(self, do_close: bool = True) -> bool:
         with self.sending:
             flushed = self.connected and bool(super()._flush_some(do_close))
             if not do_close and (self.total_outbufs_len or self.will_close):  # a worker needs the loop's help
-                self.sockets.soon(self.sockets.settle, self)
+                self.sockets.call_soon(self.sockets.update_interest, self)
             return flushed
 
     def _flush_outbufs_below_high_watermark(self) -> None:
@@ -4817,10 +4817,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def service(self) -> None:
         super().service()
         self.active_s = time.monotonic()
-        self.sockets.soon(self._go_on)  # one call, so that the loop is woken once
+        self.sockets.call_soon(self._go_on)  # one call, so that the loop is woken once
 
     def _go_on(self) -> None:
-        self.sockets.settle(self)
+        self.sockets.update_interest(self)
         self.read_next()
 
     # Streams
@@ -4855,23 +4855,23 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             if not self.connected or self.close_when_flushed or self.phase is Phase.LINGER:
                 return False
             if self.total_outbufs_len + len(data) > STREAM_BACKLOG:
-                self.sockets.soon(self.handle_close)
+                self.sockets.call_soon(self.handle_close)
                 return False
             if self.outbufs[-1].buf is not None:  # past 8 KiB waitress' buffers never shrink again
                 self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
             self.outbufs[-1].append(data)
             self.total_outbufs_len += len(data)
-        self.sockets.soon(self.sockets.settle, self)
+        self.sockets.call_soon(self.sockets.update_interest, self)
         return True
 
 
-# The lane
+# Heartbeats in the loop
 
 _HEARTBEAT_ROUTE = next(each for each in ENDPOINTS if each.serve is _heartbeat)
 _HEARTBEAT_LINE = re.compile(rb"POST (?P<path>/api/agents/[0-9A-Za-z_-]+/heartbeat) HTTP/1\.1\r\n").match
 
 
-class Lane:
+class HeartbeatBatch:
     """Heartbeats, answered in the loop: all of one pass in one transaction.
 
     It takes requests in the plain form that clients use, whole or with their body on the way. All others are left to
@@ -4883,16 +4883,16 @@ class Lane:
         self._waiting: list[tuple[Channel, Environ]] = []
 
     def take(self, channel: Channel, data: bytes) -> bool:
-        """Take a request, or leave what has arrived of it in `channel.held`; false if it is not for the lane."""
+        """Take a request, or leave what has arrived of it in `channel.held`; false if it is left to a worker."""
         line = _HEARTBEAT_LINE(data)
         end = data.find(b"\r\n\r\n")
-        if not line or end < line.end() or len(data) > LANE_BYTES or channel.total_outbufs_len or self._api.faults:
+        if not line or end < line.end() or len(data) > BATCH_BYTES or channel.total_outbufs_len or self._api.faults:
             return False
         environ = self._headers(data[line.end():end])
         if environ is None or "," in environ.get("HTTP_HOST", ","):
             return False
         length = environ.get("CONTENT_LENGTH", "0")
-        if not length.isdecimal() or len(length) > 9 or int(length) > LANE_BYTES:
+        if not length.isdecimal() or len(length) > 9 or int(length) > BATCH_BYTES:
             return False
         wanted = end + 4 + int(length)
         if len(data) < wanted:
@@ -4907,7 +4907,7 @@ class Lane:
         environ["wsgi.url_scheme"] = channel.scheme
         environ["wsgi.input"] = io.BytesIO(data[end + 4:])
         if not self._waiting:
-            channel.sockets.soon(self._serve)
+            channel.sockets.call_soon(self._serve)
         self._waiting.append((channel, environ))
         return True
 
@@ -4931,7 +4931,7 @@ class Lane:
         try:
             with self._api.manager.store.transaction(durable=False):
                 replies = [self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]},
-                                            spared=True)  # taken before the fault was added
+                                            skip_faults=True)  # taken before the fault was added
                            for _, environ in waiting]
         except Unavailable as error:
             for _ in waiting:
@@ -4963,8 +4963,8 @@ def _environ_key(name: str) -> str | None:
 # The loop and its owner
 
 
-def give_way() -> None:
-    """Let the loop go before this thread, where there are fewer processors than threads that want one."""
+def lower_priority() -> None:
+    """Let the loop run rather than this thread, where there are fewer processors than threads that want one."""
     if sys.platform == "linux":  # elsewhere a priority is the whole process'
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -4980,7 +4980,7 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]
 
     def start_new_thread(self, target: Callable[[int], None], thread_no: int) -> None:
         def work() -> None:
-            give_way()
+            lower_priority()
             target(thread_no)
         thread = threading.Thread(target=work, name=f"worker-{thread_no}", daemon=True)
         self.started.append(thread)
@@ -5005,7 +5005,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
         """Nothing: channels tell the socket map themselves, by name."""
 
     def handle_accept(self) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
+        for _ in range(ACCEPTS_AT_ONCE):
             try:
                 connection, address = self.socket.accept()
             except LATER:
@@ -5016,7 +5016,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 return
             counted_as = "" if self.site.api.is_proxy(address[0]) else network_of(address[0])
             crowd = max(len(self._map) - self.site.connection_limit,
-                        self.site.strangers[counted_as] - self.site.address_limit)
+                        self.site.unauthenticated[counted_as] - self.site.address_limit)
             if crowd >= SPARE_DESCRIPTORS // 2:
                 connection.close()
                 continue
@@ -5027,7 +5027,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 connection.close()
                 continue
             channel.counted_as = counted_as
-            self.site.count_stranger(counted_as, 1)
+            self.site.count_unauthenticated(counted_as, 1)
             if crowd >= 0:
                 channel.refusal = Overloaded("too many connections; close those not needed, or try again")
 
@@ -5037,7 +5037,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             request.error = channel.refusal
         request.url_scheme = channel.scheme
         if request.error is not None:
-            channel.sockets.soon(channel.service)
+            channel.sockets.call_soon(channel.service)
         else:
             self.task_dispatcher.add_task(channel)
 
@@ -5064,11 +5064,11 @@ class WebServer:
                  tls_context: ssl.SSLContext | None) -> None:
         config = owner.config
         self.owner, self.application, self.api, self.streams = owner, application, api, streams
-        self.tls_context, self.lane = tls_context, Lane(api)
+        self.tls_context, self.batch = tls_context, HeartbeatBatch(api)
         self.config = config
         self.body_bytes = 0  # buffered, of all requests; counted in the loop and in workers
         self._body_bytes_lock = threading.Lock()
-        self.strangers: Counter[str] = Counter()  # unauthenticated connections by address, counted in the loop
+        self.unauthenticated: Counter[str] = Counter()  # unauthenticated connections by address, counted in the loop
         self.settings = Adjustments(
             host=config.host, port=config.port, threads=config.threads, ident=None,
             clear_untrusted_proxy_headers=False, max_request_body_size=_MOST_BYTES + 1,
@@ -5083,7 +5083,7 @@ class WebServer:
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.connection_limit = max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
         self.address_limit = self.config.connections_per_address or max(self.connection_limit // 8, 1)
-        self.strangers.clear()
+        self.unauthenticated.clear()
         self.stopping, self.error = False, None
         self.sockets = SocketMap()
         self.workers = Workers(self.settings.threads)
@@ -5107,7 +5107,7 @@ class WebServer:
     def stop(self) -> None:
         """Finish what is in flight, leave nothing behind, and raise what the loop died of."""
         if self._thread is not None:
-            self.sockets.soon(self._begin_stop)
+            self.sockets.call_soon(self._begin_stop)
             self._thread.join()
             self._thread = None
             self.workers.stop(1)
@@ -5127,12 +5127,12 @@ class WebServer:
             self.body_bytes += more
             return True
 
-    def count_stranger(self, address: str, more: int) -> None:
+    def count_unauthenticated(self, address: str, more: int) -> None:
         """Count an unauthenticated connection of an address, or one fewer."""
         if address:
-            self.strangers[address] += more
-            if not self.strangers[address]:
-                del self.strangers[address]
+            self.unauthenticated[address] += more
+            if not self.unauthenticated[address]:
+                del self.unauthenticated[address]
 
     def channels(self) -> list[Channel]:
         return [channel for listener in self.listeners for channel in listener.active_channels.values()]
@@ -5141,16 +5141,16 @@ class WebServer:
         next_cleanup = time.monotonic() + CLEANUP_S
         try:
             while not self.stopping:
-                self.sockets.turn(max(0.0, next_cleanup - time.monotonic()))
+                self.sockets.run_once(max(0.0, next_cleanup - time.monotonic()))
                 if time.monotonic() >= next_cleanup:
                     next_cleanup = time.monotonic() + CLEANUP_S
                     for channel in self.channels():
                         if channel.expires_s() <= time.monotonic():
                             channel.handle_close()
             deadline = time.monotonic() + GRACE_S
-            self.sockets.turn(0.0)  # what has arrived by now is in flight
+            self.sockets.run_once(0.0)  # what has arrived by now is in flight
             while self._in_flight() and time.monotonic() < deadline:
-                self.sockets.turn(max(0.0, deadline - time.monotonic()))
+                self.sockets.run_once(max(0.0, deadline - time.monotonic()))
         except BaseException as error:
             self.error = error
             self.owner.on_death()

@@ -58,9 +58,8 @@ from webtest import TestApp
 import manager
 from manager import Config, Manager, ManualClock, Server, StartError, Status, Store, main
 
-########################################################################################################
 # Helpers ##############################################################################################
-########################################################################################################
+
 
 AGENT = {"hostname": "web-1", "os": "linux", "version": "1.2.0"}
 LIMIT_S = 60.0  # of real time: how long a test waits before it fails; no test needs it
@@ -238,7 +237,33 @@ def run_main(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple
         signal.signal(number, handler)
 
 
+BODIES: dict[str, Any] = {
+    "POST /api/agents/register": AGENT,
+    "POST /api/agents/:id/heartbeat": {},
+    "PATCH /api/agents/:id": {"tags": ["a"]},
+    "POST /api/enroll-tokens": {},
+    "PATCH /api/threats/:id": {"state": "acknowledged"},
+    "POST /api/agents/bulk": {"filter": {"tag": ["kept"]}, "addTags": ["b"], "dryRun": True},
+    "POST /api/agents/:id/events": {"events": [THREAT]},
+    "POST /api/policy": {"name": "p", "rules": [RULE]},
+}
+
+
+EXAMPLES = settings(deadline=None, database=None, derandomize=True,
+                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+ROUTES = {f"{each.method} {each.path}": each for each in manager.ENDPOINTS}
+
+
+WITH_QUERY = [name for name, each in ROUTES.items() if each.query]
+
+
+WITH_BODY = [name for name, each in ROUTES.items() if each.body is not None]
+
+
 # 1  Settings ##########################################################################################
+
 
 MS = "a whole number from 1 to "
 TOKENS = "visible ASCII characters without a comma"
@@ -834,6 +859,274 @@ def test_thousands_due_are_journalled_in_the_order_they_fell_due(by_hand: tuple[
     instants = [at for at, *_ in found]
     assert instants == sorted(instants)
     assert fleet.sweep() == 0 and fleet.census().agents[Status.OFFLINE] == len(seen)
+
+
+# 3  Validation ########################################################################################
+
+
+LONE = "\ud800"
+INFINITE = "<1e999>"  # becomes 1e999, which is a number to JSON and infinite to Python
+CONTROLS = ("a\x00b", "\x1b[31m", "a\x7f", "a\x85b")
+NO_TEXT = (1, True, [], {}, "", " ", LONE)
+NO_NUMBER = ("1", True, False, [], {}, math.nan, math.inf, -math.inf, INFINITE, 10**400)
+
+
+def deep(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels - 1):
+        value = {"a": value}
+    return value
+
+
+def kind(schema: Any) -> str:
+    """What a wrong value depends on. A schema of a new kind has no row in WRONG, and fails."""
+    if "anyOf" in schema:
+        return "address"
+    if schema["type"] == "object":
+        return "record" if "properties" in schema else "object"
+    if "maxLength" in schema:
+        return "string"
+    return next((name for name in ("enum", "pattern", "format") if name in schema), schema["type"])
+
+
+WRONG: dict[str, Any] = {
+    "string": lambda schema: (*NO_TEXT, *CONTROLS, "x" * (schema["maxLength"] + 1)),
+    "number": lambda schema: (*NO_NUMBER, schema["minimum"] - 0.001, schema["maximum"] + 1),
+    "integer": lambda schema: (*NO_NUMBER, 1.5, schema["minimum"] - 1, schema["maximum"] + 1),
+    "boolean": lambda schema: (0, 1, "true", "", [], {}),
+    "enum": lambda schema: (*NO_TEXT, "nonsense", schema["enum"][0].upper(), schema["enum"][0] + " "),
+    "pattern": lambda schema: (*NO_TEXT, "v", "v0", "2", "V2", "v02", "v1.0", "v-1", "v1\n", "v\u0661", "v" + "9" * 16),
+    "format": lambda schema: (*NO_TEXT, 0, "yesterday", "2026-03-07", "2026-03-07T12:00:00", "2026-02-30T12:00:00Z",
+                              "2026-03-07T25:00:00Z", "\u0662026-03-07T12:00:00Z", "2026-03-07T12:00:00Z\n"),
+    "address": lambda schema: (*NO_TEXT, 3405803776, "203.0.113", "203.0.113.256", "203.0.113.10/24", "::g",
+                               "fe80::1%1",
+                               " 203.0.113.10", "web-1"),
+    "object": lambda schema: (1, True, "x", "", [], LONE, {"x": math.nan}, {"x": [INFINITE]}, {"x": LONE}, {LONE: 1},
+                              deep(66), deep(500)),
+    "array": lambda schema: (1, True, "x", "", {}, [0] * (schema["maxItems"] + 1), *[[]][:schema["minItems"]]),
+    "record": lambda schema: (1, True, "x", "", []),
+}
+
+
+def wrong(schema: Any, sound: Any) -> Iterator[tuple[str, Any]]:
+    """Every way in which WRONG spoils a value: the path to what is wrong with it, and the spoiled value."""
+    yield from (("", value) for value in WRONG[kind(schema)](schema))
+    if kind(schema) == "array":
+        yield "[0]", [None]
+        yield from ((f"[0]{path}", [value]) for path, value in wrong(schema["items"], sound[0] if sound else None))
+    if kind(schema) == "record":
+        for name, inner in schema["properties"].items():
+            if name in schema["required"]:
+                yield f".{name}", {key: value for key, value in sound.items() if key != name}
+                yield f".{name}", {**sound, name: None}
+            elif inner["anyOf"][1] == {"type": "null"}:
+                inner = inner["anyOf"][0]
+            one_line = kind(inner) == "string" and name not in ("description", "note")
+            values = (("", value) for value in (("a\nb", "a\tb") if one_line else ()))
+            for path, value in itertools.chain(values, wrong(inner, sound.get(name))):
+                yield f".{name}{path}", {**sound, name: value}
+
+
+def target(route: str, agent: Any) -> tuple[str, str]:
+    method, path = route.split(" ")
+    return method, path.replace(":id", FIRST_EVENT if "/threats/" in path else agent["id"])
+
+
+@pytest.mark.parametrize("route", WITH_BODY)
+def test_a_wrong_value_in_any_field_is_refused_by_name_and_stores_nothing(
+        route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    agent = api.register(tags=["kept"])
+    before = stored(api, agent)
+    schema = manager.table_schema(ROUTES[route].body or {})
+    tried = 0
+    for path, body in wrong(schema, BODIES[route]):
+        raw = json.dumps(body).replace(f'"{INFINITE}"', "1e999").encode()
+        error = api.refusal(*target(route, agent), raw, status=400)
+        path = path.lstrip(".")
+        if not path or b"NaN" in raw or b"Infinity" in raw or b"\\ud800" in raw:
+            assert error.startswith("body: "), (raw, error)  # the field cannot be told, or it is the whole
+        else:
+            assert re.search(rf"(^|; ){re.escape(path)}: (must be|is required)", error), (path, raw, error)
+        tried += 1
+    assert tried > 10 * len(schema["properties"])
+    assert stored(api, agent) == before
+    assert not faults(caplog)
+
+
+TEXT_QUERY = ("", "a%00b", "a%0Ab", "%C2%85", "%20")
+WRONG_QUERY: dict[str, Any] = {
+    "string": lambda schema: (*TEXT_QUERY, "x" * (schema["maxLength"] + 1)),
+    "integer": lambda schema: ("", "x", "true", "1.5", "1e3", "-1", "%201", "NaN", "Infinity", "%D9%A1",
+                               schema["minimum"] - 1, schema["maximum"] + 1, "1" * 5000),
+    "boolean": lambda schema: ("", "yes", "1", "TRUE"),
+    "enum": lambda schema: (*TEXT_QUERY, "nonsense", schema["enum"][0].upper()),
+    "format": lambda schema: (*TEXT_QUERY, "0", "yesterday", "2026-03-07", "2026-02-30T12:00:00Z"),
+    "pattern": lambda schema: (*TEXT_QUERY, "evt_1", "EVT_000000000001", "evt_00000000000g"),
+    "array": lambda schema: (*TEXT_QUERY, "x" * (schema["items"].get("maxLength", 255) + 1)),
+}
+
+
+@pytest.mark.parametrize("route", WITH_QUERY)
+def test_a_wrong_query_parameter_is_refused_by_name(
+        route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    method, path = target(route, api.register())
+    for name, param in ROUTES[route].query.items():
+        schema = param.check.schema
+        for value in WRONG_QUERY[kind(schema)](schema):
+            error = api.refusal(method, f"{path}?{name}={value}", status=400)
+            assert re.match(rf"{name}(\[0\])?: must be ", error), (name, value, error)
+        if kind(schema) == "array":
+            many = "&".join([f"{name}=x"] * (schema["maxItems"] + 1))
+            assert api.refusal(method, f"{path}?{many}", status=400).startswith(f"{name}: ")
+        else:
+            assert f"{name}: must be given once" in api.refusal(method, f"{path}?{name}=1&{name}=1", status=400)
+        for raw in (f"{name}=%FF", f"{name}=%ED%A0%80", f"{name}=1&" + "x=1&" * 200):
+            assert api.refusal(method, f"{path}?{raw}", status=400).startswith("query: ")
+    assert not faults(caplog)
+
+
+@pytest.mark.parametrize(("query", "named"), [
+    ("page=1&limit=1", []), ("page=1000000&limit=200", []), ("page=0&limit=0", ["page", "limit"]),
+    ("page=1000001&limit=201", ["page", "limit"]), ("page=9007199254740993", ["page"])])
+def test_page_and_limit_have_bounds(query: str, named: list[str], api: Client) -> None:
+    for path in ("/api/agents", "/api/threats", "/api/policy"):
+        if named:
+            assert re.findall(r"(\w+): must be a whole number", api.refusal("GET", f"{path}?{query}",
+                                                                            status=400)) == named
+        else:
+            assert api.get(f"{path}?{query}") == []
+
+
+NO_OBJECTS = {
+    "cut short": b'{"a":', "no JSON": b"hostname=web-1", "a list": b"[]", "a text": b'"x"', "a number": b"1",
+    "null": b"null", "true": b"true", "NaN": b"NaN", "two objects": b"{}{}", "a comment": b"{} // x",
+    "single quotes": b"{'a': 1}", "blank": b"  ", "a BOM": b"\xef\xbb\xbf{}", "UTF-16": "{}".encode("utf-16"),
+    "broken UTF-8": b'{"a": "\xff"}', "an encoded surrogate": b'{"a": "\xed\xa0\x80"}', "a raw NUL": b'{"a": "\x00"}',
+    "nested lists": b"[" * 100_000, "nested objects": b'{"a":' * 100_000,
+    "nested and closed": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a huge number": b'{"a": ' + b"9" * 10_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("route", WITH_BODY)
+def test_a_body_that_is_no_json_object_is_refused(route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    agent = api.register()
+    before = stored(api, agent)
+    sound = json.dumps(BODIES[route]).encode()
+    for what, raw in NO_OBJECTS.items():
+        assert api.refusal(*target(route, agent), raw, status=400).startswith("body: "), what
+    assert "body: " in api.refusal(*target(route, agent), sound + b" " * (2**20 + 1 - len(sound)), status=413)
+    for kind_of_body in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
+                         "application/jsonp", "application/jsonx; charset=utf-8", "json"):
+        assert "Content-Type: " in api.refusal(*target(route, agent), sound, status=415,
+                                               headers={"Content-Type": kind_of_body})
+    assert stored(api, agent) == before
+    assert not faults(caplog)
+
+
+def test_a_body_of_one_mebibyte_or_of_any_json_type_is_taken(api: Client) -> None:
+    agent = api.register()
+    path = f"/api/agents/{agent['id']}/heartbeat"
+    assert api.post(path, b"{" + b" " * (2**20 - 2) + b"}")["status"] == "online"
+    for kind_of_body in ("application/json", "application/json; charset=utf-8", "APPLICATION/JSON",
+                         "application/a+json"):
+        api.post(path, {"cpu": 1}, headers={"Content-Type": kind_of_body})
+
+
+def test_an_absent_body_counts_as_an_empty_one(api: Client) -> None:
+    agent = api.register()
+    assert api.post(f"/api/agents/{agent['id']}/heartbeat")["status"] == "online"
+    assert api.refusal("POST", "/api/agents/register", status=400) == \
+        "hostname: is required; os: is required; version: is required"
+    assert "tags" in api.refusal("PATCH", f"/api/agents/{agent['id']}", status=400)
+
+
+def test_every_wrong_field_is_named_at_once(api: Client) -> None:
+    error = api.refusal("POST", "/api/agents/register", {"hostname": 1, "os": "", "ip": "x", "tags": ["a", 1]},
+                        status=400)
+    assert [part.partition(":")[0] for part in error.split("; ")] == ["hostname", "os", "version", "ip", "tags[1]"]
+    agent = api.register()
+    assert api.refusal("POST", f"/api/agents/{agent['id']}/heartbeat", {"cpu": 101}, status=400) == \
+        "cpu: must be a number from 0 to 100"
+
+
+def test_bounds_themselves_and_nulls_and_unknown_fields_are_taken(api: Client) -> None:
+    agent = api.register(hostname="x" * 255, org_id="o" * 128, tags=["t" * 64, *map(str, range(63))], ip=None,
+                         arch=None,
+                         colour="blue", nested={"a": [None]})
+    assert len(agent["tags"]) == 64
+    for value in (0, 100, 0.5, 100.0):
+        api.beat(agent, cpu=value, memory=value, uptime=value, version=None, mode="x")
+    api.beat(agent, uptime=2**53 - 1)
+    assert api.get(f"/api/agents/{agent['id']}")["uptime"] == 2**53 - 1
+    report(api, agent, {**THREAT, "details": deep(64), "confidence": 1}, {**THREAT, "details": {}, "confidence": 0},
+           {**THREAT, "timestamp": "2026-03-07T20:00:00+08:00"})
+
+
+def test_tags_lose_repetitions_and_keep_their_order(api: Client) -> None:
+    agent = api.register(tags=["b", "a", "b", "c", "a"])
+    assert agent["tags"] == ["b", "a", "c"]
+    path = f"/api/agents/{agent['id']}"
+    assert api.call("PATCH", path, {"addTags": ["d", "a", "d"], "removeTags": ["c", "x"]}).json["data"]["tags"] == \
+        ["b", "a", "d"]
+    assert api.call("PATCH", path, {"tags": ["z", "y", "z"]}).json["data"]["tags"] == ["z", "y"]
+    assert "addTags" in api.refusal("PATCH", path, {"addTags": [str(each) for each in range(63)]}, status=400)
+    assert "tags" in api.refusal("PATCH", path, {"tags": [], "addTags": ["a"]}, status=400)
+    assert api.get(path)["tags"] == ["z", "y"]
+
+
+ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | ANY_TEXT |
+    st.sampled_from(["linux", "high", "v1", "203.0.113.9", "custom", "2026-03-07T12:00:00Z", "agent-00000000"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3), max_leaves=8)
+
+
+def near(schema: Any) -> st.SearchStrategy[Any]:
+    """Values about as often right as wrong by a schema, so that examples reach what lies behind it."""
+    if kind(schema) == "record":
+        optional = {name: near(inner) for name, inner in schema["properties"].items()}
+        return st.fixed_dictionaries({name: optional.pop(name) for name in schema["required"]}, optional=optional)
+    if "anyOf" in schema and {"type": "null"} in schema["anyOf"]:
+        return near(schema["anyOf"][0]) | st.none()
+    right = {
+        "string": st.text(min_size=1, max_size=9), "number": st.floats(0, 1), "integer": st.integers(1, 9),
+        "boolean": st.booleans(),
+        "enum": st.sampled_from(schema.get("enum", [0])), "pattern": st.sampled_from(["v1", "v2"]),
+        "format": st.just("2026-03-07T12:00:00Z"), "address": st.ip_addresses().map(str),
+        "object": st.dictionaries(ANY_TEXT, ANY_JSON, max_size=3)}
+    if kind(schema) == "array":
+        return st.lists(near(schema["items"]), min_size=schema["minItems"], max_size=3)
+    return st.one_of(right[kind(schema)], right[kind(schema)], right[kind(schema)], ANY_JSON)
+
+
+@pytest.mark.parametrize("route", [name for name in WITH_BODY if "bulk" not in name])  # which may deregister all
+def test_no_json_is_a_fault_and_only_what_openapi_allows_is_taken(
+        route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    agent = api.register()
+    report(api, agent, THREAT)
+    method, path = target(route, agent)
+    table = ROUTES[route].body or {}
+    described = api.call("GET", "/openapi.json").json["paths"][ROUTES[route].path.replace(":id", "{id}")]
+    schema = described[method.lower()]["requestBody"]["content"]["application/json"]["schema"]
+    taken = Counter[bool]()
+
+    @settings(EXAMPLES, max_examples=80)
+    @given(ANY_JSON | near(manager.table_schema(table)))
+    def answers(body: Any) -> None:
+        raw = json.dumps(body).encode()
+        answer = api.app.request(path, method=method, body=raw, expect_errors=True, headers={
+            "Authorization": f"Bearer {api.server.token}", "Content-Type": "application/json"})
+        assert answer.status_int in (200, 201, 400, 404), (raw, answer)
+        assert answer.json["ok"] is (answer.status_int < 300)
+        taken[answer.json["ok"]] += 1
+        if answer.json["ok"] and jsonschema:
+            jsonschema.validate(body, schema)
+
+    answers()
+    assert taken[True] and taken[False]
+    assert not faults(caplog)
+    assert api.get("/health")["agents"]["total"] >= 1
 
 
 # 4  Storage ###########################################################################################
@@ -2247,623 +2540,6 @@ def test_counts_add_up_after_mixed_traffic_of_eight_threads() -> None:
         assert server.manager.overview()["totalAgents"] == len(left) == server.manager.health()[0]
 
 
-# 9  Server ############################################################################################
-
-
-@pytest.mark.parametrize(("in_flight", "rounds"), [(1, 20), (12, 5)])
-def test_requests_in_flight_are_answered_before_the_stop(in_flight: int, rounds: int) -> None:
-    for number in range(rounds):
-        with Server(port=0, threads=5) as server, contextlib.ExitStack() as callers, ThreadPoolExecutor(1) as pool:
-            pool.submit(int).result()
-            calling = [callers.enter_context(contextlib.closing(http.client.HTTPConnection(
-                "127.0.0.1", port_of(server.url), timeout=LIMIT_S))) for _ in range(in_flight)]
-            for caller in calling:
-                caller.connect()
-            with server.manager.store.transaction():
-                for caller in calling:
-                    caller.request("POST", "/api/agents/register", json.dumps(AGENT), {
-                        "Authorization": f"Bearer {server.token}", "Content-Type": "application/json"})
-                with socket.create_connection(("127.0.0.1", port_of(server.url)), timeout=LIMIT_S) as last:
-                    last.sendall(request("POST", "/", b"", "Content-Length: 9", "Expect: 100-continue",
-                                         token=server.token))
-                    assert b" 100 " in last.recv(100)  # though every worker is busy: so the others have been read
-                threads = threading.active_count()
-                stopping = pool.submit(server.stop)
-                until(lambda threads=threads: threading.active_count() < threads, "the stop has begun")
-            for caller in calling:
-                answer = caller.getresponse()
-                assert (answer.status, json.loads(answer.read())["ok"]) == (201, True), f"in round {number}"
-            stopping.result(timeout=LIMIT_S)
-
-
-def test_a_stopped_server_leaves_no_thread_and_no_port() -> None:
-    before = set(threading.enumerate())
-    for _ in range(10):
-        with Server(port=0) as server:
-            port = port_of(server.url)
-            idle = socket.create_connection(("127.0.0.1", port))
-            assert ask(port, "GET", "/health")[0] == 200
-        until(lambda: set(threading.enumerate()) <= before, "its threads have ended")
-        idle.close()
-        with Server(port=port), pytest.raises(manager.StartError, match=f"port {port}"):
-            Server(port=port).start()
-
-
-def test_a_port_in_use_ends_the_start_with_one_sentence_and_status_1(tmp_path: Path, run_main: Any) -> None:
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        status, said = run_main("--port", port, "--data-dir", tmp_path)
-    assert status == 1
-    one_sentence(said, f"port {port}", "127.0.0.1")
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked, "whoever called it can still be interrupted"
-
-
-# 10  Command line #####################################################################################
-
-
-def test_the_start_says_where_and_how_and_its_curl_line_works(tmp_path: Path) -> None:
-    folder = tmp_path / "it's a folder"
-    with Running(folder) as running:
-        said = "\n".join(running.lines)
-        assert str(folder) in said and str(folder / "token") in said and running.url in said
-        assert running.token not in said + running.log.read_text()
-        assert len(running.lines) <= 8, "what a person needs and no more"
-        command = running.lines[-1].partition("curl ")[2]
-        if shutil.which("curl"):
-            pasted = subprocess.run(["bash", "-c", f"curl -sS {command}"], capture_output=True, text=True,
-                                    timeout=LIMIT_S, check=False)
-            assert json.loads(pasted.stdout) == {"ok": True, "data": []}, pasted.stderr
-        else:
-            assert running.ask("GET", "/api/agents") == (200, {"ok": True, "data": []})
-        token = running.token
-        assert running.end() == 0
-    with Running(folder) as running:
-        assert running.token == token
-
-
-def test_a_new_token_is_shown_to_a_terminal_once(tmp_path: Path) -> None:
-    def shown() -> str:
-        ours, theirs = os.openpty()
-        process = subprocess.Popen([sys.executable, manager.__file__, "--port", "0", "--data-dir", tmp_path],
-                                   stdout=theirs, stderr=subprocess.DEVNULL)
-        os.close(theirs)
-        hung = threading.Timer(20, process.kill)
-        hung.start()
-        out = b""
-        try:
-            while b"curl " not in out.rpartition(b"\n")[0]:
-                out += os.read(ours, 4096)
-            process.terminate()
-            assert process.wait(timeout=LIMIT_S) == 0
-        finally:
-            hung.cancel()
-            process.kill()
-            process.wait()
-            os.close(ours)
-        return out.decode()
-    first = shown()
-    token = (tmp_path / "token").read_text().strip()
-    assert token in first and token not in shown()
-
-
-def test_a_token_that_is_given_is_neither_shown_nor_written(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    with Running(folder, MANAGER_AUTH_TOKEN="given-first-token,given-second-token") as running:
-        for token, status in (("given-first-token", 200), ("given-second-token", 200), ("given", 401),
-                              ("given-first-token,given-second-token", 401)):
-            assert running.ask("GET", "/api/agents", token=token)[0] == status
-        assert not (folder / "token").exists()
-        assert "given-" not in "\n".join(running.lines) + running.log.read_text()
-        assert running.end() == 0
-    assert b"given-" not in (folder / "manager.db").read_bytes()
-
-
-def test_plaintext_beyond_loopback_is_warned_about_once(tmp_path: Path) -> None:
-    for host, times in (("0.0.0.0", 1), ("127.0.0.1", 0)):
-        folder = tmp_path / host
-        with Running(folder, "--host", host, MANAGER_TLS="off") as running:
-            assert running.ask("GET", "/health")[0] == 200
-            assert running.end() == 0
-            said = "\n".join(running.lines) + running.process.stdout.read() + running.log.read_text()
-        assert len(re.findall(r"\bplaintext\b", said)) == times, said
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_what_is_in_flight_and_exits_0(number: int, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    with Running(folder, MANAGER_TLS="off") as running:
-        idle = socket.create_connection(("127.0.0.1", running.port))
-        caller = http.client.HTTPConnection("127.0.0.1", running.port, timeout=LIMIT_S)
-        with contextlib.closing(idle), contextlib.closing(caller):
-            with locked(folder):
-                caller.request("POST", "/api/agents/register", json.dumps(AGENT), {
-                    "Authorization": f"Bearer {running.token}", "Content-Type": "application/json"})
-                assert running.ask("GET", "/api/agents")[0] == 200  # so the other has begun
-                running.process.send_signal(number)
-            answer = caller.getresponse()
-            assert answer.status == 201
-            agent = json.loads(answer.read())["data"]
-            assert running.process.wait(timeout=LIMIT_S) == 0
-        assert "Traceback" not in running.log.read_text()
-    assert {path.name for path in folder.glob("manager.db*")} == {"manager.db"}, "the database is closed cleanly"
-    with Running(folder, MANAGER_TLS="off") as running:
-        assert running.ask("GET", f"/api/agents/{agent['id']}", token=agent["token"])[0] == 200
-
-
-class Ledger:
-    """What one client was told was done, and of what it does not know whether it was."""
-
-    def __init__(self, seed: int) -> None:
-        self.chance = random.Random(seed)
-        self.name = f"host-{seed}"
-        self.acknowledged = 0
-        self.tokens: dict[str, str] = {}    # of registered agents that nobody tried to deregister
-        self.uptimes: dict[str, int] = {}
-        self.doubtful: set[str] = set()
-        self.gone: dict[str, str] = {}
-        self.events: dict[str, str] = {}    # own id: event id
-        self.batches: list[set[str]] = []   # own ids that were sent together
-        self.policies: set[str] = set()
-
-    def step(self, running: Running) -> None:
-        """One request, and a note of its answer. Raises OSError or HTTPException when there is none."""
-        kind = self.chance.choices(["register", "beat", "report", "policy", "deregister"], [30, 30, 20, 5, 15])[0]
-        if kind == "register" or not self.tokens:
-            agent = self.sent(running, "POST", "/api/agents/register", {**AGENT, "hostname": self.name}, 201)
-            self.tokens[agent["id"]] = agent["token"]
-        elif kind == "policy":
-            policy = {"name": "p", "rules": [RULE], "org_id": self.name}
-            self.policies.add(self.sent(running, "POST", "/api/policy", policy, 201)["id"])
-        else:
-            agent_id = self.chance.choice(sorted(self.tokens))
-            path, token = f"/api/agents/{agent_id}", self.tokens[agent_id]
-            if kind == "beat":
-                uptime = self.uptimes.get(agent_id, 0) + 1
-                self.sent(running, "POST", f"{path}/heartbeat", {"uptime": uptime}, 200, token)
-                self.uptimes[agent_id] = uptime
-            elif kind == "report":
-                own = [f"{agent_id}-{self.chance.getrandbits(60):x}" for _ in range(self.chance.randint(1, 20))]
-                self.batches.append(set(own))
-                batch = {"events": [{**THREAT, "id": each, "details": {"own": each}} for each in own]}
-                ids = self.sent(running, "POST", f"{path}/events", batch, 201, token)["eventIds"]
-                self.events.update(zip(own, ids, strict=True))
-            else:
-                del self.tokens[agent_id]
-                self.uptimes.pop(agent_id, None)
-                self.doubtful.add(agent_id)
-                self.sent(running, "DELETE", path, None, 200, token)
-                self.doubtful.remove(agent_id)
-                self.gone[agent_id] = token
-        self.acknowledged += 1
-
-    @staticmethod
-    def sent(running: Running, method: str, path: str, body: Any, expected: int, token: str = "") -> Any:
-        status, answer = running.ask(method, path, body, token)
-        assert status == expected, answer
-        return answer["data"]
-
-    def work(self, running: Running) -> None:
-        """One request after the other until the manager is gone."""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            while True:
-                self.step(running)
-
-
-def listed(running: Running, path: str) -> list[Any]:
-    """Every item of a paged list."""
-    items: list[Any] = []
-    while True:
-        status, body = running.ask("GET", f"{path}?limit=200&page={len(items) // 200 + 1}")
-        assert status == 200, body
-        items += body["data"]
-        if len(items) >= body["pagination"]["total"]:
-            return items
-
-
-def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    ledgers = [Ledger(seed) for seed in range(5)]
-    for round_number in range(5):
-        with Running(folder, MANAGER_TLS="off") as running:
-            agents = {each["id"]: each for each in listed(running, "/api/agents")}
-            threats = {each["details"]["own"]: each["id"] for each in listed(running, "/api/threats")}
-            policies = {each["id"] for each in listed(running, "/api/policy")}
-            for ledger in ledgers:
-                assert ledger.tokens.keys() <= agents.keys(), "a registered agent is lost"
-                assert not ledger.gone.keys() & agents.keys(), "a deregistered agent is back"
-                for agent_id, token in ledger.gone.items():
-                    assert running.ask("GET", f"/api/agents/{agent_id}", token=token)[0] in (401, 429)
-                for agent_id, uptime in ledger.uptimes.items():
-                    detail = running.ask("GET", f"/api/agents/{agent_id}", token=ledger.tokens[agent_id])[1]["data"]
-                    assert uptime <= detail["uptime"] <= uptime + 1, "an acknowledged heartbeat is lost"
-                    ledger.uptimes[agent_id] = detail["uptime"]
-                assert ledger.events.items() <= threats.items(), "an acknowledged event is lost"
-                assert ledger.policies <= policies, "an acknowledged policy is lost"
-                for batch in ledger.batches:
-                    assert batch <= threats.keys() or not batch & threats.keys(), "half a batch was stored"
-            entries: list[Any] = []
-            while page := running.ask("GET", f"/api/events?limit=200&after={len(entries)}")[1]["data"]:
-                entries += page
-            assert [entry["seq"] for entry in entries] == list(range(1, len(entries) + 1))
-            of_type = Counter(entry["type"] for entry in entries)
-            assert of_type["agent_registered"] - of_type["agent_deregistered"] == len(agents)
-            assert of_type["policy_created"] == len(policies)
-            reported = [entry["count"] for entry in entries if entry["type"] == "threats_reported"]
-            assert sum(reported) == len(threats)
-            if round_number == 4:
-                assert running.end() == 0
-                break
-            enough = sum(each.acknowledged for each in ledgers) + random.Random(round_number).randint(80, 250)
-            with ThreadPoolExecutor(len(ledgers)) as pool:
-                working = [pool.submit(each.work, running) for each in ledgers]
-                try:
-                    until(lambda enough=enough, working=working: sum(each.acknowledged for each in ledgers) >= enough
-                          or any(each.done() for each in working), "enough traffic", 60)
-                finally:
-                    running.process.kill()
-                for each in working:
-                    each.result()
-    assert pragma(folder / "manager.db", "integrity_check") == "ok"
-    for kind in ("tokens", "uptimes", "gone", "events", "policies"):
-        assert any(getattr(each, kind) for each in ledgers), f"the traffic was mixed, {kind} included"
-
-
-
-try:
-    import jsonschema
-except ImportError:  # then the bodies are only checked for what is never answered
-    jsonschema = None
-
-ROUTES = {f"{each.method} {each.path}": each for each in manager.ENDPOINTS}
-# A sound body for every route that takes one: a route that has none fails the tests of validation.
-FIRST_EVENT = "evt_000000000001"  # the first threat event that a manager is told of
-BODIES: dict[str, Any] = {
-    "POST /api/agents/register": AGENT,
-    "POST /api/agents/:id/heartbeat": {},
-    "PATCH /api/agents/:id": {"tags": ["a"]},
-    "POST /api/enroll-tokens": {},
-    "PATCH /api/threats/:id": {"state": "acknowledged"},
-    "POST /api/agents/bulk": {"filter": {"tag": ["kept"]}, "addTags": ["b"], "dryRun": True},
-    "POST /api/agents/:id/events": {"events": [THREAT]},
-    "POST /api/policy": {"name": "p", "rules": [RULE]},
-}
-WITH_BODY = [name for name, each in ROUTES.items() if each.body is not None]
-WITH_QUERY = [name for name, each in ROUTES.items() if each.query]
-EXAMPLES = settings(deadline=None, database=None, derandomize=True,
-                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-
-
-@contextlib.contextmanager
-def fleet(address: str = "198.51.100.7", **config: Any) -> Iterator[Client]:
-    """A client of a manager of its own, with these settings and a clock that the test moves."""
-    with Server(port=0, clock=ManualClock(), **config) as server:
-        client = Client(server, address)
-        client.app = TestApp(manager.create_app(server.manager, server.config.auth_token or (server.token,)),
-                             extra_environ={"REMOTE_ADDR": address})
-        yield client
-
-
-def seen_from(api: Client, address: str) -> Client:
-    """The same application, called from another address."""
-    other = Client(api.server, address)
-    other.app = TestApp(api.app.app, extra_environ={"REMOTE_ADDR": address})
-    return other
-
-
-def advance(api: Client, seconds: float) -> None:
-    assert isinstance(api.server.clock, ManualClock)
-    api.server.clock.advance(seconds)
-
-
-def threat(*, type: str = "brute_force", severity: str = "high", own: str | None = None, **details: Any) -> Any:
-    return {"type": type, "severity": severity, "details": details, **({"id": own} if own else {})}
-
-
-def report(api: Client, agent: Any, *events: Any) -> Any:
-    """The ids of events that an agent reports with its own token."""
-    answer = api.call("POST", f"/api/agents/{agent['id']}/events", {"events": list(events)}, token=agent["token"],
-                      status=201).json["data"]
-    assert answer["received"] == len(events) == len(answer["eventIds"])
-    return answer["eventIds"]
-
-
-def policy(api: Client, *types: str, **fields: Any) -> Any:
-    """A policy of rules of these types."""
-    return api.post("/api/policy", {"name": "p", "rules": [{"type": each, "config": {}} for each
-                                                           in types or ["custom"]],
-                                    **fields}, status=201)
-
-
-def stored(api: Client, agent: Any) -> Any:
-    """All that can be read of what is stored."""
-    return [api.get(path) for path in ("/api/agents", f"/api/agents/{agent['id']}", "/api/threats?limit=200",
-                                       "/api/policy", "/api/events?limit=200")]
-
-
-def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged with a traceback or as an error."""
-    return [each.getMessage() for each in caplog.records if each.exc_info or each.levelno >= logging.ERROR]
-
-
-def exactly(actual: Any, expected: Any) -> None:
-    """Equal, and in the same order of fields, and with the same kinds of number."""
-    assert json.dumps(actual, indent=1) == json.dumps(expected, indent=1)
-
-
-########################################################################################################
-# 3  Validation ########################################################################################
-########################################################################################################
-
-LONE = "\ud800"
-INFINITE = "<1e999>"  # becomes 1e999, which is a number to JSON and infinite to Python
-CONTROLS = ("a\x00b", "\x1b[31m", "a\x7f", "a\x85b")
-NO_TEXT = (1, True, [], {}, "", " ", LONE)
-NO_NUMBER = ("1", True, False, [], {}, math.nan, math.inf, -math.inf, INFINITE, 10**400)
-
-
-def deep(levels: int) -> Any:
-    value: Any = {}
-    for _ in range(levels - 1):
-        value = {"a": value}
-    return value
-
-
-def kind(schema: Any) -> str:
-    """What a wrong value depends on. A schema of a new kind has no row in WRONG, and fails."""
-    if "anyOf" in schema:
-        return "address"
-    if schema["type"] == "object":
-        return "record" if "properties" in schema else "object"
-    if "maxLength" in schema:
-        return "string"
-    return next((name for name in ("enum", "pattern", "format") if name in schema), schema["type"])
-
-
-WRONG: dict[str, Any] = {
-    "string": lambda schema: (*NO_TEXT, *CONTROLS, "x" * (schema["maxLength"] + 1)),
-    "number": lambda schema: (*NO_NUMBER, schema["minimum"] - 0.001, schema["maximum"] + 1),
-    "integer": lambda schema: (*NO_NUMBER, 1.5, schema["minimum"] - 1, schema["maximum"] + 1),
-    "boolean": lambda schema: (0, 1, "true", "", [], {}),
-    "enum": lambda schema: (*NO_TEXT, "nonsense", schema["enum"][0].upper(), schema["enum"][0] + " "),
-    "pattern": lambda schema: (*NO_TEXT, "v", "v0", "2", "V2", "v02", "v1.0", "v-1", "v1\n", "v\u0661", "v" + "9" * 16),
-    "format": lambda schema: (*NO_TEXT, 0, "yesterday", "2026-03-07", "2026-03-07T12:00:00", "2026-02-30T12:00:00Z",
-                              "2026-03-07T25:00:00Z", "\u0662026-03-07T12:00:00Z", "2026-03-07T12:00:00Z\n"),
-    "address": lambda schema: (*NO_TEXT, 3405803776, "203.0.113", "203.0.113.256", "203.0.113.10/24", "::g",
-                               "fe80::1%1",
-                               " 203.0.113.10", "web-1"),
-    "object": lambda schema: (1, True, "x", "", [], LONE, {"x": math.nan}, {"x": [INFINITE]}, {"x": LONE}, {LONE: 1},
-                              deep(66), deep(500)),
-    "array": lambda schema: (1, True, "x", "", {}, [0] * (schema["maxItems"] + 1), *[[]][:schema["minItems"]]),
-    "record": lambda schema: (1, True, "x", "", []),
-}
-
-
-def wrong(schema: Any, sound: Any) -> Iterator[tuple[str, Any]]:
-    """Every way in which WRONG spoils a value: the path to what is wrong with it, and the spoiled value."""
-    yield from (("", value) for value in WRONG[kind(schema)](schema))
-    if kind(schema) == "array":
-        yield "[0]", [None]
-        yield from ((f"[0]{path}", [value]) for path, value in wrong(schema["items"], sound[0] if sound else None))
-    if kind(schema) == "record":
-        for name, inner in schema["properties"].items():
-            if name in schema["required"]:
-                yield f".{name}", {key: value for key, value in sound.items() if key != name}
-                yield f".{name}", {**sound, name: None}
-            elif inner["anyOf"][1] == {"type": "null"}:
-                inner = inner["anyOf"][0]
-            one_line = kind(inner) == "string" and name not in ("description", "note")
-            values = (("", value) for value in (("a\nb", "a\tb") if one_line else ()))
-            for path, value in itertools.chain(values, wrong(inner, sound.get(name))):
-                yield f".{name}{path}", {**sound, name: value}
-
-
-def target(route: str, agent: Any) -> tuple[str, str]:
-    method, path = route.split(" ")
-    return method, path.replace(":id", FIRST_EVENT if "/threats/" in path else agent["id"])
-
-
-@pytest.mark.parametrize("route", WITH_BODY)
-def test_a_wrong_value_in_any_field_is_refused_by_name_and_stores_nothing(
-        route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
-    agent = api.register(tags=["kept"])
-    before = stored(api, agent)
-    schema = manager.table_schema(ROUTES[route].body or {})
-    tried = 0
-    for path, body in wrong(schema, BODIES[route]):
-        raw = json.dumps(body).replace(f'"{INFINITE}"', "1e999").encode()
-        error = api.refusal(*target(route, agent), raw, status=400)
-        path = path.lstrip(".")
-        if not path or b"NaN" in raw or b"Infinity" in raw or b"\\ud800" in raw:
-            assert error.startswith("body: "), (raw, error)  # the field cannot be told, or it is the whole
-        else:
-            assert re.search(rf"(^|; ){re.escape(path)}: (must be|is required)", error), (path, raw, error)
-        tried += 1
-    assert tried > 10 * len(schema["properties"])
-    assert stored(api, agent) == before
-    assert not faults(caplog)
-
-
-TEXT_QUERY = ("", "a%00b", "a%0Ab", "%C2%85", "%20")
-WRONG_QUERY: dict[str, Any] = {
-    "string": lambda schema: (*TEXT_QUERY, "x" * (schema["maxLength"] + 1)),
-    "integer": lambda schema: ("", "x", "true", "1.5", "1e3", "-1", "%201", "NaN", "Infinity", "%D9%A1",
-                               schema["minimum"] - 1, schema["maximum"] + 1, "1" * 5000),
-    "boolean": lambda schema: ("", "yes", "1", "TRUE"),
-    "enum": lambda schema: (*TEXT_QUERY, "nonsense", schema["enum"][0].upper()),
-    "format": lambda schema: (*TEXT_QUERY, "0", "yesterday", "2026-03-07", "2026-02-30T12:00:00Z"),
-    "pattern": lambda schema: (*TEXT_QUERY, "evt_1", "EVT_000000000001", "evt_00000000000g"),
-    "array": lambda schema: (*TEXT_QUERY, "x" * (schema["items"].get("maxLength", 255) + 1)),
-}
-
-
-@pytest.mark.parametrize("route", WITH_QUERY)
-def test_a_wrong_query_parameter_is_refused_by_name(
-        route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
-    method, path = target(route, api.register())
-    for name, param in ROUTES[route].query.items():
-        schema = param.check.schema
-        for value in WRONG_QUERY[kind(schema)](schema):
-            error = api.refusal(method, f"{path}?{name}={value}", status=400)
-            assert re.match(rf"{name}(\[0\])?: must be ", error), (name, value, error)
-        if kind(schema) == "array":
-            many = "&".join([f"{name}=x"] * (schema["maxItems"] + 1))
-            assert api.refusal(method, f"{path}?{many}", status=400).startswith(f"{name}: ")
-        else:
-            assert f"{name}: must be given once" in api.refusal(method, f"{path}?{name}=1&{name}=1", status=400)
-        for raw in (f"{name}=%FF", f"{name}=%ED%A0%80", f"{name}=1&" + "x=1&" * 200):
-            assert api.refusal(method, f"{path}?{raw}", status=400).startswith("query: ")
-    assert not faults(caplog)
-
-
-@pytest.mark.parametrize(("query", "named"), [
-    ("page=1&limit=1", []), ("page=1000000&limit=200", []), ("page=0&limit=0", ["page", "limit"]),
-    ("page=1000001&limit=201", ["page", "limit"]), ("page=9007199254740993", ["page"])])
-def test_page_and_limit_have_bounds(query: str, named: list[str], api: Client) -> None:
-    for path in ("/api/agents", "/api/threats", "/api/policy"):
-        if named:
-            assert re.findall(r"(\w+): must be a whole number", api.refusal("GET", f"{path}?{query}",
-                                                                            status=400)) == named
-        else:
-            assert api.get(f"{path}?{query}") == []
-
-
-NO_OBJECTS = {
-    "cut short": b'{"a":', "no JSON": b"hostname=web-1", "a list": b"[]", "a text": b'"x"', "a number": b"1",
-    "null": b"null", "true": b"true", "NaN": b"NaN", "two objects": b"{}{}", "a comment": b"{} // x",
-    "single quotes": b"{'a': 1}", "blank": b"  ", "a BOM": b"\xef\xbb\xbf{}", "UTF-16": "{}".encode("utf-16"),
-    "broken UTF-8": b'{"a": "\xff"}', "an encoded surrogate": b'{"a": "\xed\xa0\x80"}', "a raw NUL": b'{"a": "\x00"}',
-    "nested lists": b"[" * 100_000, "nested objects": b'{"a":' * 100_000,
-    "nested and closed": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "a huge number": b'{"a": ' + b"9" * 10_000 + b"}",
-}
-
-
-@pytest.mark.parametrize("route", WITH_BODY)
-def test_a_body_that_is_no_json_object_is_refused(route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
-    agent = api.register()
-    before = stored(api, agent)
-    sound = json.dumps(BODIES[route]).encode()
-    for what, raw in NO_OBJECTS.items():
-        assert api.refusal(*target(route, agent), raw, status=400).startswith("body: "), what
-    assert "body: " in api.refusal(*target(route, agent), sound + b" " * (2**20 + 1 - len(sound)), status=413)
-    for kind_of_body in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
-                         "application/jsonp", "application/jsonx; charset=utf-8", "json"):
-        assert "Content-Type: " in api.refusal(*target(route, agent), sound, status=415,
-                                               headers={"Content-Type": kind_of_body})
-    assert stored(api, agent) == before
-    assert not faults(caplog)
-
-
-def test_a_body_of_one_mebibyte_or_of_any_json_type_is_taken(api: Client) -> None:
-    agent = api.register()
-    path = f"/api/agents/{agent['id']}/heartbeat"
-    assert api.post(path, b"{" + b" " * (2**20 - 2) + b"}")["status"] == "online"
-    for kind_of_body in ("application/json", "application/json; charset=utf-8", "APPLICATION/JSON",
-                         "application/a+json"):
-        api.post(path, {"cpu": 1}, headers={"Content-Type": kind_of_body})
-
-
-def test_an_absent_body_counts_as_an_empty_one(api: Client) -> None:
-    agent = api.register()
-    assert api.post(f"/api/agents/{agent['id']}/heartbeat")["status"] == "online"
-    assert api.refusal("POST", "/api/agents/register", status=400) == \
-        "hostname: is required; os: is required; version: is required"
-    assert "tags" in api.refusal("PATCH", f"/api/agents/{agent['id']}", status=400)
-
-
-def test_every_wrong_field_is_named_at_once(api: Client) -> None:
-    error = api.refusal("POST", "/api/agents/register", {"hostname": 1, "os": "", "ip": "x", "tags": ["a", 1]},
-                        status=400)
-    assert [part.partition(":")[0] for part in error.split("; ")] == ["hostname", "os", "version", "ip", "tags[1]"]
-    agent = api.register()
-    assert api.refusal("POST", f"/api/agents/{agent['id']}/heartbeat", {"cpu": 101}, status=400) == \
-        "cpu: must be a number from 0 to 100"
-
-
-def test_bounds_themselves_and_nulls_and_unknown_fields_are_taken(api: Client) -> None:
-    agent = api.register(hostname="x" * 255, org_id="o" * 128, tags=["t" * 64, *map(str, range(63))], ip=None,
-                         arch=None,
-                         colour="blue", nested={"a": [None]})
-    assert len(agent["tags"]) == 64
-    for value in (0, 100, 0.5, 100.0):
-        api.beat(agent, cpu=value, memory=value, uptime=value, version=None, mode="x")
-    api.beat(agent, uptime=2**53 - 1)
-    assert api.get(f"/api/agents/{agent['id']}")["uptime"] == 2**53 - 1
-    report(api, agent, {**THREAT, "details": deep(64), "confidence": 1}, {**THREAT, "details": {}, "confidence": 0},
-           {**THREAT, "timestamp": "2026-03-07T20:00:00+08:00"})
-
-
-def test_tags_lose_repetitions_and_keep_their_order(api: Client) -> None:
-    agent = api.register(tags=["b", "a", "b", "c", "a"])
-    assert agent["tags"] == ["b", "a", "c"]
-    path = f"/api/agents/{agent['id']}"
-    assert api.call("PATCH", path, {"addTags": ["d", "a", "d"], "removeTags": ["c", "x"]}).json["data"]["tags"] == \
-        ["b", "a", "d"]
-    assert api.call("PATCH", path, {"tags": ["z", "y", "z"]}).json["data"]["tags"] == ["z", "y"]
-    assert "addTags" in api.refusal("PATCH", path, {"addTags": [str(each) for each in range(63)]}, status=400)
-    assert "tags" in api.refusal("PATCH", path, {"tags": [], "addTags": ["a"]}, status=400)
-    assert api.get(path)["tags"] == ["z", "y"]
-
-
-ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
-ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | ANY_TEXT |
-    st.sampled_from(["linux", "high", "v1", "203.0.113.9", "custom", "2026-03-07T12:00:00Z", "agent-00000000"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3), max_leaves=8)
-
-
-def near(schema: Any) -> st.SearchStrategy[Any]:
-    """Values about as often right as wrong by a schema, so that examples reach what lies behind it."""
-    if kind(schema) == "record":
-        optional = {name: near(inner) for name, inner in schema["properties"].items()}
-        return st.fixed_dictionaries({name: optional.pop(name) for name in schema["required"]}, optional=optional)
-    if "anyOf" in schema and {"type": "null"} in schema["anyOf"]:
-        return near(schema["anyOf"][0]) | st.none()
-    right = {
-        "string": st.text(min_size=1, max_size=9), "number": st.floats(0, 1), "integer": st.integers(1, 9),
-        "boolean": st.booleans(),
-        "enum": st.sampled_from(schema.get("enum", [0])), "pattern": st.sampled_from(["v1", "v2"]),
-        "format": st.just("2026-03-07T12:00:00Z"), "address": st.ip_addresses().map(str),
-        "object": st.dictionaries(ANY_TEXT, ANY_JSON, max_size=3)}
-    if kind(schema) == "array":
-        return st.lists(near(schema["items"]), min_size=schema["minItems"], max_size=3)
-    return st.one_of(right[kind(schema)], right[kind(schema)], right[kind(schema)], ANY_JSON)
-
-
-@pytest.mark.parametrize("route", [name for name in WITH_BODY if "bulk" not in name])  # which may deregister all
-def test_no_json_is_a_fault_and_only_what_openapi_allows_is_taken(
-        route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
-    agent = api.register()
-    report(api, agent, THREAT)
-    method, path = target(route, agent)
-    table = ROUTES[route].body or {}
-    described = api.call("GET", "/openapi.json").json["paths"][ROUTES[route].path.replace(":id", "{id}")]
-    schema = described[method.lower()]["requestBody"]["content"]["application/json"]["schema"]
-    taken = Counter[bool]()
-
-    @settings(EXAMPLES, max_examples=80)
-    @given(ANY_JSON | near(manager.table_schema(table)))
-    def answers(body: Any) -> None:
-        raw = json.dumps(body).encode()
-        answer = api.app.request(path, method=method, body=raw, expect_errors=True, headers={
-            "Authorization": f"Bearer {api.server.token}", "Content-Type": "application/json"})
-        assert answer.status_int in (200, 201, 400, 404), (raw, answer)
-        assert answer.json["ok"] is (answer.status_int < 300)
-        taken[answer.json["ok"]] += 1
-        if answer.json["ok"] and jsonschema:
-            jsonschema.validate(body, schema)
-
-    answers()
-    assert taken[True] and taken[False]
-    assert not faults(caplog)
-    assert api.get("/health")["agents"]["total"] >= 1
-
-
-########################################################################################################
-# 5  Manager ###########################################################################################
-########################################################################################################
-
 # Threat events
 
 def test_a_threat_event_is_triaged(api: Client) -> None:
@@ -3174,11 +2850,11 @@ IN_FORCE: dict[tuple[str, ...], Any] = {
 @pytest.mark.parametrize(("scopes", "others"), [
     (order, number % 2 == 0) for each in IN_FORCE for number, order in enumerate(itertools.permutations(each))])
 def test_a_narrower_scope_replaces_rules_of_the_same_type(scopes: tuple[str, ...], others: bool, api: Client) -> None:
-    agent, stranger = api.register(org_id="o"), api.register(org_id="p")
+    agent, other = api.register(org_id="o"), api.register(org_id="p")
     scope_of = {"all": {}, "org": {"org_id": "o"}, "agent": {"agent_id": agent["id"]}}
     if others:  # what is meant for others changes nothing but the numbers
         policy(api, "custom", org_id="p")
-        policy(api, "custom", agent_id=stranger["id"])
+        policy(api, "custom", agent_id=other["id"])
     for scope in scopes:
         rules = [{"type": type, "config": {"from": scope}} for type in SCOPES[scope]]
         last = api.post("/api/policy", {"name": scope, "rules": rules, **scope_of[scope]}, status=201)["version"]
@@ -3580,9 +3256,8 @@ def test_no_query_reads_a_whole_table(tmp_path: Any, monkeypatch: pytest.MonkeyP
     assert found >= set(WORK), "work whose statements were not seen"
 
 
-########################################################################################################
 # 6  HTTP ##############################################################################################
-########################################################################################################
+
 
 # Shapes
 
@@ -4297,7 +3972,7 @@ def test_the_last_refusal_of_a_known_agent_is_journalled_once_a_minute(api: Clie
     assert api.beat(agent)["status"] == "online"
 
 
-def test_a_stranger_causes_few_entries_of_however_many_agents(api: Client) -> None:
+def test_no_credential_causes_few_entries_of_however_many_agents(api: Client) -> None:
     agents = [api.register() for _ in range(30)]
     for agent in agents:
         api.call("POST", f"/api/agents/{agent['id']}/heartbeat", {}, token=None, status=401)
@@ -4402,13 +4077,13 @@ def test_x_forwarded_for_is_believed_of_a_trusted_proxy_only(
         seen_from(api, "203.0.113.200").call("GET", "/api/agents", token="wrong", status=401)
 
 
-def test_throttling_counts_behind_a_trusted_proxy_and_not_what_a_stranger_writes() -> None:
+def test_throttling_counts_behind_a_trusted_proxy_and_not_what_an_unknown_client_writes() -> None:
     with fleet("10.0.0.1", trusted_proxy="10.0.0.0/8") as api:
-        stranger = seen_from(api, "198.51.100.7")
+        other = seen_from(api, "198.51.100.7")
         for number in range(20):
-            for client, forwarded in ((api, "203.0.113.1"), (stranger, f"203.0.113.{100 + number}")):
+            for client, forwarded in ((api, "203.0.113.1"), (other, f"203.0.113.{100 + number}")):
                 client.call("GET", "/api/agents", token="wrong", status=401, headers={"X-Forwarded-For": forwarded})
-        for client, forwarded, status in ((api, "203.0.113.1", 429), (api, "203.0.113.2", 401), (stranger,
+        for client, forwarded, status in ((api, "203.0.113.1", 429), (api, "203.0.113.2", 401), (other,
                                                                                                  "203.0.113.3", 429),
                                           (api, "6.6.6.6, 203.0.113.1", 429)):
             client.call("GET", "/api/agents", token="wrong", status=status, headers={"X-Forwarded-For": forwarded})
@@ -4484,9 +4159,57 @@ def test_metrics_are_prometheus_text_and_count_what_happened(api: Client) -> Non
         assert buckets[-1][1] == count == requests[route]
 
 
-########################################################################################################
-# 9  Server ############################################################################################
-########################################################################################################
+# 8  Server ############################################################################################
+
+
+@pytest.mark.parametrize(("in_flight", "rounds"), [(1, 20), (12, 5)])
+def test_requests_in_flight_are_answered_before_the_stop(in_flight: int, rounds: int) -> None:
+    for number in range(rounds):
+        with Server(port=0, threads=5) as server, contextlib.ExitStack() as callers, ThreadPoolExecutor(1) as pool:
+            pool.submit(int).result()
+            calling = [callers.enter_context(contextlib.closing(http.client.HTTPConnection(
+                "127.0.0.1", port_of(server.url), timeout=LIMIT_S))) for _ in range(in_flight)]
+            for caller in calling:
+                caller.connect()
+            with server.manager.store.transaction():
+                for caller in calling:
+                    caller.request("POST", "/api/agents/register", json.dumps(AGENT), {
+                        "Authorization": f"Bearer {server.token}", "Content-Type": "application/json"})
+                with socket.create_connection(("127.0.0.1", port_of(server.url)), timeout=LIMIT_S) as last:
+                    last.sendall(request("POST", "/", b"", "Content-Length: 9", "Expect: 100-continue",
+                                         token=server.token))
+                    assert b" 100 " in last.recv(100)  # though every worker is busy: so the others have been read
+                threads = threading.active_count()
+                stopping = pool.submit(server.stop)
+                until(lambda threads=threads: threading.active_count() < threads, "the stop has begun")
+            for caller in calling:
+                answer = caller.getresponse()
+                assert (answer.status, json.loads(answer.read())["ok"]) == (201, True), f"in round {number}"
+            stopping.result(timeout=LIMIT_S)
+
+
+def test_a_stopped_server_leaves_no_thread_and_no_port() -> None:
+    before = set(threading.enumerate())
+    for _ in range(10):
+        with Server(port=0) as server:
+            port = port_of(server.url)
+            idle = socket.create_connection(("127.0.0.1", port))
+            assert ask(port, "GET", "/health")[0] == 200
+        until(lambda: set(threading.enumerate()) <= before, "its threads have ended")
+        idle.close()
+        with Server(port=port), pytest.raises(manager.StartError, match=f"port {port}"):
+            Server(port=port).start()
+
+
+def test_a_port_in_use_ends_the_start_with_one_sentence_and_status_1(tmp_path: Path, run_main: Any) -> None:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, said = run_main("--port", port, "--data-dir", tmp_path)
+    assert status == 1
+    one_sentence(said, f"port {port}", "127.0.0.1")
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked, "whoever called it can still be interrupted"
+
 
 # Malformed http
 
@@ -4672,7 +4395,7 @@ def test_no_path_is_repaired(path: str, server: Server, api: Client) -> None:
                                   "/api/agents/{id}/heartb%65at"])
 def test_no_path_of_a_heartbeat_is_repaired(path: str, server: Server) -> None:
     who = server.manager.register(**AGENT)
-    for line in ("X-A: lane", "Expect: pool"):
+    for line in ("X-A: batch", "Expect: pool"):
         answer, _ = sent_raw(server, request("POST", path.replace("{id}", who.agent.id), b"{}", line,
                                              "Connection: close", token=who.token))
         assert answer.startswith(b"HTTP/1.1 404 ") and b"there is nothing at this path" in answer, answer
@@ -4997,7 +4720,7 @@ Launch = Callable[..., Site]
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients have a fraction of a second for everything."""
     for name, seconds in (("CLEANUP_S", 0.02), ("HANDSHAKE_S", 0.6), ("REQUEST_S", 0.6), ("IDLE_S", 0.6),
-                          ("STRANGER_IDLE_S", 0.6)):
+                          ("UNAUTHENTICATED_IDLE_S", 0.6)):
         monkeypatch.setattr(manager, name, seconds)
 
 
@@ -5227,11 +4950,11 @@ def test_another_server_than_ours_says_that_it_has_no_streams(api: Client) -> No
     assert "GET /api/events" in api.refusal("GET", STREAM, status=501)
 
 
-# The heartbeat lane
+# Heartbeats in the loop
 
 
 def use_pool(site: Site) -> None:
-    """Have a worker serve every heartbeat from now on: the lane leaves them alone while a fault is waiting."""
+    """Have a worker serve every heartbeat from now on: the loop leaves them alone while a fault is waiting."""
     site.server.faults.add(route="GET /metrics", status=500)
 
 
@@ -5243,7 +4966,7 @@ def test_the_lane_needs_no_worker(launch: Launch, monkeypatch: pytest.MonkeyPatc
     assert site.entered.acquire(timeout=LIMIT_S)
     for number in range(10):
         assert wire.call(beat(who, b'{"cpu": %d}' % number)).status == 200
-    use_pool(site)  # or else the comparison below would compare the lane with itself
+    use_pool(site)  # or else the comparison below would compare the loop with itself
     wire.send(beat(who))
     assert not select.select([wire.sock], [], [], 0.05)[0]
     site.gate.set()
@@ -5297,9 +5020,9 @@ def test_a_fault_strikes_the_heartbeats_that_come_after_it(launch: Launch) -> No
     route = "POST /api/agents/:id/heartbeat"
     for fault in ({"status": 599}, {"drop": "before"}, {"drop": "after"}):
         who, wire, other = site.agent(), site.wire(), site.wire()
-        with site.server.manager.store.transaction():  # meanwhile heartbeats wait in the lane
+        with site.server.manager.store.transaction():  # meanwhile heartbeats wait in the loop
             wire.send(beat(who))
-            eventually(lambda: len(site.server.manager.store.write_lock) == 2, "the lane does not wait")
+            eventually(lambda: len(site.server.manager.store.write_lock) == 2, "the loop does not wait")
             site.server.faults.add(route=route, **fault)
         assert wire.answer().status == 200
         other.send(beat(who))
@@ -5315,7 +5038,7 @@ def test_requests_that_arrived_before_the_stop_are_answered(launch: Launch) -> N
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with site.server.manager.store.transaction():
             first.send(beat(who))
-            eventually(lambda: len(site.server.manager.store.write_lock) == 2, "the lane does not wait")
+            eventually(lambda: len(site.server.manager.store.write_lock) == 2, "the loop does not wait")
             for wire, data in zip(wires, (beat(who), request("GET", "/nowhere"), beat(who, b"{")), strict=True):
                 wire.send(data)
             stopping = pool.submit(site.server.stop)
@@ -5379,11 +5102,11 @@ def test_lane_and_route_answer_alike_to_the_byte(launch: Launch) -> None:
         return answers
 
     site.server.manager.heartbeat(one.agent.id, version="2", policy_version=1)  # what one of them changes
-    by_lane = served()
+    in_loop = served()
     use_pool(site)
-    for data, lane, pool in zip(requests, by_lane, served(), strict=True):
-        assert lane == pool, data[:300]
-        assert lane.startswith(b"HTTP/1."), data[:300]
+    for data, batch, pool in zip(requests, in_loop, served(), strict=True):
+        assert batch == pool, data[:300]
+        assert batch.startswith(b"HTTP/1."), data[:300]
 
 
 @everywhere
@@ -5394,13 +5117,13 @@ def test_lane_and_route_throttle_alike(launch: Launch) -> None:
         data = beat(who, token=token or who.token)
         assert [wire.call(data).status for _ in range(21)] == [before] * 20 + [429]
         site.server.clock.advance(20.5)
-        lane = wire.call(data)
+        batch = wire.call(data)
         use_pool(site)
         pool = wire.call(data)
-        assert lane.headers["retry-after"] == "40" and "20" in lane.error
-        for answer in (lane, pool):
+        assert batch.headers["retry-after"] == "40" and "20" in batch.error
+        for answer in (batch, pool):
             del answer.headers["x-request-id"], answer.headers["date"]
-        assert lane == pool
+        assert batch == pool
         site.server.faults.clear()
         site.server.clock.advance(40)
         assert wire.call(data).status == before
@@ -5620,7 +5343,7 @@ def test_connections_of_an_address_without_a_credential_are_limited_and_others_a
     with contextlib.closing(elsewhere):
         elsewhere.sendall(health)
         assert elsewhere.recv(12) == b"HTTP/1.1 200"
-    big = beat(who, b'{"cpu": 5}'.ljust(9000))  # too long for the lane
+    big = beat(who, b'{"cpu": 5}'.ljust(9000))  # too long for the loop
     listing = request("GET", "/api/agents", token=site.server.token)
     for wire, data in zip(inside, (beat(who), big, listing), strict=True):
         assert wire.call(data).status == 200
@@ -5639,17 +5362,17 @@ def test_connections_of_a_trusted_proxy_are_not_limited(launch: Launch) -> None:
 
 @everywhere
 @pytest.mark.parametrize("step_s", [-1000, 1000])
-def test_idle_strangers_are_closed_soon_and_agents_stay_whatever_the_system_clock_says(
+def test_idle_unauthenticated_connections_are_closed_early_and_agents_stay_whatever_the_system_clock_says(
         step_s: int, launch: Launch, hurry: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "IDLE_S", LIMIT_S)
     site = launch()
-    who, stranger, wall_s = site.agent(), site.wire(), time.time
+    who, other, wall_s = site.agent(), site.wire(), time.time
     agents = [site.wire() for _ in range(2)]
     assert agents[0].call(beat(who)).status == 200
     assert agents[1].call(request("GET", "/api/agents", token=site.server.token)).status == 200
-    assert stranger.call(request("GET", "/health")).status == 200
+    assert other.call(request("GET", "/health")).status == 200
     monkeypatch.setattr(time, "time", lambda: wall_s() + step_s)
-    assert stranger.ended()
+    assert other.ended()
     assert {wire.call(beat(who)).status for wire in agents} == {200}
 
 
@@ -6294,7 +6017,7 @@ def test_what_the_loop_dies_of_is_raised_by_the_stop_and_not_again(launch: Launc
     wire = site.wire()
     assert wire.call(request("GET", "/health")).status == 200
     with monkeypatch.context() as broken:
-        broken.setattr(manager.SocketMap, "turn", lambda *_: 1 / 0)
+        broken.setattr(manager.SocketMap, "run_once", lambda *_: 1 / 0)
         wire.send(b"x")
         assert wire.ended()
     with pytest.raises(ZeroDivisionError):
@@ -6449,10 +6172,6 @@ def test_localhost_is_served_on_both_of_its_addresses_by_one_port(launch: Launch
     for *_, address in socket.getaddrinfo("localhost", site.port, type=socket.SOCK_STREAM):
         assert site.wire(address=str(address[0])).call(request("GET", "/health")).status == 200
 
-
-########################################################################################################
-# 9  Server: embedding #################################################################################
-########################################################################################################
 
 # Embedding: faults, waiting, the clock
 
@@ -6949,293 +6668,286 @@ def test_two_hundred_servers_leave_no_thread_descriptor_or_file(tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-########################################################################################################
-# The file and its README ##############################################################################
-########################################################################################################
-
-PROJECT = Path(manager.__file__).parent
-README = (PROJECT / "README.md").read_text("utf-8")
-SOURCE = Path(manager.__file__).read_text("utf-8")
-SETUP = configparser.ConfigParser()
-SETUP.read(PROJECT / "setup.cfg", "utf-8")
-
-
-def section(title: str) -> str:
-    """The text of a README section."""
-    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """The code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def readme_line(needle: str) -> str:
-    """The one command of the README's first screen that contains `needle`."""
-    (line,) = (block.strip() for block in blocks(README.split("\n## ", 1)[0], "sh") if needle in block)
-    return line
-
-
-def environ(home: Path) -> dict[str, str]:
-    """What a person with this home folder has set: nothing for Python or for the manager."""
-    kept = {name: value for name, value in os.environ.items()
-            if name in ("PATH", "LANG", "TMPDIR") or name.startswith("PIP_")}
-    return {**kept, "HOME": str(home)}
-
-
-@contextmanager
-def stranger(home: Path, *command: str, cwd: Path | None = None) -> Iterator[str]:
-    """The URL of a manager run by somebody with an empty home folder, on a free port."""
-    process = subprocess.Popen(
-        command, cwd=cwd or home, env={**environ(home), "MANAGER_PORT": "0"}, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
-    assert process.stdout
-    try:
-        line = next((line for line in process.stdout if " listens on " in line), "")
-        assert line, f"the manager ended with {process.wait()}"
-        yield line.split()[-1]
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.communicate(timeout=LIMIT_S)  # to the end of what it says
-        assert process.returncode in (0, -signal.SIGTERM)
-
-
-# The README's first session
-
-
-NAMES = re.compile(r"agent-[0-9a-f]{8}|pga_[\w-]{32}")
-
-
-def masked(answer: str) -> Any:
-    """What must be equal in two answers: their JSON with its order, or their text; no names, no instants."""
-    answer = NAMES.sub(lambda name: name[0][:4], answer.strip())
-    answer = re.sub(r"(\d{4}-\d\d-\d\dT)?\d\d:\d\d:\d\d\.\d{3}Z", "INSTANT", answer)
-    try:
-        return json.loads(answer, object_pairs_hook=list)
-    except ValueError:
-        return answer
-
-
-def session_steps(text: str) -> list[tuple[str, str]]:
-    """The commands of console blocks, each with the output shown under it."""
-    steps = []
-    for block in blocks(text, "console"):
-        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command = re.match(r"(?:.*\\\n)*.*\n", step)
-            assert command
-            steps.append((command[0].strip(), step[command.end():]))
-    return steps
-
+# 9  Command line ######################################################################################
+
+
+def test_the_start_says_where_and_how_and_its_curl_line_works(tmp_path: Path) -> None:
+    folder = tmp_path / "it's a folder"
+    with Running(folder) as running:
+        said = "\n".join(running.lines)
+        assert str(folder) in said and str(folder / "token") in said and running.url in said
+        assert running.token not in said + running.log.read_text()
+        assert len(running.lines) <= 8, "what a person needs and no more"
+        command = running.lines[-1].partition("curl ")[2]
+        if shutil.which("curl"):
+            pasted = subprocess.run(["bash", "-c", f"curl -sS {command}"], capture_output=True, text=True,
+                                    timeout=LIMIT_S, check=False)
+            assert json.loads(pasted.stdout) == {"ok": True, "data": []}, pasted.stderr
+        else:
+            assert running.ask("GET", "/api/agents") == (200, {"ok": True, "data": []})
+        token = running.token
+        assert running.end() == 0
+    with Running(folder) as running:
+        assert running.token == token
+
+
+def test_a_new_token_is_shown_to_a_terminal_once(tmp_path: Path) -> None:
+    def shown() -> str:
+        ours, theirs = os.openpty()
+        process = subprocess.Popen([sys.executable, manager.__file__, "--port", "0", "--data-dir", tmp_path],
+                                   stdout=theirs, stderr=subprocess.DEVNULL)
+        os.close(theirs)
+        hung = threading.Timer(20, process.kill)
+        hung.start()
+        out = b""
+        try:
+            while b"curl " not in out.rpartition(b"\n")[0]:
+                out += os.read(ours, 4096)
+            process.terminate()
+            assert process.wait(timeout=LIMIT_S) == 0
+        finally:
+            hung.cancel()
+            process.kill()
+            process.wait()
+            os.close(ours)
+        return out.decode()
+    first = shown()
+    token = (tmp_path / "token").read_text().strip()
+    assert token in first and token not in shown()
+
+
+def test_a_token_that_is_given_is_neither_shown_nor_written(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with Running(folder, MANAGER_AUTH_TOKEN="given-first-token,given-second-token") as running:
+        for token, status in (("given-first-token", 200), ("given-second-token", 200), ("given", 401),
+                              ("given-first-token,given-second-token", 401)):
+            assert running.ask("GET", "/api/agents", token=token)[0] == status
+        assert not (folder / "token").exists()
+        assert "given-" not in "\n".join(running.lines) + running.log.read_text()
+        assert running.end() == 0
+    assert b"given-" not in (folder / "manager.db").read_bytes()
+
+
+def test_plaintext_beyond_loopback_is_warned_about_once(tmp_path: Path) -> None:
+    for host, times in (("0.0.0.0", 1), ("127.0.0.1", 0)):
+        folder = tmp_path / host
+        with Running(folder, "--host", host, MANAGER_TLS="off") as running:
+            assert running.ask("GET", "/health")[0] == 200
+            assert running.end() == 0
+            said = "\n".join(running.lines) + running.process.stdout.read() + running.log.read_text()
+        assert len(re.findall(r"\bplaintext\b", said)) == times, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_what_is_in_flight_and_exits_0(number: int, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with Running(folder, MANAGER_TLS="off") as running:
+        idle = socket.create_connection(("127.0.0.1", running.port))
+        caller = http.client.HTTPConnection("127.0.0.1", running.port, timeout=LIMIT_S)
+        with contextlib.closing(idle), contextlib.closing(caller):
+            with locked(folder):
+                caller.request("POST", "/api/agents/register", json.dumps(AGENT), {
+                    "Authorization": f"Bearer {running.token}", "Content-Type": "application/json"})
+                assert running.ask("GET", "/api/agents")[0] == 200  # so the other has begun
+                running.process.send_signal(number)
+            answer = caller.getresponse()
+            assert answer.status == 201
+            agent = json.loads(answer.read())["data"]
+            assert running.process.wait(timeout=LIMIT_S) == 0
+        assert "Traceback" not in running.log.read_text()
+    assert {path.name for path in folder.glob("manager.db*")} == {"manager.db"}, "the database is closed cleanly"
+    with Running(folder, MANAGER_TLS="off") as running:
+        assert running.ask("GET", f"/api/agents/{agent['id']}", token=agent["token"])[0] == 200
+
+
+class Ledger:
+    """What one client was told was done, and of what it does not know whether it was."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.name = f"host-{seed}"
+        self.acknowledged = 0
+        self.tokens: dict[str, str] = {}    # of registered agents that nobody tried to deregister
+        self.uptimes: dict[str, int] = {}
+        self.doubtful: set[str] = set()
+        self.gone: dict[str, str] = {}
+        self.events: dict[str, str] = {}    # own id: event id
+        self.batches: list[set[str]] = []   # own ids that were sent together
+        self.policies: set[str] = set()
+
+    def step(self, running: Running) -> None:
+        """One request, and a note of its answer. Raises OSError or HTTPException when there is none."""
+        kind = self.chance.choices(["register", "beat", "report", "policy", "deregister"], [30, 30, 20, 5, 15])[0]
+        if kind == "register" or not self.tokens:
+            agent = self.sent(running, "POST", "/api/agents/register", {**AGENT, "hostname": self.name}, 201)
+            self.tokens[agent["id"]] = agent["token"]
+        elif kind == "policy":
+            policy = {"name": "p", "rules": [RULE], "org_id": self.name}
+            self.policies.add(self.sent(running, "POST", "/api/policy", policy, 201)["id"])
+        else:
+            agent_id = self.chance.choice(sorted(self.tokens))
+            path, token = f"/api/agents/{agent_id}", self.tokens[agent_id]
+            if kind == "beat":
+                uptime = self.uptimes.get(agent_id, 0) + 1
+                self.sent(running, "POST", f"{path}/heartbeat", {"uptime": uptime}, 200, token)
+                self.uptimes[agent_id] = uptime
+            elif kind == "report":
+                own = [f"{agent_id}-{self.chance.getrandbits(60):x}" for _ in range(self.chance.randint(1, 20))]
+                self.batches.append(set(own))
+                batch = {"events": [{**THREAT, "id": each, "details": {"own": each}} for each in own]}
+                ids = self.sent(running, "POST", f"{path}/events", batch, 201, token)["eventIds"]
+                self.events.update(zip(own, ids, strict=True))
+            else:
+                del self.tokens[agent_id]
+                self.uptimes.pop(agent_id, None)
+                self.doubtful.add(agent_id)
+                self.sent(running, "DELETE", path, None, 200, token)
+                self.doubtful.remove(agent_id)
+                self.gone[agent_id] = token
+        self.acknowledged += 1
+
+    @staticmethod
+    def sent(running: Running, method: str, path: str, body: Any, expected: int, token: str = "") -> Any:
+        status, answer = running.ask(method, path, body, token)
+        assert status == expected, answer
+        return answer["data"]
+
+    def work(self, running: Running) -> None:
+        """One request after the other until the manager is gone."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                self.step(running)
+
+
+def listed(running: Running, path: str) -> list[Any]:
+    """Every item of a paged list."""
+    items: list[Any] = []
+    while True:
+        status, body = running.ask("GET", f"{path}?limit=200&page={len(items) // 200 + 1}")
+        assert status == 200, body
+        items += body["data"]
+        if len(items) >= body["pagination"]["total"]:
+            return items
+
+
+def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    ledgers = [Ledger(seed) for seed in range(5)]
+    for round_number in range(5):
+        with Running(folder, MANAGER_TLS="off") as running:
+            agents = {each["id"]: each for each in listed(running, "/api/agents")}
+            threats = {each["details"]["own"]: each["id"] for each in listed(running, "/api/threats")}
+            policies = {each["id"] for each in listed(running, "/api/policy")}
+            for ledger in ledgers:
+                assert ledger.tokens.keys() <= agents.keys(), "a registered agent is lost"
+                assert not ledger.gone.keys() & agents.keys(), "a deregistered agent is back"
+                for agent_id, token in ledger.gone.items():
+                    assert running.ask("GET", f"/api/agents/{agent_id}", token=token)[0] in (401, 429)
+                for agent_id, uptime in ledger.uptimes.items():
+                    detail = running.ask("GET", f"/api/agents/{agent_id}", token=ledger.tokens[agent_id])[1]["data"]
+                    assert uptime <= detail["uptime"] <= uptime + 1, "an acknowledged heartbeat is lost"
+                    ledger.uptimes[agent_id] = detail["uptime"]
+                assert ledger.events.items() <= threats.items(), "an acknowledged event is lost"
+                assert ledger.policies <= policies, "an acknowledged policy is lost"
+                for batch in ledger.batches:
+                    assert batch <= threats.keys() or not batch & threats.keys(), "half a batch was stored"
+            entries: list[Any] = []
+            while page := running.ask("GET", f"/api/events?limit=200&after={len(entries)}")[1]["data"]:
+                entries += page
+            assert [entry["seq"] for entry in entries] == list(range(1, len(entries) + 1))
+            of_type = Counter(entry["type"] for entry in entries)
+            assert of_type["agent_registered"] - of_type["agent_deregistered"] == len(agents)
+            assert of_type["policy_created"] == len(policies)
+            reported = [entry["count"] for entry in entries if entry["type"] == "threats_reported"]
+            assert sum(reported) == len(threats)
+            if round_number == 4:
+                assert running.end() == 0
+                break
+            enough = sum(each.acknowledged for each in ledgers) + random.Random(round_number).randint(80, 250)
+            with ThreadPoolExecutor(len(ledgers)) as pool:
+                working = [pool.submit(each.work, running) for each in ledgers]
+                try:
+                    until(lambda enough=enough, working=working: sum(each.acknowledged for each in ledgers) >= enough
+                          or any(each.done() for each in working), "enough traffic", 60)
+                finally:
+                    running.process.kill()
+                for each in working:
+                    each.result()
+    assert pragma(folder / "manager.db", "integrity_check") == "ok"
+    for kind in ("tokens", "uptimes", "gone", "events", "policies"):
+        assert any(getattr(each, kind) for each in ledgers), f"the traffic was mixed, {kind} included"
+
+
+
+try:
+    import jsonschema
+except ImportError:  # then the bodies are only checked for what is never answered
+    jsonschema = None
+
+
+# A sound body for every route that takes one: a route that has none fails the tests of validation.
+FIRST_EVENT = "evt_000000000001"  # the first threat event that a manager is told of
+
+
+@contextlib.contextmanager
+def fleet(address: str = "198.51.100.7", **config: Any) -> Iterator[Client]:
+    """A client of a manager of its own, with these settings and a clock that the test moves."""
+    with Server(port=0, clock=ManualClock(), **config) as server:
+        client = Client(server, address)
+        client.app = TestApp(manager.create_app(server.manager, server.config.auth_token or (server.token,)),
+                             extra_environ={"REMOTE_ADDR": address})
+        yield client
+
+
+def seen_from(api: Client, address: str) -> Client:
+    """The same application, called from another address."""
+    other = Client(api.server, address)
+    other.app = TestApp(api.app.app, extra_environ={"REMOTE_ADDR": address})
+    return other
+
+
+def advance(api: Client, seconds: float) -> None:
+    assert isinstance(api.server.clock, ManualClock)
+    api.server.clock.advance(seconds)
+
+
+def threat(*, type: str = "brute_force", severity: str = "high", own: str | None = None, **details: Any) -> Any:
+    return {"type": type, "severity": severity, "details": details, **({"id": own} if own else {})}
+
+
+def report(api: Client, agent: Any, *events: Any) -> Any:
+    """The ids of events that an agent reports with its own token."""
+    answer = api.call("POST", f"/api/agents/{agent['id']}/events", {"events": list(events)}, token=agent["token"],
+                      status=201).json["data"]
+    assert answer["received"] == len(events) == len(answer["eventIds"])
+    return answer["eventIds"]
+
+
+def policy(api: Client, *types: str, **fields: Any) -> Any:
+    """A policy of rules of these types."""
+    return api.post("/api/policy", {"name": "p", "rules": [{"type": each, "config": {}} for each
+                                                           in types or ["custom"]],
+                                    **fields}, status=201)
+
+
+def stored(api: Client, agent: Any) -> Any:
+    """All that can be read of what is stored."""
+    return [api.get(path) for path in ("/api/agents", f"/api/agents/{agent['id']}", "/api/threats?limit=200",
+                                       "/api/policy", "/api/events?limit=200")]
+
+
+def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged with a traceback or as an error."""
+    return [each.getMessage() for each in caplog.records if each.exc_info or each.levelno >= logging.ERROR]
+
+
+def exactly(actual: Any, expected: Any) -> None:
+    """Equal, and in the same order of fields, and with the same kinds of number."""
+    assert json.dumps(actual, indent=1) == json.dumps(expected, indent=1)
 
-def test_readme_session(tmp_path: Path) -> None:
-    steps = session_steps(section("A first session"))
-    assert sum(command.startswith("curl ") for command, _ in steps) == 5
-    ours: dict[str, str] = {}
-    assignments: list[str] = []
-    with stranger(tmp_path, sys.executable, manager.__file__) as url:
-        port = url.rpartition(":")[2]
-        for command, shown in steps:
-            command = NAMES.sub(lambda name: ours[name[0]], command).replace("localhost:8443", f"localhost:{port}")
-            if not command.startswith("curl "):
-                assignments.append(command)
-                continue
-            done = subprocess.run(
-                ["bash", "-c", "\n".join([*assignments, command])], env=environ(tmp_path),
-                text=True, capture_output=True, timeout=LIMIT_S)
-            assert done.returncode == 0, done.stderr
-            assert masked(done.stdout) == masked(shown), f"$ {command}\n{done.stdout}"
-            ours.update(zip(NAMES.findall(shown), NAMES.findall(done.stdout), strict=True))
-    assert {path.name for path in tmp_path.iterdir()} == {".panguard-manager"}
 
-
-@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command")
-def test_readme_backup(tmp_path: Path) -> None:
-    (line,) = (block.strip() for block in blocks(section("Operating"), "sh") if ".backup" in block)
-    with stranger(tmp_path, sys.executable, manager.__file__):
-        subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environ(tmp_path), check=True)
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    (tmp_path / "panguard-backup.db").rename(kept / "manager.db")
-    with Server(port=0, data_dir=kept) as server:
-        assert server.manager.journal() == []
-
-
-# The README's tables and numbers
-
-
-def table(head: str, rows: list[list[str]]) -> str:
-    columns = head.split(", ")
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
-
-
-def shown_table(title: str) -> str:
-    return "\n".join(line for line in section(title).splitlines() if line.startswith("|"))
-
-
-def test_readme_settings() -> None:
-    rows = []
-    for each in fields(manager.Config):
-        told = each.metadata
-        default = told["shown"] + (" " + told["unit"] if told["unit"] and told["shown"].isdigit() else "")
-        rows.append([f"`{told['option']}`" if told["option"] else "", f"`{told['variable']}`", default, told["help"]])
-    expected = table("Option, Variable, Default, Meaning", rows)
-    assert shown_table("Settings") == expected, f"the README's table of settings must be\n\n{expected}\n"
-
-
-def test_readme_api() -> None:
-    roles = (manager.ADMIN, manager.VIEWER, manager.ENROLLER, manager.AGENT, manager.NEWCOMER)
-    rows = [[each.method, f"`{each.path}`",
-             "anyone" if manager.ANYONE in each.allow else ", ".join(role for role in roles if role in each.allow),
-             each.summary] for each in manager.ENDPOINTS]
-    expected = table("Method, Path, Who may call, What it does", rows)
-    assert shown_table("API") == expected, f"the README's table of the API must be\n\n{expected}\n"
-
-
-def test_readme_numbers(api: Client) -> None:
-    liveness = manager.Liveness.of(manager.Config())
-    agent = api.register()
-    beat = api.call("POST", f"/api/agents/{agent['id']}/heartbeat")
-    text = " ".join(section("How liveness works").split())
-    assert f"more than {liveness.stale_after_ms // 1000} s ago" in text
-    assert f"more than {liveness.offline_after_ms // 1000} s (five timeouts)" in text
-    assert f"until the next: {beat.headers['X-Heartbeat-Interval']}, a third of the timeout of 60 s" in text
-    assert f"After {manager._FAILED_LOGINS_PER_MINUTE} wrong tokens in a minute" in section("API")
-    assert {each.metadata["variable"].removeprefix("MANAGER_").lower() for each in fields(manager.Config)} == {
-        each.name for each in fields(manager.Config)}
-
-
-def test_readme_metrics(api: Client) -> None:
-    api.register()
-    told = set(re.findall(r"^# TYPE (\w+)", api.call("GET", "/metrics").text, re.MULTILINE))
-    assert set(re.findall(r"`(panguard_\w+)`", README)) == told
-
-
-@pytest.mark.parametrize("example", blocks(section("Embedding"), "python"))
-def test_readme_embedding(example: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(example, "README.md", "exec"), {})
-
-
-def test_readme_is_dated() -> None:
-    dated = re.search(r"^### (\S+), \d{4}-\d\d-\d\d$", section("Changes"), re.MULTILINE)
-    assert dated and dated[1] == manager.__version__
-
-
-def test_ci_runs_the_readme_test_line() -> None:
-    (pattern,) = re.findall(r"grep -E '(.+)' README\.md", (PROJECT / ".ci" / "run").read_text("utf-8"))
-    assert re.findall(pattern, README, re.MULTILINE) == [readme_line("pytest")]
-
-
-def test_readme_in_your_tests(tmp_path: Path) -> None:
-    """The conftest and the example tests run as a stranger would run them."""
-    conftest, examples = blocks(section("In your tests"), "python")
-    (tmp_path / "conftest.py").write_text(conftest)
-    (tmp_path / "test_examples.py").write_text(examples)
-    assert len(conftest.split("\n\n\n", 1)[1].splitlines()) <= 10
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True)
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
-
-
-# The file and its packaging
-
-
-def test_map_matches_banners() -> None:
-    told = ast.get_docstring(ast.parse(SOURCE), clean=False) or ""
-    rooms = [(number, name.strip()) for number, name in re.findall(r"^    (\d+) +(.{14})\S", told, re.MULTILINE)]
-    banners = re.findall(r"^#{40,}\n# (\d+)  (.+?) #+\n#{40,}$", SOURCE, re.MULTILINE)
-    assert rooms and rooms == banners
-
-
-def test_inline_metadata_equals_setup() -> None:
-    header = re.match(r"# /// script\n((?:# .*\n)+)# ///\n", SOURCE)
-    assert header
-    told = {name: json.loads(value) for name, value in re.findall(r"^# (\S+) = (.+)$", header[1], re.MULTILINE)}
-    assert told == {"requires-python": SETUP["options"]["python_requires"],
-                    "dependencies": SETUP["options"]["install_requires"].split()}
-
-
-def test_imports_stdlib_bottle_waitress_only() -> None:
-    imported = set()
-    for node in ast.walk(ast.parse(SOURCE)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.module and not node.level
-            imported.add(node.module.partition(".")[0])
-    assert imported - sys.stdlib_module_names == {"bottle", "waitress"}
-
-
-def test_public_names_are_documented() -> None:
-    assert manager.__all__ == sorted(manager.__all__)
-    for name in manager.__all__:
-        text = getattr(manager, name).__doc__
-        assert text and not text.startswith(f"{name}("), f"{name} has no docstring"
-
-
-def test_file_alone_runs(tmp_path: Path) -> None:
-    alone = tmp_path / "alone"
-    shutil.copytree(Path(waitress.__file__).parent, alone / "waitress")
-    for file in (manager.__file__, bottle.__file__):
-        shutil.copy(file, alone)
-    python = [sys.executable, "-E", "-s", "-S", "manager.py"]
-    version = subprocess.run([*python, "--version"], cwd=alone, text=True, capture_output=True, check=True)
-    assert version.stdout == f"Panguard Manager {manager.__version__}\n"
-    with stranger(tmp_path, *python, cwd=alone):
-        assert (tmp_path / ".panguard-manager" / "manager.db").exists()
-
-
-@pytest.mark.slow
-def test_readme_start_line(tmp_path: Path) -> None:
-    clone, home = tmp_path / "clone", tmp_path / "home"
-    clone.mkdir()
-    home.mkdir()
-    for name in ("LICENSE", "README.md", "manager.py", "pyproject.toml", "setup.cfg"):
-        shutil.copy(PROJECT / name, clone)
-    with stranger(home, "bash", "-c", readme_line("panguard-manager"), cwd=clone):
-        assert (home / ".panguard-manager" / "token").stat().st_mode & 0o777 == 0o600
-    elsewhere: Any = {"cwd": home, "env": environ(home), "text": True, "capture_output": True, "check": True}
-    version = subprocess.run([clone / ".venv/bin/panguard-manager", "--version"], **elsewhere)
-    assert version.stdout == f"Panguard Manager {manager.__version__}\n"
-    module = subprocess.run([clone / ".venv/bin/python", "-c", "import manager; print(manager.__file__)"], **elsewhere)
-    assert "site-packages" in module.stdout
-
-
-# Fuzzing
-
-
-@pytest.mark.fuzz
-def test_openapi_fuzzed(server: Server, api: Client, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever the document allows, and much that it does not, gets one of the answers it tells of."""
-    import schemathesis
-    from hypothesis import HealthCheck, given, seed, settings
-    from hypothesis.errors import Unsatisfiable
-    from schemathesis import GenerationMode, checks
-
-    schema = schemathesis.openapi.from_wsgi("/openapi.json", api.app.app).exclude(path="/api/events/stream")
-    for operation in (result.ok() for result in schema.get_all_operations()):
-        for mode in GenerationMode:
-            @seed(1)
-            @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-            @given(case=operation.as_strategy(generation_mode=mode))
-            def check(case: Any) -> None:
-                agent = server.manager.register("web-1", "linux", "1.2.0").agent
-                if "id" in case.path_parameters and len(case.path_parameters["id"]) % 2:
-                    case.path_parameters["id"] = agent.id
-                answer = case.call(headers={"Authorization": f"Bearer {server.token}"})
-                case.validate_response(answer, checks=[
-                    checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
-                    checks.response_schema_conformance])
-            with suppress(Unsatisfiable):  # a route that takes nothing takes nothing wrong
-                check()
-    assert not caplog.records
-
-
-
-########################################################################################################
 # 10  Dashboard ########################################################################################
-########################################################################################################
+
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'`${1}</script><script>alert(2)</script>&amp;"
 
@@ -7692,3 +7404,285 @@ def test_dashboard_enrolment_token(screen: Screen, api: Client) -> None:
     page.get_by_role("button", name="Revoke").click()
     page.get_by_role("button", name="Revoke").wait_for(state="detached")
     api.refusal("POST", "/api/agents/register", AGENT, token=token[1], status=401)
+
+
+# The file and its README ##############################################################################
+
+
+PROJECT = Path(manager.__file__).parent
+README = (PROJECT / "README.md").read_text("utf-8")
+SOURCE = Path(manager.__file__).read_text("utf-8")
+SETUP = configparser.ConfigParser()
+SETUP.read(PROJECT / "setup.cfg", "utf-8")
+
+
+def section(title: str) -> str:
+    """The text of a README section."""
+    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def readme_line(needle: str) -> str:
+    """The one command of the README's first screen that contains `needle`."""
+    (line,) = (block.strip() for block in blocks(README.split("\n## ", 1)[0], "sh") if needle in block)
+    return line
+
+
+def environ(home: Path) -> dict[str, str]:
+    """What a person with this home folder has set: nothing for Python or for the manager."""
+    kept = {name: value for name, value in os.environ.items()
+            if name in ("PATH", "LANG", "TMPDIR") or name.startswith("PIP_")}
+    return {**kept, "HOME": str(home)}
+
+
+@contextmanager
+def newcomer(home: Path, *command: str, cwd: Path | None = None) -> Iterator[str]:
+    """The URL of a manager run by somebody with an empty home folder, on a free port."""
+    process = subprocess.Popen(
+        command, cwd=cwd or home, env={**environ(home), "MANAGER_PORT": "0"}, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout
+    try:
+        line = next((line for line in process.stdout if " listens on " in line), "")
+        assert line, f"the manager ended with {process.wait()}"
+        yield line.split()[-1]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=LIMIT_S)  # to the end of what it says
+        assert process.returncode in (0, -signal.SIGTERM)
+
+
+# The README's first session
+
+
+NAMES = re.compile(r"agent-[0-9a-f]{8}|pga_[\w-]{32}")
+
+
+def masked(answer: str) -> Any:
+    """What must be equal in two answers: their JSON with its order, or their text; no names, no instants."""
+    answer = NAMES.sub(lambda name: name[0][:4], answer.strip())
+    answer = re.sub(r"(\d{4}-\d\d-\d\dT)?\d\d:\d\d:\d\d\.\d{3}Z", "INSTANT", answer)
+    try:
+        return json.loads(answer, object_pairs_hook=list)
+    except ValueError:
+        return answer
+
+
+def session_steps(text: str) -> list[tuple[str, str]]:
+    """The commands of console blocks, each with the output shown under it."""
+    steps = []
+    for block in blocks(text, "console"):
+        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command = re.match(r"(?:.*\\\n)*.*\n", step)
+            assert command
+            steps.append((command[0].strip(), step[command.end():]))
+    return steps
+
+
+def test_readme_session(tmp_path: Path) -> None:
+    steps = session_steps(section("A first session"))
+    assert sum(command.startswith("curl ") for command, _ in steps) == 5
+    ours: dict[str, str] = {}
+    assignments: list[str] = []
+    with newcomer(tmp_path, sys.executable, manager.__file__) as url:
+        port = url.rpartition(":")[2]
+        for command, shown in steps:
+            command = NAMES.sub(lambda name: ours[name[0]], command).replace("localhost:8443", f"localhost:{port}")
+            if not command.startswith("curl "):
+                assignments.append(command)
+                continue
+            done = subprocess.run(
+                ["bash", "-c", "\n".join([*assignments, command])], env=environ(tmp_path),
+                text=True, capture_output=True, timeout=LIMIT_S)
+            assert done.returncode == 0, done.stderr
+            assert masked(done.stdout) == masked(shown), f"$ {command}\n{done.stdout}"
+            ours.update(zip(NAMES.findall(shown), NAMES.findall(done.stdout), strict=True))
+    assert {path.name for path in tmp_path.iterdir()} == {".panguard-manager"}
+
+
+@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command")
+def test_readme_backup(tmp_path: Path) -> None:
+    (line,) = (block.strip() for block in blocks(section("Operating"), "sh") if ".backup" in block)
+    with newcomer(tmp_path, sys.executable, manager.__file__):
+        subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environ(tmp_path), check=True)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (tmp_path / "panguard-backup.db").rename(kept / "manager.db")
+    with Server(port=0, data_dir=kept) as server:
+        assert server.manager.journal() == []
+
+
+# The README's tables and numbers
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    columns = head.split(", ")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
+
+
+def shown_table(title: str) -> str:
+    return "\n".join(line for line in section(title).splitlines() if line.startswith("|"))
+
+
+def test_readme_settings() -> None:
+    rows = []
+    for each in fields(manager.Config):
+        told = each.metadata
+        default = told["shown"] + (" " + told["unit"] if told["unit"] and told["shown"].isdigit() else "")
+        rows.append([f"`{told['option']}`" if told["option"] else "", f"`{told['variable']}`", default, told["help"]])
+    expected = table("Option, Variable, Default, Meaning", rows)
+    assert shown_table("Settings") == expected, f"the README's table of settings must be\n\n{expected}\n"
+
+
+def test_readme_api() -> None:
+    roles = (manager.ADMIN, manager.VIEWER, manager.ENROLLER, manager.AGENT, manager.NEWCOMER)
+    rows = [[each.method, f"`{each.path}`",
+             "anyone" if manager.ANYONE in each.allow else ", ".join(role for role in roles if role in each.allow),
+             each.summary] for each in manager.ENDPOINTS]
+    expected = table("Method, Path, Who may call, What it does", rows)
+    assert shown_table("API") == expected, f"the README's table of the API must be\n\n{expected}\n"
+
+
+def test_readme_numbers(api: Client) -> None:
+    liveness = manager.Liveness.of(manager.Config())
+    agent = api.register()
+    beat = api.call("POST", f"/api/agents/{agent['id']}/heartbeat")
+    text = " ".join(section("How liveness works").split())
+    assert f"more than {liveness.stale_after_ms // 1000} s ago" in text
+    assert f"more than {liveness.offline_after_ms // 1000} s (five timeouts)" in text
+    assert f"until the next: {beat.headers['X-Heartbeat-Interval']}, a third of the timeout of 60 s" in text
+    assert f"After {manager._FAILED_LOGINS_PER_MINUTE} wrong tokens in a minute" in section("API")
+    assert {each.metadata["variable"].removeprefix("MANAGER_").lower() for each in fields(manager.Config)} == {
+        each.name for each in fields(manager.Config)}
+
+
+def test_readme_metrics(api: Client) -> None:
+    api.register()
+    told = set(re.findall(r"^# TYPE (\w+)", api.call("GET", "/metrics").text, re.MULTILINE))
+    assert set(re.findall(r"`(panguard_\w+)`", README)) == told
+
+
+@pytest.mark.parametrize("example", blocks(section("Embedding"), "python"))
+def test_readme_embedding(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_readme_is_dated() -> None:
+    dated = re.search(r"^### (\S+), \d{4}-\d\d-\d\d$", section("Changes"), re.MULTILINE)
+    assert dated and dated[1] == manager.__version__
+
+
+def test_ci_runs_the_readme_test_line() -> None:
+    (pattern,) = re.findall(r"grep -E '(.+)' README\.md", (PROJECT / ".ci" / "run").read_text("utf-8"))
+    assert re.findall(pattern, README, re.MULTILINE) == [readme_line("pytest")]
+
+
+def test_readme_in_your_tests(tmp_path: Path) -> None:
+    """The conftest and the example tests run as a newcomer would run them."""
+    conftest, examples = blocks(section("In your tests"), "python")
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_examples.py").write_text(examples)
+    assert len(conftest.split("\n\n\n", 1)[1].splitlines()) <= 10
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+# The file and its packaging
+
+
+def test_map_matches_banners() -> None:
+    told = ast.get_docstring(ast.parse(SOURCE), clean=False) or ""
+    rooms = [(number, name.strip()) for number, name in re.findall(r"^    (\d+) +(.{14})\S", told, re.MULTILINE)]
+    banners = re.findall(r"^#{40,}\n# (\d+)  (.+?) #+\n#{40,}$", SOURCE, re.MULTILINE)
+    assert rooms and rooms == banners
+
+
+def test_inline_metadata_equals_setup() -> None:
+    header = re.match(r"# /// script\n((?:# .*\n)+)# ///\n", SOURCE)
+    assert header
+    told = {name: json.loads(value) for name, value in re.findall(r"^# (\S+) = (.+)$", header[1], re.MULTILINE)}
+    assert told == {"requires-python": SETUP["options"]["python_requires"],
+                    "dependencies": SETUP["options"]["install_requires"].split()}
+
+
+def test_imports_stdlib_bottle_waitress_only() -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level
+            imported.add(node.module.partition(".")[0])
+    assert imported - sys.stdlib_module_names == {"bottle", "waitress"}
+
+
+def test_public_names_are_documented() -> None:
+    assert manager.__all__ == sorted(manager.__all__)
+    for name in manager.__all__:
+        text = getattr(manager, name).__doc__
+        assert text and not text.startswith(f"{name}("), f"{name} has no docstring"
+
+
+def test_file_alone_runs(tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(Path(waitress.__file__).parent, alone / "waitress")
+    for file in (manager.__file__, bottle.__file__):
+        shutil.copy(file, alone)
+    python = [sys.executable, "-E", "-s", "-S", "manager.py"]
+    version = subprocess.run([*python, "--version"], cwd=alone, text=True, capture_output=True, check=True)
+    assert version.stdout == f"Panguard Manager {manager.__version__}\n"
+    with newcomer(tmp_path, *python, cwd=alone):
+        assert (tmp_path / ".panguard-manager" / "manager.db").exists()
+
+
+@pytest.mark.slow
+def test_readme_start_line(tmp_path: Path) -> None:
+    clone, home = tmp_path / "clone", tmp_path / "home"
+    clone.mkdir()
+    home.mkdir()
+    for name in ("LICENSE", "README.md", "manager.py", "pyproject.toml", "setup.cfg"):
+        shutil.copy(PROJECT / name, clone)
+    with newcomer(home, "bash", "-c", readme_line("panguard-manager"), cwd=clone):
+        assert (home / ".panguard-manager" / "token").stat().st_mode & 0o777 == 0o600
+    elsewhere: Any = {"cwd": home, "env": environ(home), "text": True, "capture_output": True, "check": True}
+    version = subprocess.run([clone / ".venv/bin/panguard-manager", "--version"], **elsewhere)
+    assert version.stdout == f"Panguard Manager {manager.__version__}\n"
+    module = subprocess.run([clone / ".venv/bin/python", "-c", "import manager; print(manager.__file__)"], **elsewhere)
+    assert "site-packages" in module.stdout
+
+
+# Fuzzing
+
+
+@pytest.mark.fuzz
+def test_openapi_fuzzed(server: Server, api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the document allows, and much that it does not, gets one of the answers it tells of."""
+    import schemathesis
+    from hypothesis import HealthCheck, given, seed, settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis import GenerationMode, checks
+
+    schema = schemathesis.openapi.from_wsgi("/openapi.json", api.app.app).exclude(path="/api/events/stream")
+    for operation in (result.ok() for result in schema.get_all_operations()):
+        for mode in GenerationMode:
+            @seed(1)
+            @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def check(case: Any) -> None:
+                agent = server.manager.register("web-1", "linux", "1.2.0").agent
+                if "id" in case.path_parameters and len(case.path_parameters["id"]) % 2:
+                    case.path_parameters["id"] = agent.id
+                answer = case.call(headers={"Authorization": f"Bearer {server.token}"})
+                case.validate_response(answer, checks=[
+                    checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+                    checks.response_schema_conformance])
+            with suppress(Unsatisfiable):  # a route that takes nothing takes nothing wrong
+                check()
+    assert not caplog.records
