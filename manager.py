@@ -1996,8 +1996,9 @@ class Manager:
         tick_ms = now.tick_ms - self._forgiven_ms if outage_ms is None else outage_ms
         passed_ms = self._passed_ms(now)
         steady_ms = now.wall_ms - self._spans[-1].shift_ms
-        stepped = abs(steady_ms - passed_ms) > _STEP_MS
-        return Moment(now.wall_ms, tick_ms, now.suspended_ms, passed_ms if stepped else steady_ms)
+        if not -_STEP_MS <= steady_ms - passed_ms <= _STEP_MS:
+            steady_ms = passed_ms
+        return Moment(now.wall_ms, tick_ms, now.suspended_ms, steady_ms)
 
     # The steady clock
 
@@ -3412,7 +3413,7 @@ class Api:
         began_s = time.perf_counter()
         try:
             caller = self._admit(route, environ, path)
-            fault = self.faults.take(route, path.get("id")) if self.faults and not skip_faults else None
+            fault = None if skip_faults or not self.faults else self.faults.take(route, path.get("id"))
             if fault:
                 fault.apply()
             translate = route.translate if self.manager.config.open_enrollment else None
@@ -4117,6 +4118,7 @@ class SystemClock:
 
     _READING_NS = 10_000_000  # a process that is stopped between two of the clocks reads them again
     _BUSY_S = 0.5  # a thread may wake so late on a busy machine
+    _BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # goes on while the machine is suspended
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -4126,9 +4128,8 @@ class SystemClock:
 
     def now(self) -> Moment:
         """One reading of the machine's clocks."""
-        boot = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # goes on while the machine is suspended
         while True:
-            tick_ns, boot_ns, wall_ns = time.monotonic_ns(), time.clock_gettime_ns(boot), time.time_ns()
+            tick_ns, boot_ns, wall_ns = time.monotonic_ns(), time.clock_gettime_ns(self._BOOT), time.time_ns()
             if time.monotonic_ns() - tick_ns < self._READING_NS:
                 return Moment(wall_ns // 1_000_000, tick_ns // 1_000_000, (boot_ns - tick_ns) // 1_000_000)
 
