@@ -1902,8 +1902,8 @@ _AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'v
 # Places, not names: binding nine names costs more than all the rest.
 _BEAT = """
     UPDATE contacts SET seen_ms = max(seen_ms, ?), heartbeat_ms = ?, uptime = coalesce(?, uptime),
-        cpu = coalesce(?, cpu), memory = coalesce(?, memory)
-    WHERE agent = ? AND announced = 'online' AND heard AND seen_ms >= ?
+        cpu = coalesce(?, cpu), memory = coalesce(?, memory), heard = 1
+    WHERE agent = ? AND announced = 'online' AND seen_ms >= ?
         AND coalesce(?, version) = version AND coalesce(?, 0) <= acknowledged"""
 _IN_FORCE = """
     SELECT acknowledged,
@@ -3290,12 +3290,12 @@ class Latencies:
         self._buckets: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(self.BOUNDS_S) + 1))
         self._sums_s: defaultdict[str, float] = defaultdict(float)
 
-    def observe(self, method: str, route: str, status: int, duration_s: float) -> None:
-        """Count one answered request."""
+    def observe(self, method: str, route: str, status: int, duration_s: float, count: int = 1) -> None:
+        """Count requests that were answered together."""
         with self._lock:
-            self._counts[method, route, status // 100] += 1
-            self._buckets[route][bisect.bisect_left(self.BOUNDS_S, duration_s)] += 1
-            self._sums_s[route] += duration_s
+            self._counts[method, route, status // 100] += count
+            self._buckets[route][bisect.bisect_left(self.BOUNDS_S, duration_s)] += count
+            self._sums_s[route] += count * duration_s
 
     def families(self) -> Iterator[tuple[str, str, str, list[tuple[str, float]]]]:
         """The counts as rows for `Api.metrics()`."""
@@ -3408,12 +3408,15 @@ class Api:
         self.faults = Faults()
 
     def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str], *,
-               skip_faults: bool = False) -> Reply:
-        """Serve a request to `route`, whatever happens. Raises Dropped only, for a fault."""
+               in_batch: bool = False) -> Reply:
+        """Serve a request to `route`, whatever happens. Raises Dropped only, for a fault.
+
+        In a batch no fault is applied, and its owner counts the answers once they are committed.
+        """
         began_s = time.perf_counter()
         try:
             caller = self._admit(route, environ, path)
-            fault = None if skip_faults or not self.faults else self.faults.take(route, path.get("id"))
+            fault = None if in_batch or not self.faults else self.faults.take(route, path.get("id"))
             if fault:
                 fault.apply()
             translate = route.translate if self.manager.config.open_enrollment else None
@@ -3432,8 +3435,8 @@ class Api:
         except Exception:
             log.exception("request %s failed", request_id(environ))
             reply = failure(ManagerError("internal error; the log has its details under this request's id"))
-        self.manager.store.on_commit(functools.partial(
-            self.latencies.observe, route.method, route.path, reply.status, time.perf_counter() - began_s))
+        if not in_batch:
+            self.latencies.observe(route.method, route.path, reply.status, time.perf_counter() - began_s)
         return self.finish(reply, environ)
 
     def metrics(self) -> str:
@@ -4928,19 +4931,20 @@ class HeartbeatBatch:
 
     def _serve(self) -> None:
         waiting, self._waiting = self._waiting, []
-        site = waiting[0][0].server.site
+        site, route = waiting[0][0].server.site, _HEARTBEAT_ROUTE
+        began_s = time.perf_counter()
         try:
             with self._api.manager.store.transaction(durable=False):
-                replies = [self._api.answer(_HEARTBEAT_ROUTE, environ, {"id": environ["PATH_INFO"].split("/")[3]},
-                                            skip_faults=True)  # taken before the fault was added
+                replies = [self._api.answer(route, environ, {"id": environ["PATH_INFO"].split("/")[3]}, in_batch=True)
                            for _, environ in waiting]
         except Unavailable as error:
-            for _ in waiting:
-                self._api.latencies.observe(_HEARTBEAT_ROUTE.method, _HEARTBEAT_ROUTE.path, error.status, 0.0)
             replies = [self._api.finish(failure(error), environ) for _, environ in waiting]
         except Exception:
             log.exception("heartbeats could not be answered")
-            replies = [self._api.refuse(500, "internal error", {})] * len(waiting)
+            replies = [self._api.finish(failure(ManagerError("internal error")), {})] * len(waiting)
+        duration_s = time.perf_counter() - began_s
+        for status, count in Counter(reply.status for reply in replies).items():
+            self._api.latencies.observe(route.method, route.path, status, duration_s, count)
         date = http_date(int(time.time()))
         for (channel, environ), reply in zip(waiting, replies, strict=True):
             if not channel.authenticated and environ.get("manager.authenticated"):
