@@ -270,24 +270,14 @@ class Config:
             if value is None or value == each.default == ():
                 continue
             text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-            if isinstance(value, bool):
-                if not isinstance(each.default, bool):
-                    raise SettingError(_refusal(each, text))
-                text = text.lower()
-            object.__setattr__(self, each.name, _parsed(each, text))
+            if isinstance(value, bool) and not isinstance(each.default, bool):
+                raise SettingError(_refusal(each, text))
+            object.__setattr__(self, each.name, _parsed(each, text.lower() if isinstance(value, bool) else text))
         if self.auth_token_file:
             if self.auth_token:
                 raise SettingError("MANAGER_AUTH_TOKEN and MANAGER_AUTH_TOKEN_FILE must not be given together")
             object.__setattr__(self, "auth_token", self._read_secret("auth_token", self.auth_token_file))
-        timeout = self.heartbeat_timeout_ms
-        if self.heartbeat_grace_ms is None:
-            object.__setattr__(self, "heartbeat_grace_ms", timeout // 10)
-        if self.offline_timeout_ms is None:
-            object.__setattr__(self, "offline_timeout_ms", max(5 * timeout, timeout + self.heartbeat_grace_ms + 1))
-        elif self.offline_timeout_ms <= timeout + self.heartbeat_grace_ms:
-            raise SettingError(f"MANAGER_OFFLINE_TIMEOUT_MS is '{self.offline_timeout_ms}' and must be more than "
-                               f"the heartbeat timeout and its grace together, {timeout + self.heartbeat_grace_ms}")
-
+        self._check_timeouts()
         if self.enroll_token in self.auth_token:
             raise SettingError("MANAGER_ENROLL_TOKEN must differ from MANAGER_AUTH_TOKEN")
         if self.viewer_token and self.viewer_token in (*self.auth_token, self.enroll_token):
@@ -296,6 +286,16 @@ class Config:
             raise SettingError("MANAGER_TLS_CERT and MANAGER_TLS_KEY must be given together")
         if self.tls_cert and self.tls == "off":
             raise SettingError("MANAGER_TLS_CERT has no use with MANAGER_TLS 'off'; it must be auto or require")
+
+    def _check_timeouts(self) -> None:
+        timeout = self.heartbeat_timeout_ms
+        if self.heartbeat_grace_ms is None:
+            object.__setattr__(self, "heartbeat_grace_ms", timeout // 10)
+        if self.offline_timeout_ms is None:
+            object.__setattr__(self, "offline_timeout_ms", max(5 * timeout, timeout + self.heartbeat_grace_ms + 1))
+        elif self.offline_timeout_ms <= timeout + self.heartbeat_grace_ms:
+            raise SettingError(f"MANAGER_OFFLINE_TIMEOUT_MS is '{self.offline_timeout_ms}' and must be more than "
+                               f"the heartbeat timeout and its grace together, {timeout + self.heartbeat_grace_ms}")
 
     @classmethod
     def load(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Config:
@@ -392,43 +392,36 @@ class ManagerError(Exception):
 
 class Invalid(ManagerError):
     """Input that is not what it must be; the text names every offending field."""
-
     status = 400
 
 
 class Unauthorized(ManagerError):
     """No credential, or one that nobody was given."""
-
     status = 401
 
 
 class Forbidden(ManagerError):
     """A credential that does not reach this far."""
-
     status = 403
 
 
 class NotFound(ManagerError):
     """Nothing is registered under that name."""
-
     status = 404
 
 
 class Conflict(ManagerError):
     """The request is sound but the fleet does not allow it now."""
-
     status = 409
 
 
 class Throttled(ManagerError):
     """Too many requests of a kind from one address; `retry_after_s` says when to come back."""
-
     status = 429
 
 
 class Unavailable(ManagerError):
     """A fault of the manager's surroundings; the text says what to do about it."""
-
     status = 503
 
 
@@ -4116,6 +4109,17 @@ class Streams:
 ########################################################################################################
 
 
+def run_thread(name: str, target: Callable[[], None], end: Callable[[], None]) -> Callable[[], None]:
+    """Run `target` in a thread; the function returned calls `end`, which must make it return, and waits for it."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        end()
+        thread.join()
+    return stop
+
+
 class SystemClock:
     """The clock of the machine: wall time for what is shown, monotonic time for what is decided."""
 
@@ -4154,12 +4158,11 @@ class SystemClock:
         over = threading.Event()
 
         def repeat() -> None:
-            wait_s = interval_s
-            while not over.wait(wait_s):
-                wait_s = interval_s
+            again = False
+            while not over.wait(0.02 if again else interval_s):  # other threads run in between
+                again = False
                 try:
-                    if callback():
-                        wait_s = 0.02  # lets other threads run
+                    again = callback()
                 except Unavailable:
                     pass  # logged where it arose; the next round tries again
                 except Exception:
@@ -4171,15 +4174,11 @@ class SystemClock:
 
         self.stalled_ms()
         self._watch_s = interval_s
-        threads = [threading.Thread(target=repeat, name="panguard-timer", daemon=True),
-                   threading.Thread(target=watch, name="panguard-watch", daemon=True)]
-        for thread in threads:
-            thread.start()
+        stops = [run_thread("panguard-timer", repeat, over.set), run_thread("panguard-watch", watch, over.set)]
 
         def stop() -> None:
-            over.set()
-            for thread in threads:
-                thread.join()
+            for each in stops:
+                each()
             self._watch_s = math.inf
         return stop
 
@@ -4496,13 +4495,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as problem:  # a length of 5,000 digits, a URI of "http://["
             raise ParsingError(str(problem)) from None
-        hosts = self.headers.get("HOST")
-        if (self.version == "1.1" and hosts is None) or "," in (hosts or ""):
-            raise ParsingError("there must be one Host header")
-        if "TRANSFER_ENCODING" in self.headers:  # waitress has taken out that of HTTP/1.1; another's is an attack
-            raise ParsingError("Transfer-Encoding needs HTTP/1.1")
-        if self.chunked and "CONTENT_LENGTH" in self.headers:  # RFC 9112, 6.1: two lengths are an attack
-            raise ParsingError("there must not be both Content-Length and Transfer-Encoding")
+        self._check_headers()
         if self.body_rcv is None or self.content_length >= self.adj.max_request_body_size:
             self.expect_continue = False  # else it is told to go on, and its answer forgotten
             return
@@ -4512,6 +4505,15 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             self.left_out_bytes = math.inf if self.chunked else self.content_length
             self.body_rcv, self.chunked, self.content_length, self.expect_continue = None, False, 0, False
             self.headers.pop("CONTENT_LENGTH", None)
+
+    def _check_headers(self) -> None:
+        hosts = self.headers.get("HOST")
+        if (self.version == "1.1" and hosts is None) or "," in (hosts or ""):
+            raise ParsingError("there must be one Host header")
+        if "TRANSFER_ENCODING" in self.headers:  # waitress has taken out that of HTTP/1.1; another's is an attack
+            raise ParsingError("Transfer-Encoding needs HTTP/1.1")
+        if self.chunked and "CONTENT_LENGTH" in self.headers:  # RFC 9112, 6.1: two lengths are an attack
+            raise ParsingError("there must not be both Content-Length and Transfer-Encoding")
 
 
 class Task(WSGITask):  # type: ignore[misc]
@@ -5311,10 +5313,7 @@ class Server:
                     store.check(over.is_set)
                 wait_s = _CHECK_EVERY_S
 
-        checker = threading.Thread(target=check, name="panguard-check", daemon=True)
-        checker.start()
-        undo.callback(checker.join)
-        undo.callback(over.set)
+        undo.callback(run_thread("panguard-check", check, over.set))
 
     def _warn_of_readers(self, path: Path) -> None:
         if path.exists() and path.stat().st_mode & 0o077:
@@ -5357,18 +5356,14 @@ class Server:
                     behind = False  # the next entry tries again
                 self._streams.wake.wait(0.01 if behind else None)
 
-        follower = threading.Thread(target=follow, name="panguard-streams", daemon=True)
-
-        def stop_following() -> None:
+        def end() -> None:
             over.set()
             self._streams.wake.set()
-            follower.join()
 
         context = self._tls(folder)
         try:
             self._web = WebServer(self, app, self._api, self._streams, context)  # looks the host up
-            follower.start()
-            undo.callback(stop_following)
+            undo.callback(run_thread("panguard-streams", follow, end))
             self._web.start()
         except (OSError, ValueError) as error:
             raise StartError(f"cannot listen on {config.host} port {config.port} ({error}); "
