@@ -1706,7 +1706,7 @@ class Store:
     @property
     def problem(self) -> str | None:
         """Why the database cannot be used or written, as last found; None if it works."""
-        return self._damage or next(reversed(self._faults), None)
+        return self._damage or next(reversed(list(self._faults)), None)  # a copy: other threads add to it
 
     @property
     def failed(self) -> bool:
