@@ -683,6 +683,7 @@ ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_
                "silence_forgiven", "clock_stepped", "agent_refused")
 SEVERITIES = ("critical", "high", "medium", "low")
 THREAT_STATES = ("open", "acknowledged", "false_positive")
+RULE_TYPES = ("block_ip", "alert_threshold", "auto_respond", "custom")
 PERIODS_MS = {"1h": 3_600_000, "6h": 6 * 3_600_000, "24h": _DAY_MS, "7d": 7 * _DAY_MS, "30d": 30 * _DAY_MS}
 SOURCE_KEYS = ("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip", "client_ip")
 HASH_KEYS = ("sha256", "sha1", "md5", "fileHash", "hash", "malwareHash")
@@ -1073,7 +1074,7 @@ EVENT: Table = {
     "confidence": may(number(0, 1)), "id": may(_NAME)}
 EVENTS: Table = {"events": need(list_of(record(EVENT), 1000, least=1))}
 RULE: Table = {
-    "type": need(one_of("block_ip", "alert_threshold", "auto_respond", "custom")), "config": need(anything()),
+    "type": need(one_of(*RULE_TYPES)), "config": need(anything()),
     "enabled": may(flag(), True)}
 POLICY: Table = {
     "name": need(_NAME), "rules": need(list_of(record(RULE, strict=True), 500, least=1)),
@@ -1142,6 +1143,125 @@ STREAM_FILTER: Table = {
 ENTRY_FILTER: Table = {
     "after": may(digits(0, _EXACT), 0), "limit": may(digits(1, 200), 50), **STREAM_FILTER,
     "since": may(instant()), "until": may(instant()), "order": may(one_of("asc", "desc"), "asc")}
+TIMELINE: Table = {"agent_id": may(_KEY), "hours": may(digits(1, 168), 24)}
+MEANINGS = {
+    "id": "Id of the agent, the threat event or the enrolment token", "page": "Page, from 1; asks for `pagination`",
+    "limit": "Most items to answer", "status": "Status now", "tag": "A tag; an agent must carry all of those given",
+    "os": "Operating system, exactly", "q": "Text in hostname, id, address or a tag, in any case",
+    "version": "Version of the agent, exactly", "silent_ms": "Silent for at least so many ms",
+    "sort": "Field to sort by, `-` before it reverses", "detail": "Whether to show each agent as its detail does",
+    "org_id": "Id of an organization", "agent_id": "Id of an agent", "since": "Not before this instant",
+    "until": "Before this instant", "severity": "Severity, exactly", "source_ip": "Address that the events came from",
+    "type": "Type of the events or entries; of entries it may be given several times",
+    "file_hash": "Hash of the file that the events are about", "state": "State that an operator gave the events",
+    "before": "Id of the last event read; the list goes on with the next older one",
+    "after": "Number of the last entry read; the list goes on with the next one", "order": "`desc`: the latest first",
+    "period": "Time up to now", "hours": "Hours up to now", "ack": "Whether this request acknowledges the policy",
+    "Last-Event-ID": "Number of the last entry read; the stream goes on with the next one",
+    "If-None-Match": "The `ETag` of what the caller has", "ETag": "Name of this version of the answer",
+    "Retry-After": "Seconds to wait before the next try", "X-Caller": "Role of the caller",
+    "X-Heartbeat-Interval": "Seconds to wait before the next heartbeat"}
+"""What query parameters and headers mean, for OpenAPI."""
+
+# What is answered: an object per row, a field per word, written `name:type`. Without a type it is text. `?` allows
+# null. `*` before the name: the field may be absent. `[…]` is a list, `{…}` an object of such values; a capital names
+# another row. `=` names the attribute of the record that has the value, where it is not the name in Python's spelling.
+ANSWERS = {
+    "AgentItem": "id hostname os version ip status:Status tags:[text] lastHeartbeat:instant registeredAt:instant",
+    "Agent": "id hostname os version ip status:Status tags:[text] cpu:number? memory:number? uptime:number? "
+             "lastHeartbeat:instant registeredAt=registered_ms:instant recentThreats:int "
+             "activePolicyVersion=acknowledged:version? pendingPolicies:int org_id? machine_id? arch? "
+             "statusSince:instant statusReason staleAt:instant offlineAt:instant",
+    "Registered": "id hostname os version ip tags:[text] status:Status registeredAt=registered_ms:instant *org_id "
+                  "*machine_id token",
+    "Beat": "id status:Status lastHeartbeat:instant pendingPolicies:int",
+    "EnrollToken": "id *token expiresAt=expires_ms:instant maxUses:int uses:int org_id? tags:[text] note?",
+    "Bulk": "matched:int changed:int ids:[text]", "Message": "message", "Dropped": "message version:version",
+    "Received": "received:int eventIds:[text]",
+    "Threat": "id agentId hostname type severity:Severity confidence:number? details:object sigmaRuleId? timestamp? "
+              "receivedAt:instant correlatedWith:[text] state:ThreatState note?",
+    "ThreatSummary": "period total:int bySeverity:Severities byType:{int} topAgents:[AgentCount] "
+                     "topSourceIps:[IpCount] falsePositives:int",
+    "Severities": "critical:int high:int medium:int low:int", "AgentCount": "agentId hostname count:int",
+    "IpCount": "ip count:int", "TypeCount": "type count:int",
+    "Rule": "type:RuleType config:object *enabled:bool",
+    "Policy": "id name description? version:version rules:[Rule] *org_id *agent_id broadcastedTo:int "
+              "createdAt=created_ms:instant",
+    "PolicyPreview": "dryRun:bool agents:int broadcastedTo:int replaces:version? added:[Rule] removed:[Rule]",
+    "AgentPolicy": "agentId policyVersion:version? rules:[Rule] appliedAt:instant?", "Rules": "rules:[text]",
+    "Overview": "totalAgents:int onlineAgents:int staleAgents:int offlineAgents:int threatSummary:Threats "
+                "activePolicyVersion:version? topThreats:[TypeCount] agentsByOs:{int} updatedAt:instant",
+    "Threats": "last24h:ThreatTotals last7d:ThreatTotals",
+    "ThreatTotals": "total:int critical:int high:int medium:int low:int falsePositives:int",
+    "Timeline": "agentId? hours:[Hour] *intervals:[Interval]",
+    "Hour": "at:instant *online:int *stale:int *offline:int threats:Severities",
+    "Interval": "status:Status from:instant until:instant",
+    "Entry": "seq:int at=at_ms:instant type:EntryType agentId? org_id? actor:Actor",
+    "Actor": "role *address *agent_id *credential", "Alive": "status",
+    "Health": "status version uptime:int *agents:Totals *warning", "Totals": "total:int online:int",
+    "Pagination": "total:int page:int limit:int pages:int"}
+_TYPES: Mapping[str, Mapping[str, Any]] = {
+    "text": {"type": "string"}, "int": {"type": "integer"}, "number": {"type": "number"}, "bool": {"type": "boolean"},
+    "object": {"type": "object"}, "instant": {"type": "string", "format": "date-time"},
+    "version": policy_version().schema}
+_WORDS = {"Status": tuple(map(str, Status)), "Severity": SEVERITIES, "ThreatState": THREAT_STATES,
+          "RuleType": RULE_TYPES, "EntryType": ENTRY_TYPES}
+
+
+class AnswerField(NamedTuple):
+    """One word of a row of ANSWERS."""
+
+    name: str
+    attribute: str
+    type: str
+    optional: bool
+
+    def shown(self, value: Any) -> Any:
+        """A record's value as the API writes it."""
+        if "instant" in self.type:
+            return None if value is None else iso(value)
+        return version_text(value) if "version" in self.type else value
+
+
+@functools.cache
+def answer_fields(answer: str) -> tuple[AnswerField, ...]:
+    """The fields of a row of ANSWERS, or of a text like one."""
+    found = []
+    for word in ANSWERS.get(answer, answer).split():
+        name, _, kind = word.strip("*").partition(":")
+        name, _, attribute = name.partition("=")
+        kind = kind or "text" + "?" * name.endswith("?")
+        name = name.rstrip("?")
+        attribute = attribute or snake(name) + "_ms" * kind.startswith("instant")
+        found.append(AnswerField(name, attribute, kind, word[0] == "*"))
+    return tuple(found)
+
+
+def shape(answer: str, record: Any, **more: Any) -> dict[str, Any]:
+    """A record as a row of ANSWERS shows it; `more` are values that the record has not."""
+    values = ((each, each.shown(more[each.name] if each.name in more else getattr(record, each.attribute)))
+              for each in answer_fields(answer))
+    return {each.name: value for each, value in values if value is not None or not each.optional}
+
+
+def answer_schema(kind: str) -> Mapping[str, Any]:
+    """The JSON Schema of a type of ANSWERS; `A|B` is either."""
+    if kind.endswith("?"):
+        return {"anyOf": [answer_schema(kind[:-1]), {"type": "null"}]}
+    if kind[0] == "[":
+        return {"type": "array", "items": answer_schema(kind[1:-1])}
+    if kind[0] == "{":
+        return {"type": "object", "additionalProperties": answer_schema(kind[1:-1])}
+    if "|" in kind:
+        return {"anyOf": [answer_schema(each) for each in kind.split("|")]}
+    return _TYPES.get(kind) or {"$ref": f"#/components/schemas/{kind}"}
+
+
+def object_schema(answer: str) -> dict[str, Any]:
+    """The JSON Schema of an object with the fields of a row of ANSWERS. Further ones may come."""
+    found = answer_fields(answer)
+    return {"type": "object", "required": [each.name for each in found if not each.optional],
+            "properties": {each.name: answer_schema(each.type) for each in found}}
 
 
 ########################################################################################################
@@ -1939,6 +2059,12 @@ _THREAT = f"""json_object('id', {_EVENT_ID.format('t.key')}, 'agentId', t.agent_
     'state', t.state, 'note', t.note)"""
 _ENTRY_CONDITIONS = {"agent_id": "agent_id = :agent_id", "org_id": "org_id = :org_id", "since": "at_ms >= :since",
                      "until": "at_ms < :until"}
+# Entries that change an agent's status: which it has after them, and before them if no earlier entry tells.
+_AFTER = {"agent_registered": "online", "agent_online": "online", "agent_stale": "stale", "agent_offline": "offline",
+          "agent_deregistered": ""}
+_BEFORE = {"agent_registered": "", "agent_online": "offline", "agent_stale": "online", "agent_offline": "stale",
+           "agent_deregistered": "online"}
+_STATUS_ENTRIES = ", ".join(f"'{type}'" for type in _AFTER)
 THE_MANAGER = Caller("manager")
 
 
@@ -2944,6 +3070,71 @@ class Manager:
                 "agentsByOs": self._counted(db, "os", f"agents a WHERE {of_org}", given),
                 "updatedAt": iso(now.wall_ms)}
 
+    def timeline(self, *, agent_id: str | None = None, hours: int = 24) -> dict[str, Any]:
+        """The present hour and those before it, `hours` in all, oldest first: threat events by severity, without false
+        positives, and how many agents had which status at the hour's end (now, of the present one); of one agent
+        instead the `intervals` in which it had a status. The journal tells as far back as it is kept. Raises NotFound.
+        """
+        now = self.now()
+        first_ms = now.wall_ms // _HOUR_MS * _HOUR_MS - (hours - 1) * _HOUR_MS
+        shift_ms = self._spans[-1].shift_ms
+        given = {"agent_id": agent_id, "first_ms": first_ms, "shift_ms": shift_ms, "since_ms": first_ms - shift_ms,
+                 "last": hours - 1}
+        shown: list[dict[str, Any]] = [{"at": iso(first_ms + hour * _HOUR_MS)} for hour in range(hours)]
+        with self.store.read() as db:
+            intervals = {"intervals": self._intervals(db, now, agent_id, given)} if agent_id else {}
+            for hour, counts in zip(shown, [] if agent_id else self._hourly_counts(db, given), strict=False):
+                hour |= counts
+            for hour in shown:
+                hour["threats"] = dict.fromkeys(SEVERITIES, 0)
+            source = "threats WHERE agent_id = :agent_id" if agent_id else "threats INDEXED BY threats_time WHERE TRUE"
+            for index, severity, count in db.execute(
+                    f"SELECT min((received_ms + :shift_ms - :first_ms) / {_HOUR_MS}, :last), severity, count(*) "
+                    f"FROM {source} AND received_ms >= :since_ms AND state != 'false_positive' GROUP BY 1, 2", given):
+                shown[index]["threats"][severity] = count
+        return {"agentId": agent_id, "hours": shown, **intervals}
+
+    def _hourly_counts(self, db: sqlite3.Connection, given: Mapping[str, Any]) -> list[dict[str, int]]:
+        """How many agents were announced as what at the end of each hour: today's number, less what changed since."""
+        silent = db.execute(f"SELECT announced, count(*) FROM contacts WHERE {_SILENT} GROUP BY 1").fetchall()
+        counts = Counter(dict(silent))
+        counts["online"] = db.execute("SELECT count(*) FROM contacts").fetchone()[0] - counts.total()
+        changed: list[Counter[str]] = [Counter() for _ in range(given["last"] + 1)]
+        before = (f"SELECT type FROM journal p WHERE p.agent_id = j.agent_id AND p.seq < j.seq AND p.type IN "
+                  f"({_STATUS_ENTRIES}) ORDER BY p.seq DESC LIMIT 1")
+        for index, entry, former, count in db.execute(
+                f"SELECT min((at_ms - :first_ms) / {_HOUR_MS}, :last), type, "
+                f"iif(type IN ('agent_online', 'agent_deregistered'), ({before}), NULL), count(*) FROM journal j "
+                f"WHERE at_ms >= :first_ms AND type IN ({_STATUS_ENTRIES}) GROUP BY 1, 2, 3", given):
+            changed[index][_AFTER[entry]] -= count
+            changed[index][_AFTER[former] if former else _BEFORE[entry]] += count
+        found = []
+        for change in reversed(changed):
+            found.append({status.value: max(0, counts[status.value]) for status in Status})
+            counts.update(change)
+        return found[::-1]
+
+    def _intervals(self, db: sqlite3.Connection, now: Moment, agent_id: str,
+                   given: Mapping[str, Any]) -> list[dict[str, Any]]:
+        agent = self._agent(db, now, agent_id)
+        select = (f"SELECT at_ms, type FROM journal WHERE agent_id = :agent_id AND type IN ({_STATUS_ENTRIES}) "
+                  "AND at_ms ")
+        entries = db.execute(select + ">= :first_ms ORDER BY seq", given).fetchall()
+        before = db.execute(select + "< :first_ms ORDER BY seq DESC LIMIT 1", given).fetchone()
+        at_first = _AFTER[before["type"]] if before else _BEFORE[entries[0]["type"]] if entries else agent.status
+        changes = [(given["first_ms"], at_first), *((at_ms, _AFTER[type]) for at_ms, type in entries)]
+        if changes[-1][1] != agent.status:  # not announced yet
+            changes.append((agent.status_since_ms, agent.status))
+        found: list[dict[str, Any]] = []
+        for (from_ms, status), (until_ms, _) in itertools.pairwise([*changes, (now.wall_ms, "")]):
+            if not status or until_ms <= from_ms:
+                continue
+            if found and found[-1]["status"] == status:
+                found[-1]["until"] = iso(until_ms)
+            else:
+                found.append({"status": status, "from": iso(from_ms), "until": iso(until_ms)})
+        return found
+
     def purge(self) -> bool:
         """Remove a little of what is past its retention, in time that has passed; whether there may be more.
 
@@ -3157,8 +3348,10 @@ _NOTHING: Table = {}
 class Endpoint(NamedTuple):
     """One row of the API: what bottle routes, what OpenAPI and the README's table say.
 
-    It answers the JSON envelope unless `media` names another type, and 304 if it has an `etag`. `translate` turns
-    the shipped agent's body into ours."""
+    It answers the JSON envelope around `answer`, a type of ANSWERS, with fields like `beside` at its top level, unless
+    `media` names another type; `also` is another success of status 200. It answers 304 if it has an `etag`.
+    `headers` are those that it sends or, with `:` before the name, takes. `translate` turns the shipped agent's body
+    into ours."""
 
     serve: Callable[[Call], Reply]
     method: str
@@ -3167,7 +3360,11 @@ class Endpoint(NamedTuple):
     allow: frozenset[str]
     query: Table = _NOTHING
     body: Table | None = None
+    answer: str = ""
+    beside: str = ""
     status: int = 200
+    also: tuple[str, str] | None = None
+    headers: tuple[str, ...] = ()
     media: str = ""
     etag: bool = False
     translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -3688,129 +3885,102 @@ def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bott
     return app
 
 
-def agent_shape(agent: Agent, *, detail: bool) -> dict[str, Any]:
-    """An agent as the API shows it: to its own registration, or in detail."""
-    shape: dict[str, Any] = {"id": agent.id, "hostname": agent.hostname, "os": agent.os, "version": agent.version,
-                             "ip": agent.ip}
-    if detail:
-        return {**shape, "status": agent.status, "tags": agent.tags, "cpu": agent.cpu, "memory": agent.memory,
-                "uptime": agent.uptime, "lastHeartbeat": iso(agent.last_heartbeat_ms),
-                "registeredAt": iso(agent.registered_ms), "recentThreats": agent.recent_threats,
-                "activePolicyVersion": version_text(agent.acknowledged), "pendingPolicies": agent.pending_policies,
-                "org_id": agent.org_id, "machine_id": agent.machine_id, "arch": agent.arch,
-                "statusSince": iso(agent.status_since_ms), "statusReason": agent.status_reason,
-                "staleAt": iso(agent.stale_at_ms), "offlineAt": iso(agent.offline_at_ms)}
-    shape.update(tags=agent.tags, status=agent.status, registeredAt=iso(agent.registered_ms))
-    shape.update({name: value for name in ("org_id", "machine_id") if (value := getattr(agent, name)) is not None})
-    return shape
-
-
-def policy_shape(policy: Policy) -> dict[str, Any]:
-    """A policy as the API shows it."""
-    scope = {name: value for name in ("org_id", "agent_id") if (value := getattr(policy, name)) is not None}
-    return {"id": policy.id, "name": policy.name, "description": policy.description,
-            "version": version_text(policy.version), "rules": policy.rules, **scope,
-            "broadcastedTo": policy.broadcasted_to, "createdAt": iso(policy.created_ms)}
-
-
 def entry_shape(entry: Entry) -> dict[str, Any]:
     """A journal entry as the API shows it: the fields of its type stand beside those that every entry has.
 
     `data` of files written by 1.1.0 repeats `agentId` in threats_reported; the common field wins.
     """
-    common = {"seq": entry.seq, "at": iso(entry.at_ms), "type": entry.type, "agentId": entry.agent_id,
-              "org_id": entry.org_id, "actor": entry.actor}
+    common = shape("Entry", entry)
     return {**common, **entry.data, **common}
 
 
 @endpoint("POST", "/api/agents/register", "Register an agent", allow=(ENROLLER, AGENT, NEWCOMER), body=REGISTER,
-          status=201)
+          status=201, answer="Registered", beside="*agentId *token",
+          also=("Success, of an agent known before", "Registered"))
 def _register(call: Call) -> Reply:
     made = call.manager.register(**call.body, caller=call.caller)
     # The shipped agent looks for its identity beside `data`.
     beside = {"agentId": made.agent.id, "token": made.token} if call.caller.role == ANYONE else {}
-    return success({**agent_shape(made.agent, detail=False), "token": made.token}, 201 if made.created else 200,
-                   beside=beside)
-
-
-def enroll_token_shape(issued: EnrollToken) -> dict[str, Any]:
-    """An enrolment token as the API shows it; the credential itself only when it was just issued."""
-    return {"id": issued.id, **({"token": issued.token} if issued.token else {}),
-            "expiresAt": iso(issued.expires_ms), "maxUses": issued.max_uses, "uses": issued.uses,
-            "org_id": issued.org_id, "tags": issued.tags, "note": issued.note}
+    return success(shape("Registered", made.agent, token=made.token), 201 if made.created else 200, beside=beside)
 
 
 @endpoint("POST", "/api/enroll-tokens", "Issue a token that registers agents, into an org and with tags",
-          body=ENROLL_TOKEN, status=201)
+          body=ENROLL_TOKEN, status=201, answer="EnrollToken")
 def _issue_enroll_token(call: Call) -> Reply:
-    return success(enroll_token_shape(call.manager.issue_enroll_token(**call.body, caller=call.caller)), 201)
+    return success(shape("EnrollToken", call.manager.issue_enroll_token(**call.body, caller=call.caller)), 201)
 
 
-@endpoint("GET", "/api/enroll-tokens", "List the enrolment tokens, without the tokens themselves")
+@endpoint("GET", "/api/enroll-tokens", "List the enrolment tokens, without the tokens themselves",
+          answer="[EnrollToken]")
 def _enroll_tokens(call: Call) -> Reply:
-    return success([enroll_token_shape(each) for each in call.manager.enroll_tokens()])
+    return success([shape("EnrollToken", each) for each in call.manager.enroll_tokens()])
 
 
-@endpoint("DELETE", "/api/enroll-tokens/:id", "Revoke an enrolment token; the agents it registered stay")
+@endpoint("DELETE", "/api/enroll-tokens/:id", "Revoke an enrolment token; the agents it registered stay",
+          answer="Message")
 def _revoke_enroll_token(call: Call) -> Reply:
     call.manager.revoke_enroll_token(call.path["id"], caller=call.caller)
     return success({"message": f"Enrolment token {call.path['id']} revoked successfully"})
 
 
 @endpoint("POST", "/api/agents/:id/heartbeat", "Say that an agent is alive", allow=(AGENT,), body=HEARTBEAT,
-          translate=shipped_heartbeat)
+          translate=shipped_heartbeat, answer="Beat", headers=("X-Heartbeat-Interval",))
 def _heartbeat(call: Call) -> Reply:
     beat = call.manager.heartbeat(call.path["id"], **call.body, caller=call.caller)
     return success({"id": beat.id, "status": beat.status, "lastHeartbeat": iso(beat.at_ms),
                     "pendingPolicies": beat.pending_policies}, headers=call.api.beat_headers)
 
 
-@endpoint("DELETE", "/api/agents/:id", "Deregister an agent; its threat events stay", allow=(AGENT,))
+@endpoint("DELETE", "/api/agents/:id", "Deregister an agent; its threat events stay", allow=(AGENT,),
+          answer="Message")
 def _deregister(call: Call) -> Reply:
     call.manager.deregister(call.path["id"], caller=call.caller)
     return success({"message": f"Agent {call.path['id']} deregistered successfully"})
 
 
-@endpoint("GET", "/api/agents", "List agents in registration order, or sorted", query=AGENT_LIST)
+@endpoint("GET", "/api/agents", "List agents in registration order, or sorted", query=AGENT_LIST,
+          answer="[Agent|AgentItem]")
 def _agents(call: Call) -> Reply:
     filters = dict(call.query)
     if filters.pop("detail"):
         agents, total = call.manager.agents(**filters)
-        items = to_json([agent_shape(agent, detail=True) for agent in agents]).encode()
+        items = to_json([shape("Agent", agent) for agent in agents]).encode()
     else:
         items, total = call.manager.agents_json(**filters)
     return success_list(items, call.query, total)
 
 
-@endpoint("POST", "/api/agents/bulk", "Change the tags of many agents, or deregister them", body=BULK)
+@endpoint("POST", "/api/agents/bulk", "Change the tags of many agents, or deregister them", body=BULK,
+          answer="Bulk")
 def _bulk(call: Call) -> Reply:
     return success(call.manager.bulk(**call.body, caller=call.caller))
 
 
-@endpoint("GET", "/api/agents/:id", "Show one agent in detail", allow=(AGENT,))
+@endpoint("GET", "/api/agents/:id", "Show one agent in detail", allow=(AGENT,), answer="Agent")
 def _agent(call: Call) -> Reply:
-    return success(agent_shape(call.manager.agent(call.path["id"]), detail=True))
+    return success(shape("Agent", call.manager.agent(call.path["id"])))
 
 
-@endpoint("PATCH", "/api/agents/:id", "Replace, add or remove an agent's tags", body=RETAG)
+@endpoint("PATCH", "/api/agents/:id", "Replace, add or remove an agent's tags", body=RETAG, answer="Agent")
 def _retag(call: Call) -> Reply:
-    return success(agent_shape(call.manager.retag(call.path["id"], **call.body, caller=call.caller), detail=True))
+    return success(shape("Agent", call.manager.retag(call.path["id"], **call.body, caller=call.caller)))
 
 
 @endpoint("POST", "/api/agents/:id/events", "Report threat events, all or nothing", allow=(AGENT,), body=EVENTS,
-          status=201, translate=shipped_event)
+          status=201, translate=shipped_event, answer="Received")
 def _report(call: Call) -> Reply:
     ids = call.manager.report_events(call.path["id"], call.body["events"], caller=call.caller)
     return success({"received": len(ids), "eventIds": ids}, 201)
 
 
-@endpoint("GET", "/api/threats", "List threat events, newest first", query=THREAT_FILTER)
+@endpoint("GET", "/api/threats", "List threat events, newest first", query=THREAT_FILTER, answer="[Threat]")
 def _threats(call: Call) -> Reply:
     items, total = call.manager.threats_json(**call.query)
     return success_list(items, call.query, total)
 
 
-@endpoint("PATCH", "/api/threats/:id", "Set the state or the note of a threat event", body=TRIAGE)
+@endpoint("PATCH", "/api/threats/:id", "Set the state or the note of a threat event", body=TRIAGE,
+          answer="Threat")
 def _triage(call: Call) -> Reply:
     problems: list[str] = []
     key = event_id().clean(call.path["id"], "id", problems)
@@ -3819,34 +3989,38 @@ def _triage(call: Call) -> Reply:
     return success_list(call.manager.triage(key, **call.body, caller=call.caller), {}, None)
 
 
-@endpoint("GET", "/api/threats/summary", "Sum up the threat events of a period", query=SUMMARY)
+@endpoint("GET", "/api/threats/summary", "Sum up the threat events of a period", query=SUMMARY,
+          answer="ThreatSummary")
 def _threat_summary(call: Call) -> Reply:
     return success(call.manager.threat_summary(**call.query))
 
 
 @endpoint("POST", "/api/policy", "Issue a policy for all, for an org, or for one agent; dryRun tells its effect",
-          body=POLICY, status=201)
+          body=POLICY, status=201, answer="Policy", also=("What the policy would change (dryRun)", "PolicyPreview"))
 def _create_policy(call: Call) -> Reply:
     if call.body.pop("dry_run"):
         given = {name: call.body[name] for name in ("rules", "org_id", "agent_id")}
         return success(call.manager.preview_policy(**given))
-    return success(policy_shape(call.manager.create_policy(**call.body, caller=call.caller)), 201)
+    return success(shape("Policy", call.manager.create_policy(**call.body, caller=call.caller)), 201)
 
 
-@endpoint("GET", "/api/policy", "List every policy ever issued, newest first", query=PAGE)
+@endpoint("GET", "/api/policy", "List every policy ever issued, newest first", query=PAGE,
+          answer="[Policy]")
 def _policies(call: Call) -> Reply:
     policies, total = call.manager.policies(**call.query)
-    return success_list(to_json([policy_shape(policy) for policy in policies]).encode(), call.query, total)
+    return success_list(to_json([shape("Policy", policy) for policy in policies]).encode(), call.query, total)
 
 
-@endpoint("GET", "/api/policy/active", "Show the policy in force for all, or of an org", query=OF_ORG)
+@endpoint("GET", "/api/policy/active", "Show the policy in force for all, or of an org", query=OF_ORG,
+          answer="Policy?")
 def _active_policy(call: Call) -> Reply:
     policy = call.manager.active_policy(**call.query)
-    return success(policy and policy_shape(policy))
+    return success(policy and shape("Policy", policy))
 
 
 @endpoint("GET", "/api/policy/agent/:id", "Fetch what an agent must obey; an agent acknowledges it unless ack=false",
-          allow=(AGENT,), query={"ack": may(switch())}, etag=True)
+          allow=(AGENT,), query={"ack": may(switch())}, etag=True, answer="AgentPolicy",
+          headers=("ETag", ":If-None-Match"))
 def _agent_policy(call: Call) -> Reply:
     asked = call.query["ack"]
     ack = {AGENT: asked is not False, ADMIN: asked is True}.get(call.caller.role, False)
@@ -3861,31 +4035,39 @@ def _agent_policy(call: Call) -> Reply:
 
 
 @endpoint("GET", "/api/rules/latest", "Fetch the text of the `custom` rules in force, as the shipped agent does",
-          allow=(AGENT,))
+          allow=(AGENT,), answer="Rules", beside="rules:[text]")
 def _latest_rules(call: Call) -> Reply:
     rules = call.manager.custom_rules(call.caller.agent and call.caller.agent.id)
     return success({"rules": rules}, beside={"rules": rules})
 
 
-@endpoint("DELETE", "/api/policy/agent/:id", "Drop the policy of one agent")
+@endpoint("DELETE", "/api/policy/agent/:id", "Drop the policy of one agent", answer="Dropped")
 def _drop_override(call: Call) -> Reply:
     version = call.manager.drop_override(call.path["id"], caller=call.caller)
     return success({"message": f"Policy override of agent {call.path['id']} dropped",
                     "version": version_text(version)})
 
 
-@endpoint("GET", "/api/overview", "Show the fleet at a glance", query=OF_ORG)
+@endpoint("GET", "/api/overview", "Show the fleet at a glance", query=OF_ORG, answer="Overview",
+          headers=("X-Caller",))
 def _overview(call: Call) -> Reply:
     return success(call.manager.overview(**call.query), headers=[("X-Caller", call.caller.role)])
 
 
-@endpoint("GET", "/api/events", "Read the journal, which is the audit log, in order", query=ENTRY_FILTER)
+@endpoint("GET", "/api/timeline", "Show the statuses and threats of past hours, of all agents or of one",
+          query=TIMELINE, answer="Timeline")
+def _timeline(call: Call) -> Reply:
+    return success(call.manager.timeline(**call.query))
+
+
+@endpoint("GET", "/api/events", "Read the journal, which is the audit log, in order", query=ENTRY_FILTER,
+          answer="[Entry]")
 def _entries(call: Call) -> Reply:
     return success([entry_shape(entry) for entry in call.manager.journal(**call.query)])
 
 
 @endpoint("GET", "/api/events/stream", "Follow the journal as server-sent events; `Last-Event-ID` resumes",
-          query=STREAM_FILTER, media="text/event-stream; charset=utf-8")
+          query=STREAM_FILTER, media="text/event-stream; charset=utf-8", headers=(":Last-Event-ID",))
 def _stream(call: Call) -> Reply:
     if "manager.streams" not in call.environ:
         raise ManagerError("event streams need the manager's own server; page through GET /api/events here", status=501)
@@ -3918,17 +4100,18 @@ def _state(call: Call, counts: bool) -> Reply:
     return success(state)
 
 
-@endpoint("GET", "/health", "Say whether the manager can do its work; 503 if not", public=True)
+@endpoint("GET", "/health", "Say whether the manager can do its work; 503 if not", public=True,
+          answer="Health")
 def _health(call: Call) -> Reply:
     return _state(call, counts=True)
 
 
-@endpoint("GET", "/readyz", "Say the same without counting agents", public=True)
+@endpoint("GET", "/readyz", "Say the same without counting agents", public=True, answer="Health")
 def _readyz(call: Call) -> Reply:
     return _state(call, counts=False)
 
 
-@endpoint("GET", "/livez", "Say that the process answers", public=True)
+@endpoint("GET", "/livez", "Say that the process answers", public=True, answer="Alive")
 def _livez(call: Call) -> Reply:
     return success({"status": "alive"})
 
@@ -3949,41 +4132,98 @@ _FAILURES = {"400": "Invalid input; the text names every offending field", "401"
              "429": "Too many requests or wrong tokens from this address", "503": "The database is not available"}
 
 
-_OTHER_SUCCESS = {_register: "Success, of one known before", _create_policy: "What the policy would change (dryRun)"}
+_SEED_AGENT = {"id": "agent-a1b2c3d4", "hostname": "web-server-1", "os": "linux", "version": "1.2.0",
+               "ip": "203.0.113.10"}
+_SEED_LIST = {"status": "online", "tags": ["production", "web-tier"]}
+_SEED_INSTANTS = {"lastHeartbeat": "2026-03-07T12:05:00.000Z", "registeredAt": "2026-03-01T08:00:00.000Z"}
+_SEED_LOAD = {"cpu": 12.5, "memory": 45.2, "uptime": 86400}
+# The published page's body and answer of each of its routes, with the fields that we add.
+_EXAMPLES: Mapping[Callable[[Call], Reply], tuple[Any, Any]] = {
+    _register: (
+        {"hostname": "web-server-1", "os": "linux", "version": "1.2.0", "tags": ["production", "web-tier"]},
+        {**_SEED_AGENT, "tags": ["production", "web-tier"], "status": "online",
+         "registeredAt": "2026-03-07T12:00:00.000Z", "token": "pga_JcH4s1LE4gDRb_r_sQMZW11sbL-OC_Sr"}),
+    _heartbeat: ({**_SEED_LOAD, "version": "1.2.0"}, {
+        "id": "agent-a1b2c3d4", "status": "online", "lastHeartbeat": "2026-03-07T12:05:00.000Z", "pendingPolicies": 1}),
+    _deregister: (None, {"message": "Agent agent-a1b2c3d4 deregistered successfully"}),
+    _agents: (None, [{**_SEED_AGENT, **_SEED_LIST, **_SEED_INSTANTS}]),
+    _agent: (None, {
+        **_SEED_AGENT, **_SEED_LIST, **_SEED_LOAD, **_SEED_INSTANTS, "recentThreats": 3, "activePolicyVersion": "v2",
+        "pendingPolicies": 0, "org_id": None, "machine_id": None, "arch": None,
+        "statusSince": "2026-03-01T08:00:00.000Z",
+        "statusReason": "last heartbeat 2026-03-07T12:05:00.000Z, due by 2026-03-07T12:06:06.000Z",
+        "staleAt": "2026-03-07T12:06:06.000Z", "offlineAt": "2026-03-07T12:10:00.000Z"})}
+
+
+def _success_schema(each: Endpoint, answer: str) -> dict[str, Any]:
+    beside = answer_fields(each.beside)
+    paging = {"pagination": answer_schema("Pagination")} if "page" in each.query else {}
+    return {"type": "object", "required": ["ok", "data", *(one.name for one in beside if not one.optional)],
+            "properties": {"ok": {"const": True}, "data": answer_schema(answer), **paging,
+                           **{one.name: answer_schema(one.type) for one in beside}}}
+
+
+def _successes(each: Endpoint) -> dict[str, Any]:
+    """What a route answers when all went well, by status."""
+    content: dict[str, Any] = {"schema": _success_schema(each, each.answer) if each.answer else
+                               {"type": "object" if each.media == _JSON_TYPE[1] else "string"}}
+    if each.serve in _EXAMPLES:
+        content["example"] = {"ok": True, "data": _EXAMPLES[each.serve][1]}
+    found: dict[str, Any] = {str(each.status): {
+        "description": "Success", "content": {each.media.partition(";")[0] or "application/json": content}}}
+    if sent := [name for name in each.headers if name[0] != ":"]:
+        found[str(each.status)]["headers"] = {name: _header(name) for name in sent}
+    if each.etag:
+        found["304"] = {"description": "What If-None-Match names is still so"}
+    if each.also:
+        found["200"] = {"description": each.also[0],
+                        "content": {"application/json": {"schema": _success_schema(each, each.also[1])}}}
+    return found
+
+
+def _header(name: str) -> dict[str, Any]:
+    return {"description": MEANINGS[name], "schema": {"type": "string"}}
+
+
+def _parameters(each: Endpoint) -> list[dict[str, Any]]:
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r":(\w+)", each.path)]
+    parameters += [{"name": name, "in": "query", "required": param.required, "schema": param.check.schema}
+                   for name, param in each.query.items()]
+    parameters += [{"name": name[1:], "in": "header", "schema": {"type": "string"}}
+                   for name in each.headers if name[0] == ":"]
+    return [{**parameter, "description": MEANINGS[parameter["name"]]} for parameter in parameters]
 
 
 def openapi() -> dict[str, Any]:
-    """The OpenAPI 3.1 document, from the tables that route and validate."""
-    def envelope(ok: bool) -> dict[str, Any]:
-        rest: dict[str, Any] = {"data": {}} if ok else {"error": {"type": "string"}}
-        return {"application/json": {"schema": {
-            "type": "object", "required": ["ok", *rest], "properties": {"ok": {"const": ok}, **rest}}}}
-
+    """The OpenAPI 3.1 document, from the tables that route, validate and answer."""
     paths: dict[str, dict[str, Any]] = {}
+    failures: dict[str, Any] = {f"Failure{status}": {"description": description, "content": {"application/json": {
+        "schema": answer_schema("Error")}}} for status, description in _FAILURES.items()}
+    for status in ("429", "503"):
+        failures[f"Failure{status}"]["headers"] = {"Retry-After": _header("Retry-After")}
     for each in ENDPOINTS:
-        parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                      for name in re.findall(r":(\w+)", each.path)]
-        parameters += [{"name": name, "in": "query", "required": param.required, "schema": param.check.schema}
-                       for name, param in each.query.items()]
         operation: dict[str, Any] = {
-            "summary": each.summary, "operationId": each.serve.__name__.strip("_"), "parameters": parameters,
-            "responses": {str(each.status): {"description": "Success", "content": (
-                {each.media.partition(";")[0]: {"schema": {}}} if each.media else envelope(True))}}}
-        if each.etag:
-            operation["responses"]["304"] = {"description": "What If-None-Match names is still so"}
-        if each.serve in _OTHER_SUCCESS:
-            operation["responses"]["200"] = {"description": _OTHER_SUCCESS[each.serve], "content": envelope(True)}
-        for status, description in _FAILURES.items():
-            operation["responses"][status] = {"description": description, "content": envelope(False)}
+            "summary": each.summary, "operationId": each.serve.__name__.strip("_"), "parameters": _parameters(each),
+            "responses": {**_successes(each), **{status: {"$ref": f"#/components/responses/Failure{status}"}
+                                                 for status in _FAILURES}}}
         if each.body is not None:
             required = [name for name, param in each.body.items() if param.required]
-            operation["requestBody"] = {"required": bool(required), "content": {"application/json": {
-                "schema": table_schema(each.body, strict=AGENT not in each.allow)}}}
+            content = {"schema": table_schema(each.body, strict=AGENT not in each.allow)}
+            if each.serve in _EXAMPLES:
+                content["example"] = _EXAMPLES[each.serve][0]
+            operation["requestBody"] = {"required": bool(required), "content": {"application/json": content}}
         operation["security"] = [] if ANYONE in each.allow else [{"bearer": []}]
         operation["x-callers"] = sorted(each.allow)
         paths.setdefault(re.sub(r":(\w+)", r"{\1}", each.path), {})[each.method.lower()] = operation
-    return {"openapi": "3.1.0", "info": {"title": "Panguard Manager", "version": __version__},
-            "paths": paths, "components": {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}}
+    schemas = {name: object_schema(name) for name in ANSWERS}
+    schemas |= {name: {"type": "string", "enum": list(words)} for name, words in _WORDS.items()}
+    schemas["Error"] = {"type": "object", "required": ["ok", "error"], "properties": {
+        "ok": {"const": False}, "error": {"type": "string"}}}
+    return {"openapi": "3.1.0", "info": {"title": "Panguard Manager", "version": __version__}, "paths": paths,
+            "components": {"schemas": schemas, "responses": failures,
+                           "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}}
 
 
 ########################################################################################################

@@ -11,6 +11,7 @@ import errno
 import gc
 import hashlib
 import http.client
+import importlib
 import itertools
 import json
 import logging
@@ -42,12 +43,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
 import bottle
+import jsonschema
 import pytest
 import waitress
 from hypothesis import HealthCheck, given, settings
@@ -108,6 +111,10 @@ class Client:
         answer = self.call(method, path, body, status=status, **how).json
         assert answer["ok"] is False and set(answer) == {"ok", "error"}, answer
         return str(answer["error"])
+
+    def get_openapi(self) -> Any:
+        """The OpenAPI document."""
+        return self.call("GET", "/openapi.json", token=None).json
 
     def journal(self, *types: str) -> list[Any]:
         """The journal's entries, of these types if any are given."""
@@ -1120,7 +1127,7 @@ def test_no_json_is_a_fault_and_only_what_openapi_allows_is_taken(
         assert answer.status_int in (200, 201, 400, 404), (raw, answer)
         assert answer.json["ok"] is (answer.status_int < 300)
         taken[answer.json["ok"]] += 1
-        if answer.json["ok"] and jsonschema:
+        if answer.json["ok"]:
             jsonschema.validate(body, schema)
 
     answers()
@@ -3044,6 +3051,77 @@ def test_a_policy_of_two_scopes_or_of_an_unknown_agent_is_refused(api: Client) -
 
 
 
+def test_a_timeline_tells_how_many_were_what_and_the_threats_of_each_hour(api: Client, clock: ManualClock) -> None:
+    noon = START_MS // 3_600_000 * 3_600_000
+    first, second = api.register(), api.register(hostname="h2")
+    report(api, first, threat(severity="low"), threat(severity="critical"))
+    clock.advance(3600)  # both went stale and offline within the first hour
+    assert [(hour["at"], hour["online"], hour["stale"], hour["offline"], hour["threats"]["low"],
+             hour["threats"]["critical"]) for hour in api.get("/api/timeline?hours=3")["hours"]] == [
+        (manager.iso(noon - 3_600_000), 0, 0, 0, 0, 0), (manager.iso(noon), 0, 0, 2, 1, 1),
+        (manager.iso(noon + 3_600_000), 0, 0, 2, 0, 0)]
+    api.beat(first)
+    event = report(api, first, threat(severity="low"))[0]
+    api.call("PATCH", f"/api/threats/{event}", {"state": "false_positive"})
+    clock.advance(3600)
+    api.call("DELETE", f"/api/agents/{second['id']}")
+    third = api.register(hostname="h3")
+    clock.advance(100)
+    hours = api.get("/api/timeline")["hours"]
+    assert len(hours) == 24 and {hour["at"][13:] for hour in hours} == {":00:00.000Z"}
+    assert [(hour["online"], hour["stale"], hour["offline"]) for hour in hours[-4:]] == [
+        (0, 0, 0), (0, 0, 2), (0, 0, 2), (0, 1, 1)]
+    assert [sum(hour["threats"].values()) for hour in hours[-4:]] == [0, 2, 0, 0]
+    assert third["id"] in {each["id"] for each in api.get("/api/agents?status=stale")}
+    for query, named in (("hours=0", "hours"), ("hours=169", "hours"), ("hours=x", "hours")):
+        assert named in api.refusal("GET", f"/api/timeline?{query}", status=400)
+    api.refusal("GET", "/api/timeline?agent_id=agent-00000000", status=404)
+
+
+def test_the_timeline_of_an_agent_tells_its_intervals_without_gaps(api: Client, clock: ManualClock) -> None:
+    agent = api.register()
+    clock.advance(30)
+    api.beat(agent)
+    clock.advance(67)
+    api.beat(agent)
+    report(api, agent, threat())
+    report(api, api.register(), threat())
+    clock.advance(7200)
+    timeline = api.get(f"/api/timeline?hours=3&agent_id={agent['id']}")
+    at = [manager.iso(START_MS + passed_ms) for passed_ms in (0, 96_000, 97_000, 163_000, 397_000, 7_297_000)]
+    assert timeline["intervals"] == [
+        {"status": status, "from": since, "until": until} for status, (since, until) in zip(
+            ("online", "stale", "online", "stale", "offline"), itertools.pairwise(at), strict=True)]
+    assert [hour["threats"]["high"] for hour in timeline["hours"]] == [1, 0, 0]
+    assert "online" not in timeline["hours"][0]
+    (only,) = api.get(f"/api/timeline?hours=1&agent_id={agent['id']}")["intervals"]
+    assert (only["status"], only["from"]) == ("offline", timeline["hours"][-1]["at"])
+    clock.advance(40 * 86_400)  # of its entries none is kept
+    (only,) = api.get(f"/api/timeline?hours=2&agent_id={agent['id']}")["intervals"]
+    assert only["status"] == "offline"
+
+
+def test_a_timeline_agrees_with_what_was_counted_at_each_hour(api: Client, clock: ManualClock) -> None:
+    chance = random.Random(7)
+    agents, counted = [api.register() for _ in range(8)], []
+    clock.advance(3600.5)
+    for _ in range(30):
+        for _ in range(12):
+            if chance.random() < 0.1:
+                agents.append(api.register())
+            if chance.random() < 0.1:
+                api.call("DELETE", f"/api/agents/{agents.pop(chance.randrange(len(agents)))['id']}")
+            for agent in chance.sample(agents, len(agents) // 2):
+                api.beat(agent)
+            clock.advance(299.9)
+        clock.advance(0.2)  # half a second before the hour ends
+        overview = api.get("/api/overview")
+        counted.append(tuple(overview[f"{status}Agents"] for status in Status))
+        clock.advance(1)
+    hours = api.get("/api/timeline?hours=31")["hours"]
+    assert [tuple(hour[status] for status in Status) for hour in hours[:-1]] == counted
+
+
 # The journal and query plans
 
 def test_the_journal_says_what_happened_and_who_did_it() -> None:
@@ -3176,7 +3254,7 @@ MAY_SCAN = {"an overview": rf"COVERING INDEX agents_os$|{_ALL_COUNTED}", "health
             # the narrow rows of at most MANAGER_MAX_AGENTS agents are read.
             "agents sorted": rf"SCAN [ac] USING (COVERING )?INDEX (agents_hostname|contacts_version)$|{_ALL_COUNTED}",
             "agents sorted by what heartbeats write": rf"SCAN [ac]$|{_ALL_COUNTED}",
-            "agents searched": rf"SCAN [ac]$|{_ALL_COUNTED}"}
+            "agents searched": rf"SCAN [ac]$|{_ALL_COUNTED}", "a timeline": _ALL_COUNTED}
 # A search that is none: it begins neither with a value nor with a bound in time or order.
 ENDLESS = re.compile(r"SEARCH \w+ USING [^(]*\((?!\w+=|received_ms|at_ms|seen_ms|rowid)")
 WORK: dict[str, Any] = {
@@ -3209,6 +3287,8 @@ WORK: dict[str, Any] = {
     "the journal": lambda api, agent: [api.get(f"/api/events?limit=5&{query}") for query in (
         "after=3", "type=agent_stale", f"agent_id={agent['id']}", "type=agent_stale&type=agent_online",
         "since=2026-03-07T12:00:01Z&until=2026-03-07T12:00:02Z", "order=desc&org_id=o1")],
+    "a timeline": lambda api, agent: [api.get(f"/api/timeline?{query}") for query in (
+        "", f"hours=168&agent_id={agent['id']}")],
     "health": lambda api, agent: advance(api, 1),
     "a sweep": lambda api, agent: advance(api, 67),
     "a purge": lambda api, agent: advance(api, 31 * 86_400),
@@ -3803,12 +3883,100 @@ def test_openapi_describes_every_route(api: Client) -> None:
     assert set(described) == {re.sub(r":(\w+)", r"{\1}", route) for route in ROUTES}
     for name, each in ROUTES.items():
         operation = described[re.sub(r":(\w+)", r"{\1}", name)]
-        assert {param["name"] for param in operation["parameters"]} == {*each.query, *re.findall(r":(\w+)", each.path)}
+        assert {param["name"] for param in operation["parameters"] if param["in"] != "header"} == {
+            *each.query, *re.findall(r":(\w+)", each.path)}
+        assert all(len(param["description"]) > 5 for param in operation["parameters"])
         assert (operation["security"] == []) is ("anyone" in each.allow)
         assert ("requestBody" in operation) is (each.body is not None)
     assert "304" in described["GET /api/policy/agent/{id}"]["responses"]
     metrics = described["GET /metrics"]["responses"]["200"]["content"]
     assert [name.partition(";")[0] for name in metrics] == ["text/plain"]
+    assert {name for name, answer in document["components"]["responses"].items()
+            if "Retry-After" in answer.get("headers", ())} == {"Failure429", "Failure503"}
+    headers = {(name, header) for name, each in described.items() for answer in each["responses"].values()
+               for header in answer.get("headers", ())}
+    assert headers == {("POST /api/agents/{id}/heartbeat", "X-Heartbeat-Interval"),
+                       ("GET /api/policy/agent/{id}", "ETag"), ("GET /api/overview", "X-Caller")}
+    taken = {(name, each["name"]) for name, operation in described.items() for each in operation["parameters"]}
+    assert {("GET /api/events/stream", "Last-Event-ID"), ("GET /api/policy/agent/{id}", "If-None-Match")} <= taken
+
+
+def strictly(schema: Any) -> Any:
+    """The schema with no field allowed in an object that it does not name."""
+    if isinstance(schema, list):
+        return [strictly(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {name: strictly(value) for name, value in schema.items()} | (
+        {"additionalProperties": False} if isinstance(schema.get("properties"), dict) and "seq" not in
+        schema["properties"] else {})
+
+
+def conforms(document: Any, route: str, status: int, answer: Any) -> None:
+    """Fails unless the answer is what the document says of the route, without another field."""
+    path, responses = route.split(" ")[1], document["paths"]
+    found = responses[re.sub(r":(\w+)", r"{\1}", path)][route.split(" ")[0].lower()]["responses"][str(status)]
+    if "$ref" in found:
+        found = document["components"]["responses"][found["$ref"].rpartition("/")[2]]
+    schema = {**found["content"]["application/json"]["schema"], "components": document["components"]}
+    jsonschema.validate(answer, strictly(schema), format_checker=jsonschema.FormatChecker())
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["an empty fleet", "a fleet"])
+def test_every_answer_is_as_openapi_types_it(full: bool, api: Client, clock: ManualClock) -> None:
+    document = api.get_openapi()
+    agent = api.register(org_id="o", machine_id="m", arch="arm64") if full else api.register()
+    event = report(api, agent, threat(sourceIp="203.0.113.9"))[0]
+    token_id = api.post("/api/enroll-tokens", {}, status=201)["id"]
+    if full:
+        api.beat(agent, cpu=1.5, memory=2, uptime=3, version="2")
+        others = [api.register(org_id="o") for _ in range(2)]
+        for other in others:
+            report(api, other, threat(sourceIp="203.0.113.9", rule="r"))
+        policy(api, description="d")
+        policy(api, org_id="o")
+        clock.advance(4000)
+        api.beat(agent)
+        api.call("GET", "/api/agents", token="wrong", status=401)
+    policy(api, agent_id=agent["id"])
+    last = [route for route in ROUTES if route.startswith("DELETE /api/agents") or route == "GET /api/timeline"]
+    for route, each in sorted(ROUTES.items(), key=lambda one: one[0] in last):
+        if each.media:
+            continue
+        own_id = {"/api/threats/:id": event, "/api/enroll-tokens/:id": token_id}.get(each.path, agent["id"])
+        paths = [each.path.replace(":id", own_id)]
+        if route == "GET /api/agents":
+            paths += [paths[0] + "?detail=true", paths[0] + "?page=1"]
+        if route == "GET /api/timeline" and full:
+            paths += [paths[0] + f"?agent_id={others[0]['id']}"]
+        for path in paths:
+            conforms(document, route, each.status, api.call(
+                each.method, path, BODIES.get(route), status=each.status).json)
+    if full:
+        preview = api.call("POST", "/api/policy", {**BODIES["POST /api/policy"], "dryRun": True}).json
+        conforms(document, "POST /api/policy", 200, preview)
+        conforms(document, "GET /api/agents/:id", 404, api.call("GET", "/api/agents/x", status=404).json)
+
+
+def test_the_examples_are_those_of_the_published_page(api: Client) -> None:
+    document = api.get_openapi()
+    operations = {each["operationId"]: each for item in document["paths"].values() for each in item.values()}
+    found = {name: answer["content"]["application/json"]["example"]["data"] for name, each in operations.items()
+             for status, answer in each["responses"].items()
+             if "example" in answer.get("content", {}).get("application/json", {})}
+    assert set(found) == {"register", "heartbeat", "deregister", "agents", "agent"}
+    assert found["heartbeat"] == {"id": "agent-a1b2c3d4", "status": "online",
+                                  "lastHeartbeat": "2026-03-07T12:05:00.000Z", "pendingPolicies": 1}
+    assert list(found["agent"])[:14] == ["id", "hostname", "os", "version", "ip", "status", "tags", "cpu", "memory",
+                                         "uptime", "lastHeartbeat", "registeredAt", "recentThreats",
+                                         "activePolicyVersion"]
+    for route, name in (("POST /api/agents/register", "register"), ("POST /api/agents/:id/heartbeat", "heartbeat"),
+                        ("DELETE /api/agents/:id", "deregister"), ("GET /api/agents", "agents"),
+                        ("GET /api/agents/:id", "agent")):
+        conforms(document, route, ROUTES[route].status, {"ok": True, "data": found[name]})
+        if "requestBody" in operations[name]:
+            content = operations[name]["requestBody"]["content"]["application/json"]
+            jsonschema.validate(content["example"], content["schema"])
 
 
 
@@ -3836,6 +4004,7 @@ MATRIX = {route: [int(status) for status in row.split()] for route, row in {
     "GET /api/policy/agent/:id":             "401 401 200 403 403 200 200",
     "DELETE /api/policy/agent/:id":          "401 401 403 403 403 403 200",
     "GET /api/overview":                     "401 401 403 403 403 200 200",
+    "GET /api/timeline":                     "401 401 403 403 403 200 200",
     "GET /api/events":                       "401 401 403 403 403 200 200",
     "GET /api/events/stream":                "401 401 403 403 403 200 200",
     "GET /api/rules/latest":                 "401 401 200 200 403 200 200",
@@ -6879,12 +7048,6 @@ def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
 
 
 
-try:
-    import jsonschema
-except ImportError:  # then the bodies are only checked for what is never answered
-    jsonschema = None
-
-
 # A sound body for every route that takes one: a route that has none fails the tests of validation.
 FIRST_EVENT = "evt_000000000001"  # the first threat event that a manager is told of
 
@@ -7659,6 +7822,42 @@ def test_readme_start_line(tmp_path: Path) -> None:
 
 
 # Fuzzing
+
+
+@pytest.mark.fuzz
+def test_openapi_is_valid(api: Client) -> None:
+    from openapi_spec_validator import validate
+
+    validate(api.get_openapi())
+
+
+@pytest.mark.fuzz
+def test_a_generated_client_is_typed_and_works(
+        server: Server, api: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document, settings_file, package = tmp_path / "api.json", tmp_path / "config.yml", tmp_path / "panguard_client"
+    document.write_text(json.dumps(api.get_openapi()))
+    settings_file.write_text("post_hooks: []\n")
+    subprocess.run([sys.executable, "-m", "openapi_python_client", "generate", "--path", document, "--meta", "none",
+                    "--output-path", package, "--config", settings_file], check=True, cwd=tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def call(name: str, /, *path: str, credential: str = server.token, **how: Any) -> Any:
+        operation = importlib.import_module(f"panguard_client.api.default.{name}")
+        client = importlib.import_module("panguard_client").AuthenticatedClient(server.url, credential)
+        with client:
+            return operation.sync(*path, client=client, **how)
+
+    models = importlib.import_module("panguard_client.models")
+    made = call("register", body=models.RegisterBody(hostname="h", os="linux", version="1")).data
+    beat = call("heartbeat", made.id, credential=made.token, body=models.HeartbeatBody(cpu=1.5)).data
+    listed = call("agents").data
+    agent = call("agent", made.id).data
+    assert (beat.id, str(beat.status), [each.id for each in listed]) == (made.id, "online", [made.id])
+    assert isinstance(agent, models.Agent) and isinstance(agent.status, models.Status)
+    assert (agent.cpu, agent.registered_at, agent.active_policy_version) == (1.5, datetime.fromtimestamp(
+        START_MS / 1000, timezone.utc), None)
+    refused = call("agent", "agent-00000000")
+    assert isinstance(refused, models.Error) and "agent-00000000" in refused.error
 
 
 @pytest.mark.fuzz
