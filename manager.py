@@ -680,7 +680,7 @@ class Census(NamedTuple):
 ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
                "agent_updated", "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated",
                "threat_updated", "policy_created", "policy_dropped", "enroll_token_issued", "enroll_token_revoked",
-               "silence_forgiven", "clock_stepped", "agent_refused")
+               "silence_forgiven", "clock_stepped", "agent_refused", "manager_started", "manager_stopped")
 SEVERITIES = ("critical", "high", "medium", "low")
 THREAT_STATES = ("open", "acknowledged", "false_positive")
 RULE_TYPES = ("block_ip", "alert_threshold", "auto_respond", "custom")
@@ -2784,6 +2784,11 @@ class Manager:
             row = db.execute("SELECT id FROM enroll_tokens WHERE token_digest = ? AND expires_ms > ?",
                              (token_digest, now.wall_ms)).fetchone()
         return row and str(row["id"])
+
+    def note_run(self, type: str) -> None:
+        """Journal that this manager started or stopped."""
+        with self.store.transaction():
+            self.store.journal(self.now().wall_ms, type, THE_MANAGER, None, None, {"version": __version__})
 
     def note_refusal(self, agent_id: str, reason: str, *, caller: Caller) -> None:
         """Journal that a request in the name of this agent was refused, if it is registered."""
@@ -5465,9 +5470,10 @@ class Server:
             self.token = tokens[0]
             try:
                 self.manager = Manager(self.config, self.clock, store)
+                self._note_run("manager_started")
             except Unavailable as error:
                 raise StartError(str(error)) from error
-            undo.callback(self._record_clock)
+            undo.callback(self._record_stop)
             app = create_app(self.manager, tokens)
             self._api: Api = app.api
             self.faults = self._api.faults
@@ -5517,9 +5523,14 @@ class Server:
             except StartError as error:
                 log.error("%s; the former one stays in use", error)
 
-    def _record_clock(self) -> None:
+    def _record_stop(self) -> None:
         with contextlib.suppress(Unavailable):
             self.manager.follow_clock(record=True)
+            self._note_run("manager_stopped")
+
+    def _note_run(self, type: str) -> None:
+        if self.config.data_dir:  # a temporary folder has no history that the entry could divide
+            self.manager.note_run(type)
 
     def _tick(self) -> bool:
         manager = self.manager

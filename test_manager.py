@@ -117,8 +117,9 @@ class Client:
         return self.call("GET", "/openapi.json", token=None).json
 
     def journal(self, *types: str) -> list[Any]:
-        """The journal's entries, of these types if any are given."""
-        return [entry for entry in self.get("/api/events?limit=200") if not types or entry["type"] in types]
+        """The journal's entries, of these types if any are given, else of all but the manager's own start and stop."""
+        return [entry for entry in self.get("/api/events?limit=200")
+                if (entry["type"] in types if types else not entry["type"].startswith("manager_"))]
 
 
 @pytest.fixture
@@ -216,9 +217,9 @@ def port_of(url: str) -> int:
 
 
 def journal_of(fleet: Manager) -> list[tuple[str, int]]:
-    """Type and instant (ms since the start of the clock) of every entry but the registrations."""
+    """Type and instant (ms since the start of the clock) of every entry but registrations and starts of managers."""
     return [(entry.type, entry.at_ms - START_MS) for entry in fleet.journal()
-            if entry.type not in ("agent_registered", "agent_reregistered")]
+            if entry.type not in ("agent_registered", "agent_reregistered", "manager_started", "manager_stopped")]
 
 
 @pytest.fixture
@@ -1374,7 +1375,23 @@ def test_a_start_that_failed_lets_go_of_the_folder(fault: str, tmp_path: Path) -
             Server(port=taken.getsockname()[1], data_dir=tmp_path).start()
         (tmp_path / "manager.db").unlink()
         with Server(port=0, data_dir=tmp_path) as server:
-            assert server.manager.journal() == []
+            assert [entry.type for entry in server.manager.journal()] == ["manager_started"]
+
+
+def test_starts_and_stops_are_in_the_journal_of_a_folder_that_is_kept(tmp_path: Path) -> None:
+    clock = ManualClock()
+    for _ in range(2):
+        with Server(port=0, data_dir=tmp_path, clock=clock) as server:
+            server.manager.register(**AGENT)
+            clock.advance(10)
+    with Server(port=0, data_dir=tmp_path, clock=clock) as server:
+        entries = [(entry.type, entry.at_ms - START_MS, entry.actor, entry.data.get("version"))
+                   for entry in server.manager.journal() if entry.type.startswith("manager_")]
+    by_manager, version = {"role": "manager"}, manager.__version__
+    assert entries == [(f"manager_{what}", at_ms, by_manager, version) for what, at_ms in (
+        ("started", 0), ("stopped", 10_000), ("started", 10_000), ("stopped", 20_000), ("started", 20_000))]
+    with Server(port=0) as server:
+        assert server.manager.journal() == []
 
 
 @contextlib.contextmanager
@@ -1884,9 +1901,11 @@ def test_an_embedded_manager_leaves_no_file_behind() -> None:
 
 
 def test_everything_is_kept_over_a_restart(tmp_path: Path) -> None:
+    types = urlencode([("type", each) for each in manager.ENTRY_TYPES if not each.startswith("manager_")])
+
     def pictures(api: Client) -> dict[str, Any]:
         paths = ["/api/agents", "/api/agents?org_id=o&tag=b", "/api/threats", "/api/threats/summary", "/api/policy",
-                 "/api/policy/active", "/api/policy/active?org_id=o", "/api/overview", "/api/events?limit=200"]
+                 "/api/policy/active", "/api/policy/active?org_id=o", "/api/overview", f"/api/events?limit=200&{types}"]
         for agent in agents:
             paths += [f"/api/agents/{agent['id']}", f"/api/policy/agent/{agent['id']}?ack=false"]
         return {path: api.get(path) for path in paths}
@@ -1917,7 +1936,8 @@ def test_everything_is_kept_over_a_restart(tmp_path: Path) -> None:
         again = api.post(path, {"events": [{**THREAT, "id": "e1"}]}, status=201)
         assert again["eventIds"][0] in [each["id"] for each in before["/api/threats"]]
         assert api.post("/api/policy", {"name": "p", "rules": [RULE]}, status=201)["version"] == "v6"
-        assert api.journal()[-1]["seq"] == before["/api/events?limit=200"][-1]["seq"] + 1
+        last = before[f"/api/events?limit=200&{types}"][-1]["seq"]  # then a stop, a start, and the new version
+        assert api.journal()[-1]["seq"] == last + 3
 
 
 # 5  Manager ###########################################################################################
@@ -6807,7 +6827,8 @@ def test_a_thousand_agents_over_a_week_agree_with_a_model(  # noqa: C901  # the 
         assert {each["id"]: each["status"] for each in listed} == {
             agent: model.status(now, agent) for agent in model.seen}
         assert len(json.loads(fleet.agents_json(status="offline")[0])) == len(model.seen)
-        assert [(entry.at_ms, entry.type, entry.agent_id) for entry in fleet.journal()] == model.journal
+        assert [(entry.at_ms, entry.type, entry.agent_id) for entry in fleet.journal()
+                if not entry.type.startswith("manager_")] == model.journal
         for agent in model.seen:
             assert fleet.heartbeat(agent).pending_policies == model.pending(agent)
         assert fleet.census().threats == sum(map(len, model.events.values()))
@@ -7677,7 +7698,7 @@ def test_readme_backup(tmp_path: Path) -> None:
     kept.mkdir()
     (tmp_path / "panguard-backup.db").rename(kept / "manager.db")
     with Server(port=0, data_dir=kept) as server:
-        assert server.manager.journal() == []
+        assert {entry.type for entry in server.manager.journal()} == {"manager_started"}
 
 
 # The README's tables and numbers
