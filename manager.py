@@ -37,7 +37,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
-import http
+import http.client
 import inspect
 import io
 import ipaddress
@@ -53,22 +53,25 @@ import resource
 import secrets
 import select
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
 import ssl
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
+import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
-from urllib.parse import parse_qs
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 import bottle  # type: ignore[import-untyped]
 from waitress import wasyncore  # type: ignore[import-untyped]
@@ -298,7 +301,7 @@ class Config:
                                f"the heartbeat timeout and its grace together, {timeout + self.heartbeat_grace_ms}")
 
     @classmethod
-    def load(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    def load(cls, argv: Sequence[str], environ: Mapping[str, str], more_help: str = "") -> Config:
         """Settings from a command line and an environment; an option beats its variable.
 
         An empty variable counts as unset. A token that neither sets is read from the systemd credential
@@ -309,7 +312,7 @@ class Config:
         parser = argparse.ArgumentParser(
             prog="panguard-manager", description="Fleet manager for Panguard Guard agents.",
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-            epilog="environment variables:\n" + "\n".join(
+            epilog=more_help + "environment variables:\n" + "\n".join(
                 f"  {each.metadata['variable']:<32}{each.metadata['help']} ({each.metadata['shown']})"
                 for each in fields(cls)))
         parser.add_argument("--version", action="version", version=f"Panguard Manager {__version__}")
@@ -1422,6 +1425,7 @@ _FEW_PAGES = 1000  # that writers wait for, while the log is made empty
 _PROBE_BYTES = 2**17  # more than the room left in the log may hold
 _APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
 _LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'journal'"
+_RUNNING = "another manager is running on {folder}; stop it or choose another --data-dir"
 _FAULTS = (
     ("moved", "{folder}/manager.db or its log was removed or replaced; put it back, or stop the manager and restore "
               "a backup"),
@@ -1468,6 +1472,26 @@ def private_file(path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     if not os.access(path, os.R_OK | os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
+def take_folder(folder: Path) -> sqlite3.Connection:
+    """Lock a data folder until the connection is closed or the process ends, however it ends. Raises StartError."""
+    try:
+        private_file(folder / "lock")  # whoever can open it can hold it
+        guard = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None, check_same_thread=False)
+    except (sqlite3.Error, OSError) as error:
+        raise StartError(f"the data folder {folder} cannot be written ({error}); choose another or change its "
+                         "owner") from None
+    try:
+        guard.execute("PRAGMA journal_mode = MEMORY")
+        guard.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        guard.close()
+        if "database is locked" in str(error):
+            raise StartError(_RUNNING.format(folder=folder)) from None
+        raise StartError(f"the data folder {folder} cannot be written ({error}); choose another or change its "
+                         "owner") from None
+    return guard
 
 
 class FairLock:
@@ -1560,9 +1584,9 @@ class Store:
         self._check_folder()
         disk = os.statvfs(folder)
         self.log_limit_bytes = max(2**16, min(_LOG_BYTES, disk.f_blocks * disk.f_frsize // 16))
-        self._running = f"another manager is running on {folder}; stop it or choose another --data-dir"
         with contextlib.ExitStack() as undo:
-            self._take_folder(undo)
+            self._guard = take_folder(folder)
+            undo.callback(self._guard.close)
             try:
                 stopped_cleanly = self.log_bytes() == 0
                 self._check_file()
@@ -1608,7 +1632,7 @@ class Store:
         try:
             fcntl.lockf(self._file_lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2**62)
         except OSError:
-            raise StartError(self._running) from None
+            raise StartError(_RUNNING.format(folder=self.folder)) from None
 
     def _find_inodes(self) -> list[tuple[int, int]] | None:
         try:
@@ -1616,21 +1640,6 @@ class Store:
         except OSError:
             return None
         return [(each.st_dev, each.st_ino) for each in found]
-
-    def _take_folder(self, undo: contextlib.ExitStack) -> None:
-        """Lock the folder until the process ends, however it ends. Raises StartError."""
-        try:
-            private_file(self.folder / "lock")  # whoever can open it can hold it
-            self._guard = sqlite3.connect(self.folder / "lock", timeout=0, isolation_level=None,
-                                          check_same_thread=False)
-            undo.callback(self._guard.close)
-            self._guard.execute("PRAGMA journal_mode = MEMORY")
-            self._guard.execute("BEGIN EXCLUSIVE")
-        except (sqlite3.Error, OSError) as error:
-            if "database is locked" in str(error):
-                raise StartError(self._running) from None
-            raise StartError(f"the data folder {self.folder} cannot be written ({error}); choose another or change "
-                             "its owner") from None
 
     def _check_file(self) -> None:
         try:
@@ -1972,6 +1981,141 @@ class Store:
         elif str(times).strip("0") == "1":  # the tenth, hundredth, … time; probe() logs when the fault has ended
             log.error("repeated %d times: %s", times, sentence)
         raise Unavailable(sentence, retry_after_s=5) from error
+
+
+# Backup, restore and check
+
+_COPY_PAGES = 1000  # between two reports of a backup's progress
+_KEPT = ("manager.db", "token", "cert.pem", "key.pem")  # what a backup holds
+
+
+def examine(path: Path) -> dict[str, int]:
+    """Look for damage in all of a database; its schema, and how many rows of each kind it holds.
+
+    Raises Unavailable, whose text says what is wrong.
+    """
+    counts = {"agents": "agents", "threatEvents": "threats", "policies": "policies", "journalEntries": "journal"}
+    try:
+        with contextlib.closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
+            owner, schema = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+            if owner != _APPLICATION_ID:
+                raise Unavailable(f"{path} is not a database of this manager")
+            if schema > len(MIGRATIONS):
+                raise Unavailable(f"{path} was written by a newer manager (schema {schema}, this one knows "
+                                  f"{len(MIGRATIONS)})")
+            wrong = [row[0] for row in db.execute("PRAGMA integrity_check(3)") if row[0] != "ok"]
+            wrong += [f"a row of {row[0]} refers to nothing" for row in db.execute("PRAGMA foreign_key_check")][:3]
+            seqs, first, last = db.execute("SELECT count(*), min(seq), max(seq) FROM journal").fetchone()
+            if seqs and seqs != last - first + 1:
+                wrong.append(f"the journal lacks {last - first + 1 - seqs} entries between {first} and {last}")
+            if wrong:
+                raise Unavailable(f"{path} is damaged: {'; '.join(wrong)}; restore a backup")
+            return {"schema": schema, **{name: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+                                         for name, table in counts.items()}}
+    except sqlite3.Error as error:
+        raise Unavailable(f"{path} is damaged or cannot be read ({error}); restore a backup") from None
+
+
+def copy_database(source: Path, target: Path, progress: Callable[[float], None]) -> None:
+    """Copy a database that may be in use, as of one instant, into a new file; `progress` hears which part is done."""
+    with contextlib.closing(sqlite3.connect(source.absolute().as_uri() + "?mode=ro", uri=True)) as db, \
+            contextlib.closing(sqlite3.connect(target)) as copy:
+        db.execute("BEGIN")
+        db.execute("SELECT 1 FROM sqlite_master").fetchone()  # one view for all steps, which no writer waits for
+        db.backup(copy, pages=_COPY_PAGES, progress=lambda _, left, total: progress(1 - left / max(total, 1)))
+        copy.execute("PRAGMA journal_mode = DELETE")  # one file
+
+
+def back_up(folder: Path, target: Path, progress: Callable[[float], None], *, db_only: bool = False) -> dict[str, int]:
+    """Write a proved backup of a data folder to a file of mode 0600, replacing one that is there; what it holds.
+
+    Raises Unavailable and OSError, and then leaves a file that was there as it was.
+    """
+    with tempfile.TemporaryDirectory(prefix=".panguard-", dir=target.absolute().parent) as work:
+        copy, made = Path(work, "manager.db"), Path(work, "made")
+        try:
+            copy_database(folder / "manager.db", copy, progress)
+        except sqlite3.Error as error:
+            raise Unavailable(f"{folder / 'manager.db'} cannot be copied to {target} ({error}); make room, or check "
+                              "the disk") from None
+        held = examine(copy)
+        if db_only:
+            made = copy
+        else:
+            manifest = {"version": __version__, **held, "sha256": digest_of(copy.open("rb"))}
+            Path(work, "manifest.json").write_text(json.dumps(manifest, indent=1))
+            with tarfile.open(made, "w") as archive:
+                archive.add(Path(work, "manifest.json"), "manifest.json")
+                archive.add(copy, "manager.db")
+                for name in _KEPT[1:]:
+                    if (folder / name).exists():
+                        archive.add(folder / name, name)
+            with tarfile.open(made) as archive:
+                if digest_of(cast("BinaryIO", archive.extractfile("manager.db"))) != manifest["sha256"]:
+                    raise Unavailable(f"what was written beside {target} reads back otherwise; check the disk")
+        made.chmod(0o600)
+        sync_path(made)
+        made.replace(target)
+        sync_path(target.absolute().parent)
+    return held
+
+
+def digest_of(file: BinaryIO) -> str:
+    """The SHA-256 digest of what a file holds, in hexadecimal digits; closes it."""
+    found = hashlib.sha256()
+    with file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def unpack(backup: Path, work: Path) -> dict[str, int]:
+    """Unpack a backup into an empty folder and prove it; what it holds. Raises Unavailable and OSError."""
+    try:
+        with backup.open("rb") as file:
+            plain = file.read(16) == b"SQLite format 3\0"
+        if plain:
+            shutil.copyfile(backup, work / "manager.db")
+            return examine(work / "manager.db")
+        with tarfile.open(backup) as archive:
+            for name in ("manifest.json", *_KEPT):
+                member = archive.extractfile(name) if name in archive.getnames() else None
+                if member:
+                    with open(os.open(work / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                        shutil.copyfileobj(member, file)
+        if json.loads((work / "manifest.json").read_text())["sha256"] != digest_of((work / "manager.db").open("rb")):
+            raise Unavailable(f"{backup} is damaged: the database in it is not the one that was backed up")
+    except (tarfile.TarError, ValueError, KeyError, FileNotFoundError, EOFError) as error:
+        raise Unavailable(f"{backup} is no whole backup of this manager ({error})") from None
+    return examine(work / "manager.db")
+
+
+def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
+    """Put a backup in the place of what a data folder holds; what the backup holds, and where the former files are.
+
+    Raises StartError while a manager runs there, Unavailable for a bad backup, OSError; then nothing is replaced.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.closing(take_folder(folder)), tempfile.TemporaryDirectory(prefix=".restore-", dir=folder) as work:
+        held = unpack(backup, Path(work))
+        former = [folder / name for name in (*_KEPT, "manager.db-wal", "manager.db-shm") if (folder / name).exists()]
+        kept = None
+        if former:
+            kept = folder / f"before-restore-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
+            kept.mkdir(mode=0o700)
+        for name in _KEPT:
+            if Path(work, name).exists():
+                Path(work, name).chmod(0o600)
+                sync_path(Path(work, name))
+        for path in former:
+            path.rename(cast("Path", kept) / path.name)
+        for name in _KEPT:
+            if Path(work, name).exists():
+                Path(work, name).rename(folder / name)
+            elif kept and (kept / name).exists():  # a backup of the database alone
+                shutil.copy2(kept / name, folder / name)
+        sync_path(folder)
+    return held, kept
 
 
 def sql_iso(column: str) -> str:
@@ -5625,6 +5769,10 @@ class Server:
             host = "localhost"
         self.url = (f"http{'s' * bool(self._web.tls_context)}://" + (f"[{host}]" if ":" in host else host)
                     + f":{self._web.port}")
+        if config.data_dir:  # where the commands look for it
+            with contextlib.suppress(OSError):
+                private_file(folder / "url")
+                (folder / "url").write_text(self.url + "\n")
 
     def _tls(self, folder: Path) -> ssl.SSLContext | None:
         config, local = self.config, _is_loopback(self.config.host)
@@ -5820,15 +5968,16 @@ def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
 ########################################################################################################
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def serve(argv: Sequence[str]) -> int:
     """Run a manager until SIGTERM or SIGINT; 0 after a clean stop, 1 if it cannot start, 2 for a bad setting."""
     try:
-        config = Config.load(sys.argv[1:] if argv is None else argv, os.environ)
+        config = Config.load(argv, os.environ, "commands, each with a --help of its own:\n" + "".join(
+            f"  {each.name:<16}{each.summary}\n" for each in COMMANDS.values()) + "\n")
     except SettingError as error:
         print(f"panguard-manager: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for sentence in Config.advice(sys.argv[1:] if argv is None else argv, os.environ):
+    for sentence in Config.advice(argv, os.environ):
         log.warning("%s", sentence)
     server = Server(config)
     os.umask(0o077)
@@ -5882,6 +6031,748 @@ def _greeting(server: Server) -> Iterator[str]:
     yield from (note for note in server.notes if note.startswith("Warning"))
     if not server.certificate and not _is_loopback(config.host):
         yield "Warning: tokens cross the network in plaintext; set MANAGER_TLS=auto, or put a TLS proxy in front"
+
+
+class CommandError(Exception):
+    """A command cannot be done; the text says why and what to do. `status` is the exit status."""
+
+    def __init__(self, text: str, status: int = 1):
+        super().__init__(text)
+        self.status = status
+
+
+class Option(NamedTuple):
+    """An argument of a command, as argparse's `add_argument` takes it."""
+
+    names: tuple[str, ...]
+    how: Mapping[str, Any]
+
+
+class Command(NamedTuple):
+    """One row of the command line: what the parser, `--help`, the README and the shells' completion say of it."""
+
+    run: Callable[[Cli], int]
+    name: str
+    summary: str
+    example: str
+    options: tuple[Option, ...]
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def option(*names: str, **how: Any) -> Option:
+    """An argument of a command."""
+    return Option(names, how)
+
+
+def command(name: str, summary: str, *options: Option, example: str) -> Callable[[Callable[[Cli], int]], Any]:
+    """Add a command; a name of two words is one of a group."""
+    def add(run: Callable[[Cli], int]) -> Callable[[Cli], int]:
+        COMMANDS[name] = Command(run, name, summary, example, options)
+        return run
+    return add
+
+
+def duration_ms(text: str) -> int:
+    """The ms of a duration such as 30d, 12h, 5m or 90s. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    if not match:
+        raise ValueError(text)
+    return int(match[1]) * {"s": 1000, "m": 60_000, "h": _HOUR_MS, "d": _DAY_MS}[match[2]]
+
+
+def printable(value: Any) -> str:
+    """A value as a terminal may show it: characters that control it are replaced."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(printable, value))
+    text = "-" if value is None else to_json(value) if isinstance(value, bool) else str(value)
+    return "".join("\ufffd" if unicodedata.category(each)[0] == "C" else each for each in text)
+
+
+def display_width(text: str) -> int:
+    """The columns that a text takes in a terminal."""
+    return sum(0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF") for each in text)
+
+
+def fitted(text: str, width: int) -> str:
+    """The text with blanks after it up to a display width, or cut to it."""
+    while display_width(text) > width:
+        text = text[:-2] + "…"
+    return text + " " * (width - display_width(text))
+
+
+def ago(instant: str) -> str:
+    """How long ago an instant of the API was, in words."""
+    passed_s = max(0, int(time.time() - instant_ms(instant) / 1000))
+    for unit_s, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if passed_s >= 2 * unit_s:
+            return f"{passed_s // unit_s} {unit} ago"
+    return f"{passed_s} s ago"
+
+
+_COLOURS = {"online": 32, "stale": 33, "offline": 31, "critical": 35, "high": 31, "medium": 33}
+_CONNECT_S = 30.0
+
+
+class Cli:
+    """One command being run: its options, and the manager that it asks."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.folder = Path(options.data_dir or os.environ.get("MANAGER_DATA_DIR") or "~/.panguard-manager").expanduser()
+        self.terminal = sys.stdout.isatty()
+        self.seq = 0
+
+    # Asking the manager
+
+    def _file(self, name: str) -> str | None:
+        with contextlib.suppress(OSError):
+            return (self.folder / name).read_text().strip() or None
+        return None
+
+    @property
+    def url(self) -> str:
+        """The manager's address."""
+        found = self.options.url or os.environ.get("MANAGER_URL") or self._file("url") or "https://localhost:8443"
+        return found.rstrip("/")
+
+    @contextlib.contextmanager
+    def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None,
+             timeout_s: float = _CONNECT_S) -> Iterator[http.client.HTTPResponse]:
+        """The manager's answer. Raises CommandError if there is none, or it is not 2xx."""
+        token = self.options.token or os.environ.get("MANAGER_AUTH_TOKEN", "").partition(",")[0] or self._file("token")
+        if not token:
+            raise CommandError("no token is known: use --token, MANAGER_AUTH_TOKEN, or --data-dir of a manager here", 2)
+        with contextlib.closing(self._connection(timeout_s)) as connection:
+            try:
+                connection.request(method, path, None if body is None else json.dumps(body).encode(), {
+                    "Authorization": f"Bearer {token}", "Content-Type": "application/json", "Connection": "close",
+                    **(headers or {})})
+                answer = connection.getresponse()
+            except ssl.SSLCertVerificationError as error:
+                raise CommandError(f"the certificate of {self.url} is not trusted ({error.verify_message}); name its "
+                                   "file with --cacert") from None
+            except ConnectionRefusedError:
+                raise CommandError(f"nothing listens at {self.url}; start the manager, or name its address with --url"
+                                   ) from None
+            except (OSError, http.client.HTTPException) as error:
+                raise CommandError(f"{self.url} cannot be asked ({error or type(error).__name__}); check --url"
+                                   ) from None
+            if answer.status >= 300:
+                self._refused(answer)
+            with answer:
+                yield answer
+
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        try:
+            target = urlsplit(self.url)
+            if target.scheme == "http":
+                return http.client.HTTPConnection(target.hostname or "", target.port, timeout=timeout_s)
+            if target.scheme == "https":
+                return http.client.HTTPSConnection(target.hostname or "", target.port, timeout=timeout_s,
+                                                   context=self._trust())
+        except ValueError:
+            pass
+        raise CommandError(f"{self.url} is no manager's address; --url takes one such as https://localhost:8443", 2)
+
+    def _trust(self) -> ssl.SSLContext:
+        own = self.folder / "cert.pem"
+        path = self.options.cacert or (str(own) if own.exists() and not self.options.url else None)
+        try:
+            context = ssl.create_default_context(cafile=path)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"the certificates in {path} cannot be used ({error}); name a PEM file with --cacert", 2
+                               ) from None
+        return context
+
+    def _refused(self, answer: http.client.HTTPResponse) -> NoReturn:
+        try:
+            reason = str(json.loads(answer.read())["error"])
+        except (ValueError, KeyError, TypeError, OSError):
+            reason = f"it answers {answer.status} {answer.reason}; is it a Panguard Manager?"
+        if answer.status == 401:
+            reason = "the token is wrong; use --token or MANAGER_AUTH_TOKEN"
+        raise CommandError(f"{self.url}: {printable(reason)}", 2 if answer.status == 400 else 1)
+
+    def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
+        """The `data` of the manager's answer; values of `query` that are None are left out."""
+        given = {name: value for name, value in query.items() if value is not None and value is not False}
+        if given:
+            path += "?" + urlencode({name: "true" if value is True else value for name, value in given.items()},
+                                    doseq=True)
+        try:
+            with self.open(method, path, body) as answer:
+                return json.loads(answer.read())["data"]
+        except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+            raise CommandError(f"{self.url} broke off its answer ({error}); try again") from None
+
+    def agent(self, name: str) -> Any:
+        """The agent in detail that a name means: its id, its hostname, or the beginning of either, if of one only."""
+        found = self.ask("GET", "/api/agents", q=name, detail=True) if name else []
+        for fits in (lambda each: name in (each["id"], each["hostname"]),
+                     lambda each: each["id"].startswith(name) or each["hostname"].startswith(name)):
+            if len(matching := [each for each in found if fits(each)]) == 1:
+                return matching[0]
+            if matching:
+                raise CommandError(f"{name!r} means {len(matching)} agents: " + printable(
+                    [f"{each['id']} ({each['hostname']})" for each in matching[:5]]), 3)
+        raise CommandError(f"no agent is called {name!r}; `agents` lists them", 3)
+
+    # Telling the caller
+
+    def say(self, text: str = "") -> None:
+        """Write a line to standard output."""
+        print(text, flush=True)
+
+    def coloured(self, text: str) -> str:
+        """The text in the colour of its first word, on a terminal."""
+        colour = _COLOURS.get(text.strip())
+        if not colour or not self.terminal or os.environ.get("NO_COLOR"):
+            return text
+        return f"\033[{colour}m{text}\033[0m"
+
+    def show(self, data: Any, columns: Mapping[str, Callable[[Any], Any]]) -> int:
+        """Show a list as `--json` or `-q` ask, or as a table; 3 if it is empty."""
+        if self.options.json:
+            self.say(json.dumps(data, indent=2, ensure_ascii=False))
+        elif self.options.quiet:
+            for each in data:
+                self.say(printable(each.get("id", each.get("seq"))))
+        else:
+            self._table([list(columns), *([printable(read(each)) for read in columns.values()] for each in data)])
+        return 0 if data else 3
+
+    def _table(self, rows: list[list[str]]) -> None:
+        widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+        room = shutil.get_terminal_size().columns - 2 * (len(widths) - 1) if self.terminal else sum(widths)
+        while sum(widths) > room and max(widths) > 8:
+            widths[widths.index(max(widths))] -= 1
+        for row in rows:
+            self.say("  ".join(self.coloured(fitted(cell, width)) for cell, width in zip(row, widths, strict=True)
+                               ).rstrip())
+
+    def show_one(self, data: Mapping[str, Any]) -> int:
+        """Show an object as `--json` asks, or a line for each of its fields."""
+        if self.options.json:
+            self.say(json.dumps(data, indent=2, ensure_ascii=False))
+            return 0
+        width = max(map(len, data))
+        for name, value in data.items():
+            text = to_json(value) if isinstance(value, dict) or (value and isinstance(value, list) and isinstance(
+                value[0], dict)) else value
+            self.say(f"{name:<{width}}  {self.coloured(printable(text))}")
+        return 0
+
+    def confirm(self, question: str) -> bool:
+        """Whether to go on: `--yes`, or the answer at a terminal. Raises CommandError where nobody can be asked."""
+        if self.options.yes:
+            return True
+        if not sys.stdin.isatty():
+            raise CommandError(f"{question} Add --yes: there is no terminal to ask at", 2)
+        print(question + " [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    def progress(self, part: float) -> None:
+        """Say on a terminal how much of a long work is done."""
+        if sys.stderr.isatty():
+            print(f"\r{part:4.0%}", end="\n" if part >= 1 else "", file=sys.stderr, flush=True)
+
+
+_FILTERS = (
+    option("--status", choices=[str(status) for status in Status], help="agents of this status"),
+    option("--tag", action="append", default=[], help="agents with this tag; several: with all of them"),
+    option("--org-id", help="agents of this organization"), option("--os", help="agents with this system"),
+    option("--version", help="agents of this version"), option("--find", metavar="TEXT", dest="q",
+                                                               help="text in hostname, id, address or a tag"),
+    option("--silent", metavar="TIME", type=duration_ms, dest="silent_ms",
+           help="agents silent for at least 90s, 5m, 12h or 30d"))
+_AGENTS = option("agent", nargs="*", help="id or hostname, or the beginning of one")
+_AGENT_ARGUMENT = option("agent", help="id or hostname of an agent, or the beginning of one")
+_YES = option("--yes", action="store_true", help="do not ask")
+_FILTER_NAMES = ("status", "tag", "org_id", "os", "version", "q", "silent_ms")
+
+
+def _filters(cli: Cli) -> dict[str, Any]:
+    return {name: value for name in _FILTER_NAMES if (value := getattr(cli.options, name))}
+
+
+@command("status", "totals, silent agents, threats and the policy; 3 if an agent is silent", example="status")
+def _status_command(cli: Cli) -> int:
+    overview = cli.ask("GET", "/api/overview")
+    silent = [each for status in ("offline", "stale") for each in cli.ask("GET", "/api/agents", status=status)]
+    if cli.options.json:
+        cli.say(json.dumps({**overview, "silent": silent}, indent=2, ensure_ascii=False))
+        return 3 if silent else 0
+    if cli.options.quiet:
+        cli.show(silent, {})
+        return 3 if silent else 0
+    cli.say(f"{overview['totalAgents']} agents: " + ", ".join(
+        f"{overview[status + 'Agents']} {status}" for status in ("online", "stale", "offline")))
+    for each in silent:
+        cli.say(f"  {cli.coloured(each['status'])}  {printable(each['hostname'])} ({each['id']}), last seen "
+                f"{ago(each['lastHeartbeat'])}")
+    day = overview["threatSummary"]["last24h"]
+    cli.say(f"{day['total']} threats in 24 h: " + ", ".join(f"{day[severity]} {severity}" for severity in SEVERITIES))
+    if overview["activePolicyVersion"]:
+        agents = cli.ask("GET", "/api/agents", detail=True)
+        have = sum(each["pendingPolicies"] == 0 for each in agents)
+        cli.say(f"policy {overview['activePolicyVersion']} (acknowledged by {have} of {len(agents)})")
+    return 3 if silent else 0
+
+
+@command("agents", "list agents", *_FILTERS,
+         option("--sort", choices=[sign + name for name in SORTS for sign in ("", "-")], metavar="FIELD",
+                help=f"one of {', '.join(SORTS)}; --sort=-cpu begins with the highest"),
+         option("--watch", action="store_true", help="show them again every two seconds, until Ctrl-C"),
+         example="agents --status offline --sort lastHeartbeat")
+def _agents_command(cli: Cli) -> int:
+    while True:
+        found = cli.ask("GET", "/api/agents", sort=cli.options.sort, **_filters(cli))
+        if cli.options.watch and cli.terminal:
+            cli.say("\033[H\033[2J")
+        status = cli.show(found, {
+            "STATUS": lambda each: each["status"], "HOSTNAME": lambda each: each["hostname"],
+            "ID": lambda each: each["id"], "TAGS": lambda each: each["tags"] or None, "OS": lambda each: each["os"],
+            "VERSION": lambda each: each["version"], "ADDRESS": lambda each: each["ip"],
+            "LAST SEEN": lambda each: ago(each["lastHeartbeat"])})
+        if not cli.options.watch:
+            return status
+        time.sleep(2)
+
+
+@command("agent", "show one agent, and why it has its status", _AGENT_ARGUMENT, example="agent web-1")
+def _agent_command(cli: Cli) -> int:
+    return cli.show_one(cli.agent(cli.options.agent))
+
+
+def _change_agents(cli: Cli, what: str, change: Mapping[str, Any]) -> int:
+    filters = _filters(cli)
+    if bool(cli.options.agent) == bool(filters):
+        raise CommandError("name agents, or else at least one filter such as --tag or --silent", 2)
+    ids = [cli.agent(name)["id"] for name in cli.options.agent]
+    chosen: dict[str, Any] = {"ids": ids} if ids else {"filter": filters}
+    preview = cli.ask("POST", "/api/agents/bulk", {**chosen, **change, "dryRun": True})
+    if not preview["changed"]:
+        cli.say(f"{preview['matched']} agents match, and none changes")
+        return 0 if preview["matched"] else 3
+    shown = ", ".join(preview["ids"][:5]) + (", …" if preview["changed"] > 5 else "")
+    if not cli.confirm(f"{what} {preview['changed']} agents ({shown})?"):
+        return 1
+    done = cli.ask("POST", "/api/agents/bulk", {**chosen, **change})
+    if cli.options.json:
+        return cli.show_one(done)
+    cli.say(f"{done['changed']} agents changed")
+    return 0
+
+
+@command("tag", "add tags to agents, or remove tags", _AGENTS, *_FILTERS,
+         option("--add", action="append", metavar="TAG", help="tag to add"),
+         option("--remove", action="append", metavar="TAG", help="tag to remove"), _YES,
+         example="tag web-1 --add production --yes")
+def _tag_command(cli: Cli) -> int:
+    if (cli.options.add is None) == (cli.options.remove is None):
+        raise CommandError("give --add or --remove, one of them", 2)
+    if cli.options.add:
+        return _change_agents(cli, "Add tags to", {"addTags": cli.options.add})
+    return _change_agents(cli, "Remove tags of", {"removeTags": cli.options.remove})
+
+
+@command("deregister", "remove agents from the fleet", _AGENTS, *_FILTERS, _YES,
+         example="deregister --silent 30d --yes")
+def _deregister_command(cli: Cli) -> int:
+    return _change_agents(cli, "Deregister", {"deregister": True})
+
+
+@command("threats", "list threat events, the newest first", option("--severity", choices=SEVERITIES, help="severity"),
+         option("--type", help="type"), option("--agent", help="id or hostname of an agent"),
+         option("--org-id", help="organization"), option("--source-ip", help="address that they came from"),
+         option("--file-hash", help="hash of the file they are about"),
+         option("--state", choices=THREAT_STATES, help="state"),
+         option("--limit", type=int, default=50, help="most events to show, up to 200"),
+         option("--summary", action="store_true", help="sum up the last 24 hours instead"),
+         example="threats --severity critical")
+def _threats_command(cli: Cli) -> int:
+    options = cli.options
+    if options.summary:
+        return cli.show_one(cli.ask("GET", "/api/threats/summary", org_id=options.org_id))
+    return cli.show(cli.ask("GET", "/api/threats", agent_id=options.agent and cli.agent(options.agent)["id"], **{
+        name: getattr(options, name) for name in ("severity", "type", "org_id", "source_ip", "file_hash", "state",
+                                                  "limit")}), {
+        "RECEIVED": lambda each: each["receivedAt"], "SEVERITY": lambda each: each["severity"],
+        "TYPE": lambda each: each["type"], "HOSTNAME": lambda each: each["hostname"], "ID": lambda each: each["id"],
+        "SOURCE": lambda each: source_address(each["details"]), "STATE": lambda each: each["state"],
+        "NOTE": lambda each: each["note"]})
+
+
+@command("threat", "set the state of a threat event, or its note", option("id", help="id of the event"),
+         option("--state", choices=THREAT_STATES, help="state to set"), option("--note", help="note to set"),
+         example="threat evt_000000000001 --state acknowledged --note 'seen by Lin'")
+def _threat_command(cli: Cli) -> int:
+    given = {name: value for name in ("state", "note") if (value := getattr(cli.options, name)) is not None}
+    return cli.show_one(cli.ask("PATCH", f"/api/threats/{quote(cli.options.id, safe='')}", given))
+
+
+def _scope_of(policy: Mapping[str, Any]) -> str:
+    return str(policy.get("agent_id") or policy.get("org_id") or "all agents")
+
+
+@command("policy list", "list the policies that were issued, the newest first", example="policy list")
+def _policy_list_command(cli: Cli) -> int:
+    return cli.show(cli.ask("GET", "/api/policy"), {
+        "VERSION": lambda each: each["version"], "NAME": lambda each: each["name"], "FOR": _scope_of,
+        "RULES": lambda each: len(each["rules"]), "ISSUED": lambda each: each["createdAt"],
+        "ID": lambda each: each["id"]})
+
+
+def _policy_of(cli: Cli, version: str) -> Any:
+    for each in cli.ask("GET", "/api/policy"):
+        if version in (each["version"], each["id"]):
+            return each
+    raise CommandError(f"no policy has the version {version!r}; `policy list` lists them", 3)
+
+
+@command("policy show", "show a policy", option("version", nargs="?", help="its version; without it, the one for all"),
+         example="policy show v1")
+def _policy_show_command(cli: Cli) -> int:
+    policy = _policy_of(cli, cli.options.version) if cli.options.version else cli.ask("GET", "/api/policy/active")
+    if policy is None:
+        raise CommandError("no policy is in force for all agents; `policy list` lists those issued", 3)
+    return cli.show_one(policy)
+
+
+@command("policy push", "issue a policy", option("file", help="JSON with `name` and `rules`; - is standard input"),
+         option("--org-id", help="for the agents of this organization"), option("--agent", help="for this agent"),
+         option("--dry-run", action="store_true", help="only say what would change"), example="policy push policy.json")
+def _policy_push_command(cli: Cli) -> int:
+    try:
+        text = sys.stdin.read() if cli.options.file == "-" else Path(cli.options.file).read_text()
+        body = parse_object(text.encode())
+    except (OSError, UnicodeError, Invalid) as error:
+        raise CommandError(f"the policy in {cli.options.file} cannot be used ({error})", 2) from None
+    if cli.options.agent:
+        body["agent_id"] = cli.agent(cli.options.agent)["id"]
+    body |= {"org_id": cli.options.org_id} if cli.options.org_id else {}
+    return cli.show_one(cli.ask("POST", "/api/policy", {**body, "dryRun": cli.options.dry_run}))
+
+
+@command("policy drop", "drop the policy of one agent", _AGENT_ARGUMENT, example="policy drop web-1")
+def _policy_drop_command(cli: Cli) -> int:
+    return cli.show_one(cli.ask("DELETE", f"/api/policy/agent/{cli.agent(cli.options.agent)['id']}"))
+
+
+@command("policy diff", "show what differs between the rules of two versions", option("old", help="a version"),
+         option("new", help="another version"), example="policy diff v1 v2")
+def _policy_diff_command(cli: Cli) -> int:
+    old, new = (_policy_of(cli, version)["rules"] for version in (cli.options.old, cli.options.new))
+    removed, added = [rule for rule in old if rule not in new], [rule for rule in new if rule not in old]
+    if cli.options.json:
+        cli.say(json.dumps({"removed": removed, "added": added}, indent=2, ensure_ascii=False))
+        return 0
+    for sign, rules in (("-", removed), ("+", added)):
+        for rule in rules:
+            cli.say(f"{sign} {printable(to_json(rule))}")
+    return 0
+
+
+@command("events", "show the journal, or follow it",
+         option("--type", action="append", choices=ENTRY_TYPES, metavar="TYPE", help="type of entry, may be repeated"),
+         option("--agent", help="id or hostname of an agent"),
+         option("--limit", type=int, default=50, help="most entries to show, up to 200"),
+         option("--follow", action="store_true", help="go on with entries as they are written, until Ctrl-C"),
+         option("--exec", metavar="COMMAND", help="with --follow: run this for each, the entry as JSON on its input"),
+         example="events --type agent_offline --type agent_online")
+def _events_command(cli: Cli) -> int:
+    options = cli.options
+    wanted = {"type": options.type, "agent_id": options.agent and cli.agent(options.agent)["id"]}
+    if options.exec and not options.follow:
+        raise CommandError("--exec needs --follow", 2)
+    if options.follow:
+        return _follow(cli, {name: value for name, value in wanted.items() if value})
+    entries = cli.ask("GET", "/api/events", limit=options.limit, order="desc", **wanted)
+    return cli.show(entries[::-1], {
+        "SEQ": lambda each: each["seq"], "AT": lambda each: each["at"], "TYPE": lambda each: each["type"],
+        "AGENT": lambda each: each.get("hostname") or each["agentId"], "WHO": lambda each: each["actor"].get(
+            "address") or each["actor"]["role"], "WHAT": _what})
+
+
+def _what(entry: Mapping[str, Any]) -> str:
+    common = {"seq", "at", "type", "agentId", "org_id", "actor", "hostname"}
+    return " ".join(f"{name}={value if isinstance(value, (str, int)) else to_json(value)}"
+                    for name, value in entry.items() if name not in common)
+
+
+def _follow(cli: Cli, wanted: Mapping[str, Any]) -> int:
+    """Show entries as they are written; a stream that ends is asked for again from the last entry heard."""
+    last, path = "", "/api/events/stream?" + urlencode(wanted, doseq=True)
+    while True:
+        try:
+            with cli.open("GET", path, headers={"Last-Event-ID": last} if last else {}, timeout_s=60) as stream:
+                for line in stream:
+                    name, _, value = line.decode().rstrip("\n").partition(": ")
+                    last = value if name == "id" else last
+                    if name == "data" and (entry := json.loads(value))["type"] != "connected":
+                        _tell(cli, entry)
+        except (OSError, http.client.HTTPException):
+            pass
+        except CommandError:
+            if not last:  # it was never heard
+                raise
+        time.sleep(1)
+
+
+def _tell(cli: Cli, entry: Mapping[str, Any]) -> None:
+    if cli.options.exec:
+        done = subprocess.run(shlex.split(cli.options.exec), input=json.dumps(entry) + "\n", text=True)
+        if done.returncode:
+            print(f"panguard-manager: entry {entry['seq']}: the command ended with {done.returncode}", file=sys.stderr)
+    elif cli.options.json:
+        cli.say(to_json(entry))
+    else:
+        cli.say(printable(f"{entry['seq']}  {entry['at']}  {entry['type']}  "
+                          f"{entry.get('hostname') or entry['agentId'] or '-'}  {_what(entry)}"))
+
+
+@command("enroll issue", "issue a token that registers agents",
+         option("--ttl", type=duration_ms, default=_DAY_MS, metavar="TIME", help="how long it holds: 12h, 7d"),
+         option("--uses", type=int, default=1, help="how many agents it registers"),
+         option("--org-id", help="organization of these agents"), option("--note", help="what it is for"),
+         option("--tag", action="append", help="tag of these agents, may be repeated"),
+         example="enroll issue --uses 10 --ttl 7d --tag web")
+def _enroll_issue_command(cli: Cli) -> int:
+    options = cli.options
+    given = {"ttlMs": options.ttl, "maxUses": options.uses, "org_id": options.org_id, "note": options.note,
+             "tags": options.tag}
+    issued = cli.ask("POST", "/api/enroll-tokens", {name: value for name, value in given.items() if value is not None})
+    if options.json:
+        return cli.show_one(issued)
+    if options.quiet:
+        cli.say(issued["token"])
+        return 0
+    cli.say(f"Token {issued['id']} registers {issued['maxUses']} agents until {issued['expiresAt']}. "
+            "On the agent's host:")
+    cli.say(f"curl -X POST {cli.url}/api/agents/register -H 'Authorization: Bearer {issued['token']}' "
+            "-H 'Content-Type: application/json' -d "
+            "'{\"hostname\": \"'$(hostname)'\", \"os\": \"linux\", \"version\": \"1.2.0\"}'")
+    return 0
+
+
+@command("enroll list", "list the tokens that register agents", example="enroll list")
+def _enroll_list_command(cli: Cli) -> int:
+    return cli.show(cli.ask("GET", "/api/enroll-tokens"), {
+        "ID": lambda each: each["id"], "EXPIRES": lambda each: each["expiresAt"],
+        "USES": lambda each: f"{each['uses']} of {each['maxUses']}", "ORG": lambda each: each["org_id"],
+        "TAGS": lambda each: each["tags"] or None, "NOTE": lambda each: each["note"]})
+
+
+@command("enroll revoke", "revoke a token that registers agents", option("id", help="id of the token"),
+         example="enroll revoke enr_000000000000")
+def _enroll_revoke_command(cli: Cli) -> int:
+    return cli.show_one(cli.ask("DELETE", f"/api/enroll-tokens/{quote(cli.options.id, safe='')}"))
+
+
+# What an entry of the journal means for the agent it is about, and what to do: for `doctor`.
+_ADVICE = {
+    "agent_refused": "its requests are refused ({reason}): give it the token of its own registration, or register it "
+                     "again",
+    "identity_conflict": "another agent, {otherAgentId}, has the same machine_id: a cloned machine; give one a new one",
+    "agent_reregistered": "it registered again, formerly as {formerHostname} from {formerIp}: nothing to do if meant",
+    "agent_offline": "it fell silent, last seen {lastSeen}: see whether the machine and the agent run and reach us",
+    "agent_stale": "it missed its heartbeat, last seen {lastSeen}",
+    "agent_updated": "it changed: {what}", "agent_online": "it came back, from {ip}",
+    "threats_reported": "it reported {count} threats, the worst {maxSeverity}"}
+
+
+@command("doctor", "say why an agent is silent or troubled, and what to do", _AGENT_ARGUMENT, example="doctor web-1")
+def _doctor_command(cli: Cli) -> int:
+    agent = cli.agent(cli.options.agent)
+    entries = cli.ask("GET", "/api/events", agent_id=agent["id"], order="desc", limit=200)
+    versions = Counter(each["version"] for each in cli.ask("GET", "/api/agents"))
+    found = [(agent["statusSince"], f"{agent['status']}: {agent['statusReason']}")]
+    if agent["status"] == "online":
+        found.append((agent["lastHeartbeat"], f"silence makes it stale at {agent['staleAt']}"))
+    if agent["pendingPolicies"]:
+        found.append((agent["lastHeartbeat"], f"{agent['pendingPolicies']} policies wait to be fetched, it has "
+                      f"{agent['activePolicyVersion'] or 'none'}: see the agent's log"))
+    (common, count), = versions.most_common(1)
+    if agent["version"] != common and count > 1:
+        found.append((agent["lastHeartbeat"], f"it runs version {agent['version']}, {count} agents run {common}"))
+    claims = [each for each in cli.ask("GET", "/api/threats", agent_id=agent["id"], limit=1) if each["timestamp"]]
+    if claims and abs(skew_ms := instant_ms(claims[0]["timestamp"]) - instant_ms(claims[0]["receivedAt"])) > 120_000:
+        found.append((claims[0]["receivedAt"], f"its clock or delivery is off by {skew_ms // 1000} s: set its clock"))
+    newest: dict[str, Any] = {}
+    for entry in entries:
+        if entry["type"] in _ADVICE and newest.setdefault(entry["type"], entry) is entry:
+            text = _ADVICE[entry["type"]].format_map(defaultdict(lambda: "?", entry, what=_what(entry)))
+            if "suppressed" in entry:
+                text += f" ({entry['suppressed']} entries were suppressed before it: it changes too often)"
+            found.append((entry["at"], text))
+    if cli.options.json:
+        cli.say(json.dumps([{"at": at, "finding": text} for at, text in found], indent=2, ensure_ascii=False))
+    else:
+        cli.say(printable(f"{agent['hostname']} ({agent['id']})"))
+        for at, text in found:
+            cli.say(f"{at}  {printable(text)}")
+    return 0 if agent["status"] == "online" and "agent_refused" not in newest else 3
+
+
+@command("backup", "write a proved backup of the data folder, also while the manager runs",
+         option("file", help="file to write, mode 0600"),
+         option("--db-only", action="store_true", help="without the token and the certificate"),
+         example="backup panguard.backup")
+def _backup_command(cli: Cli) -> int:
+    return cli.show_one(back_up(cli.folder, Path(cli.options.file), cli.progress, db_only=cli.options.db_only))
+
+
+@command("restore", "put a backup in the place of the data folder's files, which are kept beside it",
+         option("file", help="a backup"), _YES, example="restore panguard.backup --yes")
+def _restore_command(cli: Cli) -> int:
+    if not cli.confirm(f"Put {cli.options.file} in the place of what {cli.folder} holds?"):
+        return 1
+    held, kept = restore(Path(cli.options.file), cli.folder)
+    return cli.show_one({**held, **({"formerFiles": str(kept)} if kept else {})})
+
+
+@command("check", "look for damage in the data folder's database; 3 if there is some", example="check")
+def _check_command(cli: Cli) -> int:
+    if not (cli.folder / "manager.db").exists():
+        raise CommandError(f"there is no manager.db in {cli.folder}; name its folder with --data-dir", 2)
+    try:
+        held = examine(cli.folder / "manager.db")
+    except Unavailable as error:
+        raise CommandError(str(error), 3) from None
+    if cli.options.json:
+        return cli.show_one(held)
+    cli.say("sound: " + ", ".join(f"{name} {count}" for name, count in held.items()))
+    return 0
+
+
+@command("demo", "run a manager with 40 simulated agents, until Ctrl-C",
+         option("--port", type=int, default=0, help="port to listen on; 0 takes a free one"),
+         example="demo --port 8080")
+def _demo_command(cli: Cli) -> int:
+    with Server(port=cli.options.port, heartbeat_timeout_ms=10_000) as server:
+        demo = Demo(server.manager)
+        cli.say(f"Open {server.url} and sign in with the token {server.token}; Ctrl-C ends it, and all is forgotten")
+        while True:
+            demo.step()
+            time.sleep(1)
+
+
+class Demo:
+    """A fleet of 40 agents with a life of its own; each step() is a second of it."""
+
+    def __init__(self, manager: Manager, seed: int = 1) -> None:
+        self.manager = manager
+        self.chance = random.Random(seed)
+        self.second = 0
+        self.silent_until: dict[str, int] = {}
+        roles = ("web", "db", "mail", "office", "build")
+        self.agents = [manager.register(
+            f"{roles[number % 5]}-{number // 5 + 1}", ("linux", "linux", "darwin", "win32")[number % 4],
+            "1.2.0" if number % 7 else "1.1.4", ip=f"10.0.{number % 5}.{10 + number}", tags=[roles[number % 5]] + (
+                ["production"] if number % 3 else []), org_id="acme").agent.id for number in range(40)]
+        manager.create_policy("Baseline", [{"type": "block_ip", "config": {"ip": "198.51.100.7"}},
+                                           {"type": "alert_threshold", "config": {"severity": "high"}}])
+
+    def step(self) -> None:
+        """A second passes: some agents send heartbeats, and at times one falls silent, or an attack is reported."""
+        self.second += 1
+        for number, agent in enumerate(self.agents):
+            if (self.second + number) % 3 == 0 and self.silent_until.get(agent, 0) <= self.second:
+                self.manager.heartbeat(agent, cpu=round(self.chance.uniform(2, 60), 1), uptime=3600.0 + self.second,
+                                       memory=round(30 + 40 * self.chance.random(), 1))
+                if self.second > 5 and number % 9:
+                    self.manager.agent_policy(agent)
+        if self.second % 15 == 5:
+            self.silent_until[self.chance.choice(self.agents)] = self.second + self.chance.choice([20, 40, 90])
+        if self.second % 20 == 8:
+            self.attack()
+
+    def attack(self) -> None:
+        """Several agents report the same address."""
+        address = f"203.0.113.{self.chance.randrange(1, 250)}"
+        kind, severity = self.chance.choice([("brute_force", "high"), ("port_scan", "medium"), ("malware", "critical"),
+                                             ("suspicious_login", "low")])
+        for agent in self.chance.sample(self.agents, self.chance.choice([1, 2, 4])):
+            self.manager.report_events(agent, [{"type": kind, "severity": severity, "details": {"sourceIp": address}}])
+
+
+# The parser and the shells' completion
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The parser of all commands but `serve`, from the table of them."""
+    common = argparse.ArgumentParser(add_help=False)
+    asks = common.add_argument_group("where and how")
+    asks.add_argument("--url", help="address of the manager (MANAGER_URL, else that of the data folder's)")
+    asks.add_argument("--token", help="a token (MANAGER_AUTH_TOKEN, else the data folder's)")
+    asks.add_argument("--cacert", metavar="FILE", help="certificates to trust (else the data folder's)")
+    asks.add_argument("--data-dir", metavar="FOLDER", help="data folder of a manager here (MANAGER_DATA_DIR)")
+    asks.add_argument("--json", action="store_true", help="write the API's own data as JSON")
+    asks.add_argument("-q", "--quiet", action="store_true", help="write ids alone")
+    parser = argparse.ArgumentParser(prog="panguard-manager", allow_abbrev=False)
+    groups = {"": parser.add_subparsers(dest="command", required=True)}
+    for each in COMMANDS.values():
+        group, _, name = each.name.rpartition(" ")
+        if group not in groups:
+            members = groups[""].add_parser(group, allow_abbrev=False)
+            groups[group] = members.add_subparsers(dest="member", required=True)
+        added = groups[group].add_parser(
+            name, parents=[common], help=each.summary, description=each.summary[0].upper() + each.summary[1:] + ".",
+            epilog=f"example: panguard-manager {each.example}", allow_abbrev=False)
+        for one in each.options:
+            added.add_argument(*one.names, **one.how)
+        added.set_defaults(run=each.run)
+    return parser
+
+
+_COMPLETIONS = {
+    "bash": 'complete -W "{words}" -o default panguard-manager\n',
+    "zsh": "#compdef panguard-manager\n_arguments '*: :({words})'\n",
+    "fish": "complete -c panguard-manager -a '{words}'\n"}
+
+
+def completion(shell: str) -> str:
+    """What a shell evaluates to complete the words of the commands and their options."""
+    words = {word for name in ("serve", *COMMANDS) for word in name.split()}
+    options = {name for each in COMMANDS.values() for one in each.options for name in one.names if name[0] == "-"}
+    options |= {each.metadata["option"] for each in fields(Config) if each.metadata["option"]}
+    return _COMPLETIONS[shell].format(words=" ".join([*sorted(words), *sorted(options), "--help", "--json"]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, or the manager: the first word says which, `serve` unless it is the name of another.
+
+    The exit status is 0 when it is done, 1 when it failed, 2 for wrong usage, 3 when nothing matched or something is
+    wrong.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--completion"]:
+        shell = words[1] if len(words) == 2 else ""
+        if shell not in _COMPLETIONS:
+            print(f"panguard-manager: --completion takes one of {', '.join(_COMPLETIONS)}", file=sys.stderr)
+            return 2
+        print(completion(shell), end="")
+        return 0
+    if not words or words[0] not in {name.partition(" ")[0] for name in COMMANDS}:
+        return serve(words[1:] if words[:1] == ["serve"] else words)
+    options = _parser().parse_args(words)
+    try:
+        return int(options.run(Cli(options)))
+    except CommandError as error:
+        text, status = str(error), error.status
+    except ManagerError as error:
+        text, status = str(error), 1
+    except BrokenPipeError:  # who read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        text, status = f"{error.filename or words[0]}: {error.strerror or error}", 1
+    except KeyboardInterrupt:
+        return 0
+    print(f"panguard-manager: {printable(text)}", file=sys.stderr)
+    return status
 
 
 ########################################################################################################

@@ -32,8 +32,10 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 import uuid
@@ -7069,6 +7071,526 @@ def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
 
 
 
+# Commands
+
+
+@pytest.fixture(params=["off", "auto"], ids=["plaintext", "TLS"])
+def managed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Client]:
+    """A manager on a data folder, as the commands find one on their own machine; its clock the test moves."""
+    with Server(port=0, clock=ManualClock(), data_dir=tmp_path / "data", tls=request.param) as server:
+        yield Client(server)
+
+
+@pytest.fixture
+def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A command run in this process: its exit status, what it wrote, and what it said on standard error."""
+    for name in list(os.environ):
+        if name.startswith("MANAGER_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MANAGER_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(each) for each in words])
+        except SystemExit as leaving:  # argparse
+            status = int(leaving.code or 0)
+        return (status, *capsys.readouterr())
+    return run
+
+
+@pytest.fixture
+def furnished(managed: Client, tmp_path: Path) -> Client:
+    """Two agents, of which one is silent, two policies for all and one override, an event and an enrolment token."""
+    silent = managed.register(hostname="db-1", tags=["database"])
+    managed.server.clock.advance(400)
+    agent = managed.register(hostname="web-1", org_id="o")
+    report(managed, agent, threat(severity="critical", sourceIp="203.0.113.9"))
+    for name, ip in (("one", "203.0.113.1"), ("two", "203.0.113.2")):
+        managed.post("/api/policy", {"name": name, "rules": [{"type": "block_ip", "config": {"ip": ip}}]}, status=201)
+    policy(managed, agent_id=agent["id"])
+    managed.post("/api/enroll-tokens", {}, status=201)
+    (tmp_path / "policy.json").write_text(json.dumps({"name": "p", "rules": [RULE]}))
+    assert silent["id"] != agent["id"]
+    return managed
+
+
+# What an example answers beside 0: 3 is that agents are silent.
+EXAMPLE_STATUS = {"status": 3, "doctor": 0}
+
+
+@pytest.mark.parametrize("name", [name for name in manager.COMMANDS if name not in ("demo", "restore")])
+def test_the_example_of_every_command_runs(name: str, furnished: Client, shell: Any) -> None:
+    words = shlex.split(manager.COMMANDS[name].example)
+    if name == "enroll revoke":
+        words[-1] = furnished.get("/api/enroll-tokens")[0]["id"]
+    if name == "deregister":
+        furnished.server.clock.advance(31 * 86_400)
+    status, out, err = shell(*words)
+    assert (status, err) == (EXAMPLE_STATUS.get(name, 0), ""), out
+    assert out.strip()
+    status, out, _ = shell(*name.split(), "--help")
+    assert status == 0 and f"example: panguard-manager {manager.COMMANDS[name].example}" in " ".join(out.split())
+
+
+def test_commands_say_what_the_api_says(furnished: Client, shell: Any) -> None:
+    silent, agent = furnished.get("/api/agents")
+    for words, path in (("agents", "/api/agents"), ("threats", "/api/threats"), ("policy list", "/api/policy"),
+                        ("enroll list", "/api/enroll-tokens"), ("events", "/api/events"),
+                        ("agents --status offline --find DB", "/api/agents?status=offline"),
+                        ("agents --tag database --os linux --version 1.2.0 --silent 5m --sort=-hostname",
+                         "/api/agents?tag=database"), ("agents --org-id o", "/api/agents?org_id=o"),
+                        ("threats --severity critical --agent web --state open --source-ip 203.0.113.9 --limit 1",
+                         "/api/threats"), ("policy show v1", None), ("agent web-1", f"/api/agents/{agent['id']}")):
+        status, out, err = shell(*words.split(), "--json")
+        assert (status, err) == (0, ""), words
+        if path:
+            assert json.loads(out) == furnished.get(path), words
+    assert shell("agents", "-q")[1].split() == [silent["id"], agent["id"]]
+    nothing = "STATUS  HOSTNAME  ID  TAGS  OS  VERSION  ADDRESS  LAST SEEN\n"
+    assert shell("agents", "--tag", "none") == (3, nothing, "")
+    assert shell("agents", "--tag", "none", "-q")[:2] == (3, "")
+    status, out, _ = shell("status")
+    assert status == 3 and "2 agents: 1 online, 0 stale, 1 offline" in out and f"db-1 ({silent['id']})" in out
+    assert "1 threats in 24 h: 1 critical" in out and "policy v2 (acknowledged by 0 of 2)" in out
+    assert json.loads(shell("status", "--json")[1])["silent"][0]["id"] == silent["id"]
+    assert shell("status", "-q")[:2] == (3, silent["id"] + "\n")
+    furnished.call("DELETE", f"/api/agents/{silent['id']}")
+    assert shell("status")[0] == 0
+    diff = shell("policy", "diff", "v1", "v2")[1]
+    assert re.search(r'^- .*203\.0\.113\.1"', diff) and re.search(r'\n\+ .*203\.0\.113\.2"', diff)
+    assert json.loads(shell("threats", "--summary", "--json")[1])["total"] == 1
+
+
+def test_an_agent_is_named_by_the_beginning_of_its_id_or_hostname(furnished: Client, shell: Any) -> None:
+    silent, agent = (each["id"] for each in furnished.get("/api/agents"))
+    for name in (agent, agent[:-1], "web-1", "web"):
+        assert json.loads(shell("agent", name, "--json")[1])["id"] == agent
+    furnished.register(hostname="web-10")
+    assert json.loads(shell("agent", "web-1", "--json")[1])["id"] == agent, "the whole name goes before its beginning"
+    for name, why in (("web", "means 2 agents"), ("nobody", "no agent is called 'nobody'"), ("", "no agent"),
+                      ("eb-1", "no agent"), ("agent-", "means 3 agents")):
+        status, out, err = shell("agent", name)
+        assert (status, out) == (3, "") and why in one_line(err), name
+    assert silent
+
+
+def test_agents_are_changed_by_name_or_filter_after_a_yes(furnished: Client, shell: Any) -> None:
+    def tags() -> list[list[str]]:
+        return [each["tags"] for each in furnished.get("/api/agents")]
+
+    assert shell("tag", "web-1", "--add", "a", "--add", "b", "--yes")[:2] == (0, "1 agents changed\n")
+    assert tags() == [["database"], ["a", "b"]]
+    assert json.loads(shell("tag", "--tag", "database", "--remove", "database", "--yes", "--json")[1])["changed"] == 1
+    assert shell("tag", "web-1", "--remove", "c", "--yes")[:2] == (0, "1 agents match, and none changes\n")
+    for words, why in ((["tag", "web-1", "--add", "c"], "Add tags to 1 agents"),
+                       (["tag", "web-1"], "--add or --remove"), (["deregister", "--yes"], "filter"),
+                       (["tag", "--add", "c", "--yes"], "at least one filter"),
+                       (["tag", "web-1", "--find", "x", "--add", "c", "--yes"], "or else"),
+                       (["deregister", "db-1"], "Add --yes"), (["deregister", "--silent", "soon"], "--silent")):
+        status, _, err = shell(*words)
+        assert status == 2 and why in err, words
+    assert tags() == [[], ["a", "b"]]
+    assert shell("deregister", "--silent", "30d", "--yes")[:2] == (3, "0 agents match, and none changes\n")
+    assert shell("deregister", "db", "--yes")[0] == 0 and len(tags()) == 1
+
+
+def one_line(text: str) -> str:
+    """A message on standard error, which must be one sentence that says who speaks."""
+    assert text.startswith("panguard-manager: ") and text.count("\n") == 1 and "Traceback" not in text, text
+    return text
+
+
+def test_what_a_command_cannot_do_is_one_sentence_and_a_status(
+        managed: Client, shell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = managed.server.url
+    (tmp_path / "not.json").write_text("{")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        free = silent.getsockname()[1]
+    nowhere = tmp_path / "nowhere"
+    for words, status, why in (
+            (["status", "--token", "wrong"], 1, "the token is wrong"),
+            (["status", "--url", f"http://127.0.0.1:{free}"], 1, "nothing listens at"),
+            (["status", "--url", "ftp://x"], 2, "--url takes"), (["status", "--url", "https://[::1"], 2, "--url takes"),
+            (["status", "--url", "http://nosuchhost.invalid"], 1, "cannot be asked"),
+            (["status", "--cacert", tmp_path / "none.pem", "--url", "https://localhost:1"], 2, "--cacert"),
+            (["status", "--data-dir", nowhere], 2, "no token is known"),
+            (["threats", "--limit", 0], 2, "limit: must be"), (["policy", "show"], 3, "no policy is in force"),
+            (["policy", "show", "v9"], 3, "no policy has the version"),
+            (["policy", "push", "none"], 2, "No such file"), (["policy", "push", "not.json"], 2, "is not JSON"),
+            (["events", "--exec", "true"], 2, "needs --follow"), (["restore", "none", "--yes"], 1, "running"),
+            (["threat", "evt_00000000ffff", "--state", "open"], 1, "is not kept"),
+            (["enroll", "revoke", "../agents"], 1, "there is no"), (["check", "--data-dir", nowhere], 2, "manager.db"),
+            (["backup", "b", "--data-dir", nowhere], 1, "cannot be copied"),
+            (["--completion", "csh"], 2, "--completion takes")):
+        found, out, err = shell(*words)
+        assert (found, out) == (status, ""), (words, err)
+        assert why in one_line(err), words
+    if url.startswith("https"):
+        own = (tmp_path / "data" / "cert.pem")
+        own.rename(tmp_path / "cert.pem")
+        assert "is not trusted" in one_line(shell("status")[2])
+        assert shell("status", "--cacert", tmp_path / "cert.pem")[0] == 0
+    monkeypatch.setenv("MANAGER_AUTH_TOKEN", "wrong,other")
+    assert "the token is wrong" in shell("agents", "--cacert", tmp_path / "cert.pem")[2] or url.startswith("http:")
+    assert shell("agents", "--nosuch")[0] == 2 and shell("policy")[0] == 2
+
+
+def test_a_server_that_is_no_manager_is_said_so(shell: Any, tmp_path: Path) -> None:
+    answers = (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n",
+               b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b"\x00\x01", b"HTTP/1.1 400 \x1b[2J\r\n"
+               b"Content-Length: 22\r\n\r\n{\"error\":\"\\u001b[31m\"}")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def serve() -> None:
+            for answer in answers:
+                with contextlib.closing(listening.accept()[0]) as client:
+                    client.recv(65536)
+                    client.sendall(answer)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        for _ in answers:
+            status, _, err = shell("agents", "--url", f"http://127.0.0.1:{listening.getsockname()[1]}", "--token", "t")
+            assert status in (1, 2) and "\x1b" not in one_line(err)
+        thread.join()
+
+
+def drawn(columns: int, *words: str, **environ: str) -> str:
+    """What a command draws on a terminal of so many columns."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, manager.__file__, *words], stdout=theirs, stderr=subprocess.PIPE,
+                               env={**os.environ, "COLUMNS": str(columns), "LINES": "24", **environ})
+    os.close(theirs)
+    out = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while block := os.read(ours, 65536):
+            out += block
+    os.close(ours)
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert not err
+    return out.decode().replace("\r\n", "\n")
+
+
+HOSTILE_NAMES = ("<b>\u202eevil", "\u0085x", "a\u200bb", "\U000e0041tag", "\ufeffbom")
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_tables_are_aligned_whatever_the_hostnames_and_fit_a_terminal(columns: int, managed: Client,
+                                                                      tmp_path: Path) -> None:
+    names = ["資料庫主機-一", "web-1", "Å-combining-a\u0301", "x" * 120]
+    for name in names:
+        managed.register(hostname=name, tags=["正式環境", "web"])
+    lines = drawn(columns, "agents", NO_COLOR="1", MANAGER_DATA_DIR=str(tmp_path / "data")).splitlines()
+    assert len(lines) == 5 and max(map(manager.display_width, lines)) <= columns and "\x1b" not in "".join(lines)
+    start = manager.display_width(lines[0].partition("ADDRESS")[0])
+    for line in lines[1:]:
+        before = line.rpartition("198.51.")[0] if "198.51." in line else line[:start]
+        assert manager.display_width(before) == start, line
+    coloured = drawn(columns, "agents", NO_COLOR="", MANAGER_DATA_DIR=str(tmp_path / "data"))
+    assert "\x1b[32monline\x1b[0m" in coloured
+    piped = subprocess.run([sys.executable, manager.__file__, "agents", "--data-dir", tmp_path / "data"],
+                           capture_output=True, text=True, check=True)
+    assert "x" * 120 in piped.stdout and "\x1b" not in piped.stdout, "cut on a terminal only"
+
+
+def test_what_agents_send_never_controls_the_terminal(managed: Client, shell: Any) -> None:
+    for number, name in enumerate(HOSTILE_NAMES):
+        with contextlib.suppress(AssertionError):  # control characters are refused; what is left is shown
+            agent = managed.register(hostname=name, machine_id=f"m{number}")
+            report(managed, agent, threat(type=f"t{name}", sourceIp=name))
+    assert len(managed.get("/api/agents")) >= 4
+    for words in (["agents"], ["status"], ["threats"], ["events"], ["agent", "<b>"], ["doctor", "<b>"]):
+        out, err = shell(*words)[1:]
+        assert out and not err, (words, err)
+        assert not [each for each in out if each != "\n" and unicodedata.category(each)[0] == "C"], words
+
+
+def test_events_are_followed_and_handed_to_a_command_one_at_a_time(tmp_path: Path) -> None:
+    heard = tmp_path / "heard"
+    script = tmp_path / "hear.py"
+    script.write_text(f"import sys; open({str(heard)!r}, 'a').write(sys.stdin.read())")
+    folder = tmp_path / "data"
+    port = 0
+    follower: Any = None
+
+    def heard_lines() -> list[str]:
+        return heard.read_text().splitlines() if heard.exists() else []
+    try:
+        for round_number in range(2):
+            with Running(folder, "--port", str(port)) as running:
+                port = running.port
+                token = running.token
+                if follower is None:
+                    follower = subprocess.Popen([
+                        sys.executable, manager.__file__, "events", "--follow", "--type", "policy_created",
+                        "--data-dir", folder, "--exec", shlex.join([sys.executable, str(script)])])
+                    until(lambda: "_open 1\n" in scraped(running), "the follower is there")
+                assert tls_ask(running, folder, "POST", "/api/policy", {"name": f"p{round_number}", "rules": [RULE]},
+                               token) == 201
+                until(lambda heard_before=round_number: len(heard_lines()) > heard_before, "it was heard")
+                assert running.end() == 0
+        assert [json.loads(line)["name"] for line in heard_lines()] == ["p0", "p1"]
+        follower.send_signal(signal.SIGINT)
+        assert follower.wait(timeout=LIMIT_S) == 0
+    finally:
+        if follower:
+            follower.kill()
+            follower.wait()
+
+
+def tls_ask(running: Running, folder: Path, method: str, path: str, body: Any, token: str) -> int:
+    """The status of a request over TLS, trusting the folder's certificate."""
+    request_ = urllib.request.Request(running.url + path, json.dumps(body).encode(), method=method, headers={
+        "Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+    context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
+    with urllib.request.urlopen(request_, context=context, timeout=LIMIT_S) as answer:
+        return int(answer.status)
+
+
+def scraped(running: Running) -> str:
+    """The metrics of a running manager."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=LIMIT_S)
+    with contextlib.closing(connection):
+        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {running.token}"})
+        return connection.getresponse().read().decode()
+
+
+def test_doctor_tells_what_happened_to_an_agent_and_what_to_do(managed: Client, shell: Any) -> None:
+    clock = managed.server.clock
+    others = [managed.register(hostname=f"other-{number}", version="2.0") for number in range(2)]
+    agent = managed.register(hostname="web-1", machine_id="m", ip="192.0.2.1")
+    status, out, _ = shell("doctor", "web-1")
+    assert status == 0 and "online: last heartbeat" in out and "stale at" in out
+    assert "it runs version 1.2.0, 2 agents run 2.0" in out
+    managed.beat(agent)
+    policy(managed)
+    managed.register(hostname="web-1-clone", machine_id="m")
+    managed.call("POST", f"/api/agents/{agent['id']}/heartbeat", {}, token="wrong", status=401)
+    report(managed, agent, {**THREAT, "timestamp": "2026-03-07T18:00:00Z"})
+    clock.advance(400)
+    managed.post("/api/agents/register", {**AGENT, "hostname": "web-2", "machine_id": "m", "ip": "192.0.2.2"})
+    clock.advance(67)
+    status, out, _ = shell("doctor", "web-2")
+    for finding in ("stale: last heartbeat", "1 policies wait to be fetched, it has none", "(wrong_token)",
+                    "formerly as web-1 from 192.0.2.1", "it fell silent", "is off by 21600 s", "it came back, from 192",
+                    "it reported 1 threats, the worst high"):
+        assert finding in out, (finding, out)
+    assert status == 3
+    findings = json.loads(shell("doctor", "web-2", "--json")[1])
+    assert all(manager.instant_ms(each["at"]) for each in findings) and len(findings) >= 8
+    for number in range(40):
+        managed.beat(others[0], version=f"3.{number}")
+    clock.advance(61)
+    managed.beat(others[0], version="4")
+    assert re.search(r"[0-9]+ entries were suppressed", shell("doctor", "other-0")[1])
+
+
+def test_an_issued_token_and_its_line_register_an_agent(managed: Client, shell: Any, tmp_path: Path) -> None:
+    token = shell("enroll", "issue", "--uses", 2, "--ttl", "2h", "--org-id", "o", "--tag", "t", "--note", "n", "-q")[1]
+    made = managed.post("/api/agents/register", AGENT, token=token.strip(), status=201)
+    assert (made["org_id"], made["tags"]) == ("o", ["t"])
+    (listed,) = json.loads(shell("enroll", "list", "--json")[1])
+    assert (listed["uses"], listed["maxUses"], listed["note"]) == (1, 2, "n")
+    line = shell("enroll", "issue")[1].splitlines()[-1]
+    if shutil.which("curl") and shutil.which("hostname"):
+        trust = {**os.environ, "CURL_CA_BUNDLE": str(tmp_path / "data" / "cert.pem")}
+        pasted = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=LIMIT_S, check=False,
+                                env=trust)
+        assert json.loads(pasted.stdout)["data"]["hostname"] == socket.gethostname(), pasted.stderr
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_a_shell_completes_every_command_and_option(name: str, shell: Any) -> None:
+    status, out, _ = shell("--completion", name)
+    words = set(re.findall(r"[\w-]+", out))
+    assert status == 0 and {part for each in manager.COMMANDS for part in each.split()} | {"serve", "--silent"} <= words
+    if shutil.which(name):
+        assert subprocess.run([name, "-n"], input=out, text=True, check=False).returncode == 0
+
+
+def test_help_names_every_command(shell: Any) -> None:
+    status, out, _ = shell("--help")
+    assert status == 0 and all(f"  {each.name}" in out and each.summary in out for each in manager.COMMANDS.values())
+    assert shell("serve", "--help")[1] == out
+
+
+def test_demo_has_a_fleet_with_a_life_of_its_own(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with Server(port=0, clock=clock, heartbeat_timeout_ms=10_000) as server:
+        demo = manager.Demo(server.manager)
+        for _ in range(120):
+            demo.step()
+            clock.advance(1)
+        found = Counter(entry.type for entry in server.manager.journal())
+        assert server.manager.census().agents[Status.ONLINE] >= 30 and found["agent_registered"] == 40
+        assert {"agent_stale", "agent_online", "threats_reported", "threats_correlated"} <= set(found)
+        assert any(agent.acknowledged for agent in server.manager.agents()[0])
+
+
+def test_demo_prints_its_address_and_token_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, manager.__file__, "demo"], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "HOME": str(tmp_path)})
+    try:
+        found = re.search(r"(http://\S+) .* token (\S+);", process.stdout.readline())
+        status, body = ask(port_of(found[1]), "GET", "/api/agents", token=found[2])
+        assert status == 200 and len(body["data"]) == 40
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=LIMIT_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+# Backup, restore and check
+
+
+def held_by(server: Server) -> dict[str, Any]:
+    """What a manager keeps, as its API shows it."""
+    api = Client(server)
+    return {path: api.get(path) for path in ("/api/agents?detail=true", "/api/threats", "/api/policy")}
+
+
+@pytest.mark.parametrize("db_only", [False, True])
+def test_a_backup_is_restored_elsewhere_with_all_it_held(db_only: bool, furnished: Client, shell: Any,
+                                                        tmp_path: Path) -> None:
+    held, seqs = held_by(furnished.server), [entry["seq"] for entry in furnished.journal()]
+    only = ["--db-only"] * db_only
+    status, out, err = shell("backup", "kept", "--json", *only)
+    assert (status, err) == (0, "")
+    assert json.loads(out) == {"schema": len(manager.MIGRATIONS), "agents": 2, "threatEvents": 1, "policies": 3,
+                               "journalEntries": seqs[-1]}
+    assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "kept", "policy.json"}, "no work is left behind"
+    furnished.register(hostname="later")
+    assert shell("check")[:2] == (0, f"sound: schema {len(manager.MIGRATIONS)}, agents 3, threatEvents 1, policies 3, "
+                                     f"journalEntries {seqs[-1] + 1}\n")
+    other = tmp_path / "other"
+    assert shell("restore", "kept", "--data-dir", other, "--yes")[0] == 0
+    token = furnished.server.token
+    with Server(port=0, clock=furnished.server.clock, data_dir=other, tls="off") as server:
+        assert (server.token == token) is not db_only
+        assert [each["hostname"] for each in held_by(server)["/api/agents?detail=true"]] == ["db-1", "web-1"]
+        for path in ("/api/threats", "/api/policy"):
+            assert held_by(server)[path] == held[path]
+
+
+def test_restoring_keeps_what_it_replaces(tmp_path: Path, shell: Any) -> None:
+    folder = tmp_path / "data"
+    with Server(port=0, data_dir=folder, tls="off") as server:
+        server.manager.register("first", "linux", "1")
+        shell("backup", "kept")
+        server.manager.register("second", "linux", "1")
+        token = server.token
+        assert "another manager is running" in one_line(shell("restore", "kept", "--yes")[2])
+    assert "Add --yes" in one_line(shell("restore", "kept")[2])
+    status, out, _ = shell("restore", "kept", "--yes", "--json")
+    former = Path(json.loads(out)["formerFiles"])
+    assert status == 0 and former.parent == folder and (former / "token").read_text().strip() == token
+    with Server(port=0, data_dir=folder, tls="off") as server:
+        assert [agent.hostname for agent in server.manager.agents()[0]] == ["first"] and server.token == token
+    with Server(port=0, data_dir=former, tls="off") as server:
+        assert [agent.hostname for agent in server.manager.agents()[0]] == ["first", "second"]
+
+
+def spoilt(kind: str, kept: Path) -> None:
+    """Make a bad backup of a good one."""
+    data = bytearray(kept.read_bytes())
+    if kind == "cut short":
+        kept.write_bytes(data[:len(data) // 2])
+    elif kind == "a bit flipped":
+        data[data.index(b"SQLite format 3") + 5000] ^= 1
+        kept.write_bytes(data)
+    elif kind == "empty":
+        kept.write_bytes(b"")
+    elif kind == "no backup":
+        kept.write_bytes(b"\x89PNG" * 1000)
+    elif kind == "without a manifest":
+        with tarfile.open(kept, "w") as archive:
+            archive.add(__file__, "manager.db")
+    elif kind == "another program's":
+        kept.unlink()
+        other_program(kept)
+    else:
+        kept.unlink()
+        newer_file(kept)
+
+
+@pytest.mark.parametrize("kind", ["cut short", "a bit flipped", "empty", "no backup", "without a manifest",
+                                  "another program's", "a newer manager's"])
+def test_a_bad_backup_is_refused_and_nothing_is_replaced(kind: str, tmp_path: Path, shell: Any) -> None:
+    with Server(port=0, data_dir=tmp_path / "data", tls="off") as server:
+        server.manager.register("first", "linux", "1")
+        assert shell("backup", "kept")[0] == 0
+    before = contents(tmp_path / "data")
+    spoilt(kind, tmp_path / "kept")
+    status, out, err = shell("restore", "kept", "--yes")
+    assert (status, out) == (1, "") and one_line(err)
+    after = contents(tmp_path / "data")
+    assert {name: after[name] for name in before if name != "lock"} == {
+        name: before[name] for name in before if name != "lock"}
+    assert not [path for path in (tmp_path / "data").iterdir() if "restore" in path.name]
+
+
+def test_damage_is_found_by_check_and_is_not_backed_up(tmp_path: Path, shell: Any) -> None:
+    folder = tmp_path / "data"
+    with Server(port=0, data_dir=folder, tls="off") as server:
+        for number in range(50):
+            server.manager.register(f"h{number}", "linux", "1")
+    file = folder / "manager.db"
+    whole = file.read_bytes()
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        db.execute("DELETE FROM journal WHERE seq = 20")
+        db.commit()
+    status, _, err = shell("check")
+    assert status == 3 and "the journal lacks 1 entries between 1 and" in one_line(err)
+    file.write_bytes(whole[:20 * 1024] + b"\xff" * 4096 + whole[24 * 1024:])
+    status, _, err = shell("check")
+    assert status == 3 and "damaged" in one_line(err)
+    (tmp_path / "kept").write_text("a former backup")
+    status, _, err = shell("backup", "kept")
+    assert status == 1 and one_line(err) and (tmp_path / "kept").read_text() == "a former backup"
+
+
+def test_a_backup_without_room_leaves_no_file_of_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with Server(port=0, data_dir=folder, tls="off") as server:
+        server.manager.register("first", "linux", "1")
+    target = tmp_path / "kept"
+    done = subprocess.run(["bash", "-c", f"ulimit -f 16; exec {sys.executable} {manager.__file__} backup {target} "
+                           f"--data-dir {folder}"], capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    assert done.returncode == 1 and one_line(done.stderr)
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}
+
+
+def test_a_backup_within_traffic_has_all_that_was_acknowledged_before_it(tmp_path: Path, shell: Any) -> None:
+    with Server(port=0, data_dir=tmp_path / "data", tls="off") as server:
+        over, made = threading.Event(), list[str]()
+
+        def work(name: int) -> None:
+            number = 0
+            while not over.is_set():
+                number += 1
+                agent = server.manager.register(f"{name}-{number}", "linux", "1").agent
+                server.manager.report_events(agent.id, [THREAT])
+                made.append(agent.id)
+
+        with ThreadPoolExecutor(3) as pool:
+            for name in range(3):
+                pool.submit(work, name)
+            try:
+                for number in range(4):
+                    until(lambda number=number: len(made) > 40 * number, "traffic")
+                    before = set(made)
+                    assert shell("backup", f"kept{number}")[0] == 0
+                    assert shell("restore", f"kept{number}", "--yes", "--data-dir", tmp_path / f"r{number}")[0] == 0
+                    with Server(port=0, data_dir=tmp_path / f"r{number}", tls="off") as other:
+                        assert before <= {agent.id for agent in other.manager.agents()[0]}
+            finally:
+                over.set()
+
+
 # A sound body for every route that takes one: a route that has none fails the tests of validation.
 FIRST_EVENT = "evt_000000000001"  # the first threat event that a manager is told of
 
@@ -7689,16 +8211,16 @@ def test_readme_session(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {".panguard-manager"}
 
 
-@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command")
 def test_readme_backup(tmp_path: Path) -> None:
-    (line,) = (block.strip() for block in blocks(section("Operating"), "sh") if ".backup" in block)
-    with newcomer(tmp_path, sys.executable, manager.__file__):
-        subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environ(tmp_path), check=True)
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    (tmp_path / "panguard-backup.db").rename(kept / "manager.db")
-    with Server(port=0, data_dir=kept) as server:
-        assert {entry.type for entry in server.manager.journal()} == {"manager_started"}
+    backup, restore = (block.strip() for block in blocks(section("Operating"), "sh"))
+    for line in (backup, restore):
+        assert line.startswith("panguard-manager ")
+        with newcomer(tmp_path, sys.executable, manager.__file__) if line is backup else contextlib.nullcontext():
+            subprocess.run(["bash", "-c", line.replace("panguard-manager", f"{sys.executable} {manager.__file__}", 1)],
+                           cwd=tmp_path, env=environ(tmp_path), check=True, stdout=subprocess.DEVNULL)
+    with Server(port=0, data_dir=tmp_path / ".panguard-manager") as server:
+        types = [entry.type for entry in server.manager.journal()]
+    assert types == ["manager_started", "manager_started"], "the stop came after the backup"
 
 
 # The README's tables and numbers
@@ -7731,6 +8253,12 @@ def test_readme_api() -> None:
              each.summary] for each in manager.ENDPOINTS]
     expected = table("Method, Path, Who may call, What it does", rows)
     assert shown_table("API") == expected, f"the README's table of the API must be\n\n{expected}\n"
+
+
+def test_readme_commands() -> None:
+    expected = table("Command, Does, Example", [
+        [f"`{each.name}`", each.summary, f"`{each.example}`"] for each in manager.COMMANDS.values()])
+    assert shown_table("Commands") == expected, f"the README's table of commands must be\n\n{expected}\n"
 
 
 def test_readme_numbers(api: Client) -> None:
