@@ -6851,6 +6851,7 @@ vertical-align:middle}
 .meter{display:inline-block;width:40px;height:6px;background:var(--line);margin-right:7px;vertical-align:1px}
 .meter i,.hbar{display:block;height:100%;background:var(--blue)}
 .hbar{height:4px}
+.chart{width:100%;height:90px;fill:currentColor}.strip{height:12px;margin-bottom:12px}
 .changed{animation:fade 1.6s}
 @keyframes fade{from{background:light-dark(#fff2c4,#3a3316)}}
 .bulk{position:sticky;bottom:8px;margin:8px 0;border-color:var(--accent)}
@@ -6901,7 +6902,7 @@ const t = (text, ...args) => (zh && ZH[text] || text).replace(/%s/g, () => args.
 // An element, "tag.class". Every text goes in as a text node, never as HTML.
 function h(what, props, ...kids) {
   const [tag, name] = what.split(".");
-  const svg = /^(svg|path|rect|circle)$/.test(tag);
+  const svg = /^(svg|path|rect|circle|title)$/.test(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   if (props?.constructor !== Object) [props, kids] = [{}, [props, ...kids]];
   node.append(...kids.flat(3).filter((kid) => kid || kid === 0));
@@ -7262,7 +7263,10 @@ const quoted = (text) => "'" + text.replaceAll("'", "'\\''") + "'";
 const asCurl = (path, method, body) => ["curl", method && "-X " + method, '-H "Authorization: Bearer $TOKEN"', body
   && "-H 'Content-Type: application/json' -d " + quoted(JSON.stringify(body)), quoted(location.origin + path)]
   .filter(Boolean).join(" ");
-const foot = (...lines) => h("details.foot", h("summary", t("As curl")), lines.map((line) => h("pre", line)));
+const asCommand = (words, options = {}) => ["panguard-manager " + words, ...Object.entries(options).filter(([, value]) => value)
+  .map(([name, value]) => "--" + name.replace("q", "find").replace("_ms", "").replace("_", "-") + " "
+    + quoted(name === "silent_ms" ? value / 1000 + "s" : value + ""))].join(" ");
+const foot = (...lines) => h("details.foot", h("summary", t("As curl, as command")), lines.map((line) => h("pre", line)));
 const pager = (page, total) => total > LIMIT && h("div.bar",
   btn(t("Former page"), () => setParams({page: page - 1}), "", {disabled: page < 2}),
   t("Page %s of %s", page, Math.ceil(total / LIMIT)),
@@ -7433,7 +7437,7 @@ function buildFleet(view, main) {
       ...["online", "stale", "offline"].map((status) => count(state(status), overview[status + "Agents"], {status})),
       takes("/api/agents", "silent_ms") ? count(t("Silent 30 days"), silent.total, {silent_ms: MONTH_MS + ""}) : "");
     counts.children[at]?.focus();
-    put(end, foot(asCurl(path)));
+    put(end, foot(asCurl(path), asCommand("agents", fleetFilter())));
     const changed = answer.data.filter((a, at) => a.id !== items[at]?.id || JSON.stringify(a) !== rows.get(a.id)?.text);
     [items, total] = [answer.data, answer.total];
     // Rows do not move away under the pointer.
@@ -7463,8 +7467,10 @@ function buildAgent(view, main, id) {
     const a = await get(path).catch((error) => put(main, h("h1", id), empty(error.message,
       h("a", {href: link("threats", {agent_id: id})}, t("Threats")))));
     if (!a) return;
-    const [threats, policy, policies, entries] = await Promise.all([get("/api/threats", {agent_id: id, limit: 10}),
-      get(one("/api/policy/agent/", id), {ack: false}), get("/api/policy", {limit: 200}), latest({agent_id: id}, 30)]);
+    const [threats, policy, policies, entries, day] = await Promise.all([get("/api/threats", {agent_id: id, limit: 10}),
+      get(one("/api/policy/agent/", id), {ack: false}), get("/api/policy", {limit: 200}), latest({agent_id: id}, 30),
+      get("/api/timeline", {agent_id: id})]);
+    const second = (iso) => (Date.parse(iso) - Date.parse(day.hours[0].at)) / 1000;
     const edits = may("patch", "/api/agents/{id}");
     const [falls, next] = {online: [a.staleAt, "stale"], stale: [a.offlineAt, "offline"]}[a.status] || [];
     const open = main.querySelector("details")?.open;
@@ -7477,6 +7483,10 @@ function buildAgent(view, main, id) {
         location.hash = "#fleet";
         return t("%s is deregistered.", a.hostname);
       }), "danger")),
+    h("svg.chart strip", {viewBox: "0 0 " + second(day.intervals.at(-1)?.until) + " 9", preserveAspectRatio: "none",
+      role: "img", "aria-label": t("24 hours")}, day.intervals.map((each) => h("rect", {class: each.status,
+      x: second(each.from), y: 0, width: second(each.until) - second(each.from), height: 9},
+    h("title", t(each.status) + " " + each.from)))),
     h("div.cards",
       card(t("Why it is %s", t(a.status)), h("dl", a.statusReason && fact("Reason", a.statusReason),
         a.statusSince && fact("Since", stamp(a.statusSince), ", ", living(a.statusSince, "for %s")),
@@ -7497,7 +7507,7 @@ function buildAgent(view, main, id) {
         threats.map((e) => row(severity(e.severity), to(e.type, "threats", {agent_id: id, type: e.type}),
           indicator(e), stamp(e.receivedAt)))) : t("none")),
       h("section.card wide", h("h2", t("Journal")), journalTable(entries)),
-      h("details.wide", {open}, h("summary", t("Raw JSON")), h("pre", JSON.stringify(a, null, 2)))), foot(asCurl(path)));
+      h("details.wide", {open}, h("summary", t("Raw JSON")), h("pre", JSON.stringify(a, null, 2)))), foot(asCurl(path), asCommand("agent " + id), asCommand("doctor " + id)));
     if (typing) name.focus();
   };
 }
@@ -7542,7 +7552,8 @@ function buildThreats(view, main) {
       "State", "Details"], [...groups.values()].map(threatRow)) : location.hash.includes("?")
       ? empty(t("No threat matches."), h("a", {href: "#threats"}, t("Show all")))
       : empty(t("No threats reported"), t("When an agent reports one, it appears here by itself.")),
-    h("p.soft", t("%s threats", number(total))), pager(page, total) || "", foot(asCurl(path)));
+    h("p.soft", t("%s threats", number(total))), pager(page, total) || "", foot(asCurl(path),
+      asCommand("threats", {...query, page: 0, agent_id: 0, since: 0, agent: query.agent_id})));
   };
 }
 
@@ -7577,6 +7588,22 @@ function triage(group) {
 }
 // Overview
 
+// Hours as bars, each a stack of the counts that `of` gives by key.
+function chart(title, hours, keys, of) {
+  const all = (hour) => keys.reduce((sum, key) => sum + of(hour)[key], 0);
+  const most = Math.max(1, ...hours.map(all));
+  return h("section.card wide", h("div.bar", h("h2", t(title)), keys.map((key) => h("span", {class: key}, "■ ", t(key)))),
+    h("svg.chart", {viewBox: "0 0 " + hours.length * 9 + " 60", preserveAspectRatio: "none", role: "img", "aria-label":
+      t(title) + ": " + hours.map(all)}, hours.map((hour, at) => {
+      let y = 60;
+      return keys.map((key) => {
+        const height = 60 * of(hour)[key] / most;
+        return height && h("rect", {class: key, x: at * 9, y: y -= height, width: 8, height},
+          h("title", hour.at + " " + t(key) + ": " + of(hour)[key]));
+      });
+    })), h("div.ends soft", stamp(hours[0].at), "≤ " + number(most), stamp(hours.at(-1).at)));
+}
+
 const hbars = (title, rows) => card(title, rows.length ? rows.map(([label, count]) => {
   const fill = h("i.hbar");
   fill.style.width = 100 * count / Math.max(...rows.map((row) => row[1])) + "%";
@@ -7585,9 +7612,11 @@ const hbars = (title, rows) => card(title, rows.length ? rows.map(([label, count
 
 function buildOverview(view, main) {
   view.load = async () => {
-    const [summary, agents] = await Promise.all([get("/api/threats/summary"), everyAgent()]);
+    const [summary, agents, {hours}] = await Promise.all([get("/api/threats/summary"), everyAgent(), get("/api/timeline")]);
     const behind = agents.filter((a) => a.pendingPolicies).length;
     put(main, head("Overview"), h("div.cards",
+      chart("Threats per hour", hours, SEVERITIES.toReversed(), (hour) => hour.threats),
+      chart("Agents per hour", hours, ["online", "stale", "offline"], (hour) => hour),
       card(t("Policy"), overview.activePolicyVersion ? h("p", h("b", overview.activePolicyVersion), " ", t(
         "%s of %s agents have what holds for them", number(agents.length - behind), number(agents.length))) : t("none")),
       hbars(t("Severity"), SEVERITIES.map((key) => [severity(key), summary.bySeverity[key]])),
@@ -7598,7 +7627,7 @@ function buildOverview(view, main) {
       hbars(t("Agent"), summary.topAgents.map((each) => [agentLink(each.agentId, each.hostname), each.count])),
       ...["version", "os"].map((key) => hbars(t(key === "os" ? "OS" : "Version"), [...Map.groupBy(agents, (a) => a[key])]
         .map(([name, list]) => [to(name, "fleet", {[key]: name}), list.length])
-        .sort((one, other) => other[1] - one[1]).slice(0, 10)))), foot(asCurl("/api/overview")));
+        .sort((one, other) => other[1] - one[1]).slice(0, 10)))), foot(asCurl("/api/overview"), asCommand("status")));
   };
 }
 // All agents in detail, at most once in half a minute: the fleet may be large.
@@ -7620,8 +7649,9 @@ function buildPolicies(view, main) {
   const issue = btn(t("Issue") + "…", () => act(async () => {
     const policy = JSON.parse(text.value);
     const scope = policy.agent_id || policy.org_id || t("all agents");
-    if (!await ask(t("Issue %s?", policy.name), [h("p", t("%s rules for %s", policy.rules.length, scope)),
-      h("pre", text.value)], t("Issue"))) return "";
+    const {data: effect} = await api("POST", "/api/policy", {...policy, dryRun: true});
+    if (!await ask(t("Issue %s?", policy.name), [h("p", t("%s rules for %s", policy.rules.length, scope), ", ",
+      t("%s agents", effect.agents)), difference(effect.removed, effect.added)], t("Issue"))) return "";
     const {data} = await api("POST", "/api/policy", policy);
     return t("Issued %s; %s agents online get it now.", data.version, data.broadcastedTo);
   }), "main");
@@ -7639,7 +7669,7 @@ function buildPolicies(view, main) {
   }
   check();
   main.append(head("Policies"), body, may("post", "/api/policy") ? h("details.card foot",
-    h("summary", t("Issue a policy")), text, h("div.bar", issue, verdict)) : "", foot(asCurl("/api/policy")));
+    h("summary", t("Issue a policy")), text, h("div.bar", issue, verdict)) : "", foot(asCurl("/api/policy"), asCommand("policy list")));
   view.load = async () => {
     const [policies, agents] = await Promise.all([get("/api/policy", {limit: 200}), everyAgent()]);
     const sameScope = (p) => (each) => each.org_id === p.org_id && each.agent_id === p.agent_id;
@@ -7663,12 +7693,13 @@ function buildPolicies(view, main) {
   };
 }
 function changes(policy, former) {
-  const lines = (each) => each ? each.rules.map((rule) => JSON.stringify(rule)) : [];
-  const [after, before] = [lines(policy), lines(former)];
+  const without = (one, other) => (one?.rules || []).filter((rule) => !(other?.rules || []).some((each) =>
+    JSON.stringify(each) === JSON.stringify(rule)));
   return [h("p.soft", policy.description, " ", former ? t("Compared with %s", former.version) : ""),
-    h("pre", before.filter((line) => !after.includes(line)).map((line) => h("div.offline", "− " + line)),
-      after.map((line) => before.includes(line) ? h("div", "  " + line) : h("div.online", "+ " + line)))];
+    difference(without(former, policy), without(policy, former))];
 }
+const difference = (gone, come) => h("pre", gone.map((rule) => h("div.offline", "− " + JSON.stringify(rule))),
+  come.map((rule) => h("div.online", "+ " + JSON.stringify(rule))));
 
 // Journal
 
@@ -7692,7 +7723,8 @@ function buildJournal(view, main) {
     pause.textContent = shown === null ? t("Pause") : t("Go on (%s new)", lastSeq - shown);
     if (shown !== null && body.firstChild) return;
     const given = {type: param("type"), agent_id: param("agent_id")};
-    put(body, h("div.card", journalTable(await latest(given, 100))), foot(asCurl(address("/api/events", given))));
+    put(body, h("div.card", journalTable(await latest(given, 100))), foot(asCurl(address("/api/events", given)),
+      asCommand("events", {type: given.type, agent: given.agent_id})));
   };
 }
 
@@ -7751,6 +7783,9 @@ const VIEWS = {
 const ZH = Object.fromEntries(`Fleet=機群
 Threats=威脅
 Overview=總覽
+Threats per hour=每小時威脅
+Agents per hour=每小時代理
+24 hours=24 小時
 Policies=策略
 Journal=日誌
 Add agents=新增代理
@@ -7858,7 +7893,7 @@ State of %s threats=%s 筆威脅的狀態
 Save=儲存
 Saved.=已儲存。
 Cancel=取消
-As curl=以 curl 取得
+As curl, as command=以 curl 或指令取得
 An admin's or a viewer's token.=管理員或檢視者的權杖。
 The token is wrong or no longer valid.=權杖錯誤或已失效。
 The manager does not answer. Is it running?=Manager 沒有回應,是否正在執行?
@@ -7892,8 +7927,22 @@ start();"""  # noqa: E501, RUF001
 _SPARE = re.compile(
     r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`)"""  # texts, kept
     r"""|//[^\n]*|;\s*(?=\})|\s*([{}()[\],;:?=<>+*&|!-])\s*|\b(const)\b|\s+""")
-_SENT = {"style": _STYLE.replace("\n", ""), "script": _SPARE.sub(
-    lambda found: found[1] or found[2] or ("let" if found[3] else " " if found[0].isspace() else ""), _SCRIPT)}
+_WORD = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`"""  # texts
+                   r"""|(?<=[(,=!&|?:])/(?:\\.|[^/\\\n])+/)|([A-Za-z]\w+)""")
+
+
+def _shorter(script: str) -> str:
+    """The script with short names for what it declares, where a name is never that of a property as well."""
+    declared = set(re.findall(r"\b(?:function |let )([A-Za-z]\w{3,})", script))
+    properties = {*re.findall(r"(?<!\.\.)\.(\w+)", script), *re.findall(r"(\w+):", script)}
+    names = sorted(declared - properties, key=lambda name: -len(re.findall(rf"\b{name}\b", script)))
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    short = {name: "$" + (letters[at:at + 1] or str(at)) for at, name in enumerate(names)}
+    return _WORD.sub(lambda found: found[1] or short.get(found[2], found[2]), script)
+
+
+_SENT = {"style": _STYLE.replace("\n", ""), "script": _shorter(_SPARE.sub(
+    lambda found: found[1] or found[2] or ("let" if found[3] else " " if found[0].isspace() else ""), _SCRIPT))}
 
 
 def _source(name: str) -> str:

@@ -7979,6 +7979,47 @@ def test_dashboard_issues_and_drops_a_policy(screen: Screen, api: Client) -> Non
 
 
 @pytest.mark.browser
+def test_dashboard_shows_past_hours(screen: Screen, api: Client, clock: ManualClock) -> None:
+    agent = api.register(hostname="web-1")
+    clock.advance(400)
+    api.beat(agent)
+    report(api, agent, threat(severity="high"), threat(severity="low"))
+    clock.advance(3600)
+    screen.sign_in()
+    page = screen.page
+    page.goto(f"{api.server.url}/#overview")
+    drawn_threats, drawn_agents = (page.get_by_role("img", name=name) for name in ("Threats per hour", "Agents per hour"))
+    drawn_threats.wait_for()
+    assert drawn_threats.locator("rect.high").count() == drawn_threats.locator("rect.low").count() == 1
+    assert drawn_agents.locator("rect.offline").count() == 2 and drawn_agents.locator("rect.online").count() == 0
+    page.goto(f"{api.server.url}/#agent/{agent['id']}")
+    strip = page.get_by_role("img", name="24 hours")
+    strip.wait_for()
+    assert [rect.get_attribute("class") for rect in strip.locator("rect").all()] == [
+        "online", "stale", "offline", "online", "stale", "offline"]
+    width = strip.bounding_box()["width"]
+    last = strip.locator("rect").last.bounding_box()
+    assert abs(last["x"] + last["width"] - strip.bounding_box()["x"] - width) < 2, "the strip ends now"
+
+
+@pytest.mark.browser
+def test_dashboard_tells_the_command_for_what_it_shows(screen: Screen, api: Client, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    api.register(hostname="web-1", tags=["it's"])
+    screen.sign_in()
+    monkeypatch.setenv("MANAGER_URL", api.server.url)
+    monkeypatch.setenv("MANAGER_AUTH_TOKEN", api.server.token)
+    for view in ("fleet", "fleet?tag=it's&silent_ms=0&q=web", "fleet?silent_ms=2592000000", "threats?severity=low",
+                 "overview", "policies", "journal?type=agent_online"):
+        screen.page.goto(f"{api.server.url}/#{view}")
+        screen.page.locator("main[aria-busy=false] details.foot pre").last.wait_for(state="attached")
+        command = screen.page.locator("details.foot pre").last.text_content()
+        assert command.startswith("panguard-manager ")
+        assert main(shlex.split(command)[1:]) in (0, 3), command
+        assert capsys.readouterr().err == "", command
+
+
+@pytest.mark.browser
 def test_dashboard_journal_pauses(screen: Screen, api: Client) -> None:
     page = screen.sign_in(at="#journal")
     api.register(hostname="web-1")
