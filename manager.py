@@ -7601,7 +7601,7 @@ function chart(title, hours, keys, of) {
         return height && h("rect", {class: key, x: at * 9, y: y -= height, width: 8, height},
           h("title", hour.at + " " + t(key) + ": " + of(hour)[key]));
       });
-    })), h("div.ends soft", stamp(hours[0].at), "≤ " + number(most), stamp(hours.at(-1).at)));
+    })), h("div.ends soft", stamp(hours[0].at), "≤\u00a0" + number(most), stamp(hours.at(-1).at)));
 }
 
 const hbars = (title, rows) => card(title, rows.length ? rows.map(([label, count]) => {
