@@ -34,6 +34,7 @@ import contextlib
 import enum
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import hmac
@@ -71,7 +72,7 @@ from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeVar, cast
-from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 import bottle  # type: ignore[import-untyped]
 from waitress import wasyncore  # type: ignore[import-untyped]
@@ -167,6 +168,31 @@ _NETWORKS = _several(ipaddress.ip_network, 64, "addresses or networks such as 10
 _ORIGINS = _several(_matching(r"https?://[0-9A-Za-z.:\[\]_-]+", "").parse, 64,
                     "origins such as https://console.example.org, with commas between")
 _ORG = _matching(r"(?=.*\S)[^\x00-\x1f\x7f-\x9f]{1,128}", "1 to 128 characters without control characters")
+_EVENTS_TOLD = ("offline", "online", "correlated", "conflict", *(f"threat:{severity}" for severity in (
+    "low", "medium", "high", "critical")))
+
+
+def _parse_receiver(text: str) -> str:
+    target = urlsplit(re.sub(r"^(slack|mattermost|discord)\+", "", text))
+    if target.scheme not in ("http", "https") or not target.hostname or not re.fullmatch(r"[!-~]{1,2048}", text):
+        raise ValueError
+    if target.port == 0:  # reading it raises ValueError for what is no port
+        raise ValueError
+    return text
+
+
+def _parse_secret(text: str) -> bytes:
+    secret = base64.b64decode(text.removeprefix("whsec_"), validate=True)
+    if not 16 <= len(secret) <= 64:
+        raise ValueError
+    return secret
+
+
+_RECEIVERS = _several(_parse_receiver, 8, "1 to 8 addresses such as https://hooks.example.org/panguard, with commas "
+                      "between; slack+https://, mattermost+https:// and discord+https:// say which text one takes")
+_SECRET = Parser(_parse_secret, "whsec_ and then 16 to 64 bytes in base64")
+_TOLD = _several({name: name for name in _EVENTS_TOLD}.__getitem__, 8,
+                 f"some of {', '.join(_EVENTS_TOLD)}, with commas between")
 _SWITCH = Parser({"1": True, "true": True, "0": False, "false": False}.__getitem__, "1 or 0, true or false")
 _TLS = _matching("auto|require|off", "auto, require or off")
 _LEVEL = _matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
@@ -262,6 +288,20 @@ class Config:
     max_buffered_bytes: int = _setting(
         32 * 2**20, "MANAGER_MAX_BUFFERED_BYTES", _whole(2 * 2**20, 2**40),
         "bytes of request bodies kept in memory at once; further bodies are refused with 503", unit="bytes")
+    notify_url: tuple[str, ...] = _setting(
+        (), "MANAGER_NOTIFY_URL", _RECEIVERS, "receivers of notifications, up to 8 addresses with commas between",
+        shown="none")
+    notify_secret: bytes | None = _setting(
+        None, "MANAGER_NOTIFY_SECRET", _SECRET, "secret that signs notifications (Standard Webhooks): whsec_, base64")
+    notify_on: tuple[str, ...] = _setting(
+        ("offline", "online", "threat:high", "correlated", "conflict"), "MANAGER_NOTIFY_ON", _TOLD,
+        f"what is notified, some of {', '.join(_EVENTS_TOLD)}", shown="offline,online,threat:high,correlated,conflict")
+    notify_delay_ms: int = _setting(
+        60_000, "MANAGER_NOTIFY_DELAY_MS", _MS, "time for which notifications are gathered; an agent back within it is "
+        "not mentioned", unit="ms")
+    notify_repeat_ms: int = _setting(
+        0, "MANAGER_NOTIFY_REPEAT_MS", _whole(0, 1000 * _DAY_MS), "time between reminders of agents that are still "
+        "silent; 0 is none", unit="ms")
     threads: int = _setting(
         4, "MANAGER_THREADS", _whole(1, 256), "threads that serve requests")
     log_level: str = _setting(
@@ -270,7 +310,7 @@ class Config:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if value is None or value == each.default == ():
+            if value is None or value == each.default == () or isinstance(value, bytes):
                 continue
             text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
             if isinstance(value, bool) and not isinstance(each.default, bool):
@@ -371,7 +411,8 @@ def _parsed(setting: Field[Any], text: str, name: str | None = None) -> Any:
 
 def _refusal(setting: Field[Any], text: str, name: str | None = None) -> str:
     # A refused token may be a real one with a typing error: it does not belong in a terminal or a log.
-    shown = "(not shown)" if setting.name in _TOKEN_SETTINGS else f"'{text}'"
+    secret = (*_TOKEN_SETTINGS, "notify_url", "notify_secret")
+    shown = "(not shown)" if setting.name in secret else f"'{text}'"
     return f"{name or setting.metadata['variable']} is {shown} and must be {setting.metadata['parser'].must}"
 
 
@@ -683,7 +724,8 @@ class Census(NamedTuple):
 ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
                "agent_updated", "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated",
                "threat_updated", "policy_created", "policy_dropped", "enroll_token_issued", "enroll_token_revoked",
-               "silence_forgiven", "clock_stepped", "agent_refused", "manager_started", "manager_stopped")
+               "silence_forgiven", "clock_stepped", "agent_refused", "notification_failed", "manager_started",
+               "manager_stopped")
 SEVERITIES = ("critical", "high", "medium", "low")
 THREAT_STATES = ("open", "acknowledged", "false_positive")
 RULE_TYPES = ("block_ip", "alert_threshold", "auto_respond", "custom")
@@ -1202,7 +1244,7 @@ ANSWERS = {
     "Entry": "seq:int at=at_ms:instant type:EntryType agentId? org_id? actor:Actor",
     "Actor": "role *address *agent_id *credential", "Alive": "status",
     "Health": "status version uptime:int *agents:Totals *warning", "Totals": "total:int online:int",
-    "Pagination": "total:int page:int limit:int pages:int"}
+    "Pagination": "total:int page:int limit:int pages:int", "TestedReceiver": "receiver delivered:bool answer"}
 _TYPES: Mapping[str, Mapping[str, Any]] = {
     "text": {"type": "string"}, "int": {"type": "integer"}, "number": {"type": "number"}, "bool": {"type": "boolean"},
     "object": {"type": "object"}, "instant": {"type": "string", "format": "date-time"},
@@ -1414,6 +1456,15 @@ MIGRATIONS = (
     CREATE INDEX agents_hostname ON agents (hostname);
     CREATE INDEX contacts_version ON contacts (version);
     """,
+    """
+    CREATE TABLE notifications (     -- to be delivered, or kept until the next one
+        key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, at_ms INTEGER NOT NULL, body TEXT NOT NULL);
+    CREATE TABLE receivers (         -- by the digest of the address: the last notification delivered, and its state
+        digest BLOB PRIMARY KEY, delivered INTEGER NOT NULL, state TEXT NOT NULL DEFAULT 'works') WITHOUT ROWID;
+    CREATE TABLE follower (          -- of the journal: the last entry that notifications have been made of
+        name TEXT PRIMARY KEY, position INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE told_silent (agent_id TEXT PRIMARY KEY, hostname TEXT NOT NULL) WITHOUT ROWID;
+    """,
 )
 
 _LEAST_SQLITE = (3, 35)
@@ -1494,6 +1545,21 @@ def take_folder(folder: Path) -> sqlite3.Connection:
     return guard
 
 
+def lock_file(path: Path) -> int:
+    """Lock a byte of the database that SQLite does not use: the file `lock` may have been removed. Raises StartError.
+
+    In WAL mode only: before, SQLite unlocks all bytes. POSIX locks end once the process closes any descriptor of the
+    file, so the one returned stays open until SQLite's is closed.
+    """
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2**62)
+    except OSError:
+        os.close(descriptor)
+        raise StartError(_RUNNING.format(folder=path.parent)) from None
+    return descriptor
+
+
 class FairLock:
     """A lock granted in the order of asking: whoever asks again and again delays each of the others by one turn.
 
@@ -1565,6 +1631,18 @@ class Store:
         self._log_was_long = False
         if sqlite3.sqlite_version_info < _LEAST_SQLITE:
             raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: this manager needs 3.35 or later")
+        self._path = folder / "manager.db"
+        self._log = self._path.with_name("manager.db-wal")
+        self._make_folder(folder)
+        self._check_folder()
+        disk = os.statvfs(folder)
+        self.log_limit_bytes = max(2**16, min(_LOG_BYTES, disk.f_blocks * disk.f_frsize // 16))
+        with contextlib.ExitStack() as undo:
+            self._open(undo)
+            undo.pop_all()
+
+    @staticmethod
+    def _make_folder(folder: Path) -> None:
         try:
             new = [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1579,35 +1657,34 @@ class Store:
         if held.st_mode & 0o022:
             raise StartError(f"other users can write to the data folder {folder}; run: "
                              f"chmod go-w {shlex.quote(str(folder))}")
-        self._path = folder / "manager.db"
-        self._log = self._path.with_name("manager.db-wal")
-        self._check_folder()
-        disk = os.statvfs(folder)
-        self.log_limit_bytes = max(2**16, min(_LOG_BYTES, disk.f_blocks * disk.f_frsize // 16))
-        with contextlib.ExitStack() as undo:
-            self._guard = take_folder(folder)
-            undo.callback(self._guard.close)
-            try:
-                stopped_cleanly = self.log_bytes() == 0
-                self._check_file()
-                private_file(self._path)
-                sync_path(folder)
-                self._writer = self._connect()
-                undo.callback(self._writer.close)
-                undo.callback(self._close_readers)
-                self.checked = stopped_cleanly or self.size_bytes() <= self.check_at_start_bytes
-                if not stopped_cleanly and self.checked:
-                    self.check()
-                self._migrate()
-                self._lock_file(undo)
-                self._inodes = self._find_inodes()
-            except Unavailable as error:
-                raise StartError(str(error)) from error
-            except sqlite3.Error as error:
-                raise StartError(self._sentence(error) or f"{self._path} cannot be used ({error})") from error
-            except OSError as error:
-                raise StartError(f"{self._path} cannot be written ({error.strerror}); change its owner") from None
-            undo.pop_all()
+        if (folder / _UNFINISHED).exists():
+            raise StartError(f"a restore was cut short in {folder}: run it again, or move the files of its newest "
+                             f"before-restore folder back and remove the file {_UNFINISHED}")
+
+    def _open(self, undo: contextlib.ExitStack) -> None:
+        self._guard = take_folder(self.folder)
+        undo.callback(self._guard.close)
+        try:
+            stopped_cleanly = self.log_bytes() == 0
+            self._check_file()
+            private_file(self._path)
+            sync_path(self.folder)
+            self._writer = self._connect()
+            undo.callback(self._writer.close)
+            undo.callback(self._close_readers)
+            self.checked = stopped_cleanly or self.size_bytes() <= self.check_at_start_bytes
+            if not stopped_cleanly and self.checked:
+                self.check()
+            self._migrate()
+            self._file_lock = lock_file(self._path)
+            undo.callback(os.close, self._file_lock)
+            self._inodes = self._find_inodes()
+        except Unavailable as error:
+            raise StartError(str(error)) from error
+        except sqlite3.Error as error:
+            raise StartError(self._sentence(error) or f"{self._path} cannot be used ({error})") from error
+        except OSError as error:
+            raise StartError(f"{self._path} cannot be written ({error.strerror}); change its owner") from None
 
     def _check_folder(self) -> None:
         """Raises StartError if the folder cannot be written, or its file system has not what SQLite needs."""
@@ -1622,17 +1699,6 @@ class Store:
         except OSError as error:
             raise StartError(f"the data folder {self.folder} {lacks} ({error.strerror}); choose another or change its "
                              "owner") from None
-
-    def _lock_file(self, undo: contextlib.ExitStack) -> None:
-        """Lock a byte of the database that SQLite does not use: the file `lock` may have been removed."""
-        # In WAL mode only: before, SQLite unlocks all bytes. POSIX locks end once the process closes any descriptor
-        # of the file, so this one stays open until SQLite's is closed.
-        self._file_lock = os.open(self._path, os.O_RDWR)
-        undo.callback(os.close, self._file_lock)
-        try:
-            fcntl.lockf(self._file_lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2**62)
-        except OSError:
-            raise StartError(_RUNNING.format(folder=self.folder)) from None
 
     def _find_inodes(self) -> list[tuple[int, int]] | None:
         try:
@@ -1986,34 +2052,47 @@ class Store:
 # Backup, restore and check
 
 _COPY_PAGES = 1000  # between two reports of a backup's progress
-_KEPT = ("manager.db", "token", "cert.pem", "key.pem")  # what a backup holds
+_KEPT = ("token", "cert.pem", "key.pem", "manager.db")  # what a backup holds
+_UNFINISHED = "restore-unfinished"  # there while a restore changes the folder
 
 
-def examine(path: Path) -> dict[str, int]:
+def examine(path: Path, shown: Path | None = None) -> dict[str, int]:
     """Look for damage in all of a database; its schema, and how many rows of each kind it holds.
 
-    Raises Unavailable, whose text says what is wrong.
+    `shown` is what messages call it. Raises Unavailable for what is damaged or is no database of this manager, and
+    StartError for what cannot be read.
     """
-    counts = {"agents": "agents", "threatEvents": "threats", "policies": "policies", "journalEntries": "journal"}
+    shown = shown or path
     try:
         with contextlib.closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
-            owner, schema = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
-            if owner != _APPLICATION_ID:
-                raise Unavailable(f"{path} is not a database of this manager")
-            if schema > len(MIGRATIONS):
-                raise Unavailable(f"{path} was written by a newer manager (schema {schema}, this one knows "
-                                  f"{len(MIGRATIONS)})")
-            wrong = [row[0] for row in db.execute("PRAGMA integrity_check(3)") if row[0] != "ok"]
-            wrong += [f"a row of {row[0]} refers to nothing" for row in db.execute("PRAGMA foreign_key_check")][:3]
-            seqs, first, last = db.execute("SELECT count(*), min(seq), max(seq) FROM journal").fetchone()
-            if seqs and seqs != last - first + 1:
-                wrong.append(f"the journal lacks {last - first + 1 - seqs} entries between {first} and {last}")
-            if wrong:
-                raise Unavailable(f"{path} is damaged: {'; '.join(wrong)}; restore a backup")
-            return {"schema": schema, **{name: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-                                         for name, table in counts.items()}}
+            return _examined(db, shown)
+    except sqlite3.OperationalError as error:
+        raise StartError(f"{shown} cannot be read ({error}); check that this user may read it") from None
     except sqlite3.Error as error:
-        raise Unavailable(f"{path} is damaged or cannot be read ({error}); restore a backup") from None
+        raise Unavailable(f"{shown} is damaged ({error}); restore a backup") from None
+
+
+def _examined(db: sqlite3.Connection, shown: Path) -> dict[str, int]:
+    owner, schema = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+    if owner != _APPLICATION_ID or schema < 1:
+        raise Unavailable(f"{shown} is not a database of this manager")
+    if schema > len(MIGRATIONS):
+        raise Unavailable(f"{shown} was written by a newer manager (schema {schema}, this one knows {len(MIGRATIONS)})")
+    found, expected = schema_of(db), expected_schema(MIGRATIONS[:schema])
+    strange = [name for name in found if name not in expected and name.split(" ")[0] in ("trigger", "view")]
+    # Files of schema 1 differ from each other: migration 2 makes them one.
+    strange += [name for name, sql in expected.items() if schema > 1 and found.get(name) != sql]
+    if strange:
+        raise Unavailable(f"{shown} has another form than a manager gives it ({', '.join(strange[:3])})")
+    wrong = [row[0] for row in db.execute("PRAGMA integrity_check(3)") if row[0] != "ok"]
+    wrong += [f"a row of {row[0]} refers to nothing" for row in db.execute("PRAGMA foreign_key_check")][:3]
+    count, first, last = db.execute("SELECT count(*), min(seq), max(seq) FROM journal").fetchone()
+    if count and count != last - first + 1:
+        wrong.append(f"the journal lacks {last - first + 1 - count} entries between {first} and {last}")
+    if wrong:
+        raise Unavailable(f"{shown} is damaged: {'; '.join(wrong)}; restore a backup")
+    return {"schema": schema, **{name: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for name, table in (
+        ("agents", "agents"), ("threatEvents", "threats"), ("policies", "policies"), ("journalEntries", "journal"))}}
 
 
 def copy_database(source: Path, target: Path, progress: Callable[[float], None]) -> None:
@@ -2029,35 +2108,46 @@ def copy_database(source: Path, target: Path, progress: Callable[[float], None])
 def back_up(folder: Path, target: Path, progress: Callable[[float], None], *, db_only: bool = False) -> dict[str, int]:
     """Write a proved backup of a data folder to a file of mode 0600, replacing one that is there; what it holds.
 
-    Raises Unavailable and OSError, and then leaves a file that was there as it was.
+    Raises ManagerError, and then leaves a file that was there as it was.
     """
-    with tempfile.TemporaryDirectory(prefix=".panguard-", dir=target.absolute().parent) as work:
-        copy, made = Path(work, "manager.db"), Path(work, "made")
-        try:
+    target = target.resolve()
+    if target.parent == folder.resolve() or (target.exists() and not target.is_file()):
+        raise Unavailable(f"a backup cannot be written to {target}; name a file outside of the data folder")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".panguard-", dir=target.parent) as work:
+            copy, made = Path(work, "manager.db"), Path(work, "made")
             copy_database(folder / "manager.db", copy, progress)
-        except sqlite3.Error as error:
-            raise Unavailable(f"{folder / 'manager.db'} cannot be copied to {target} ({error}); make room, or check "
-                              "the disk") from None
-        held = examine(copy)
-        if db_only:
-            made = copy
-        else:
-            manifest = {"version": __version__, **held, "sha256": digest_of(copy.open("rb"))}
-            Path(work, "manifest.json").write_text(json.dumps(manifest, indent=1))
-            with tarfile.open(made, "w") as archive:
-                archive.add(Path(work, "manifest.json"), "manifest.json")
-                archive.add(copy, "manager.db")
-                for name in _KEPT[1:]:
-                    if (folder / name).exists():
-                        archive.add(folder / name, name)
-            with tarfile.open(made) as archive:
-                if digest_of(cast("BinaryIO", archive.extractfile("manager.db"))) != manifest["sha256"]:
-                    raise Unavailable(f"what was written beside {target} reads back otherwise; check the disk")
-        made.chmod(0o600)
-        sync_path(made)
-        made.replace(target)
-        sync_path(target.absolute().parent)
+            held = examine(copy, folder / "manager.db")
+            if db_only:
+                made = copy
+            else:
+                _archive(folder, copy, made, held)
+            made.chmod(0o600)
+            sync_path(made)
+            made.replace(target)
+            sync_path(target.parent)
+    except sqlite3.Error as error:
+        raise Unavailable(f"{folder / 'manager.db'} cannot be copied to {target} ({error}); make room, or check the "
+                          "disk") from None
+    except OSError as error:
+        raise Unavailable(f"the backup {target} cannot be written ({error.strerror}); check its folder and its disk"
+                          ) from None
     return held
+
+
+def _archive(folder: Path, copy: Path, made: Path, held: Mapping[str, int]) -> None:
+    manifest = copy.with_name("manifest.json")
+    digest = digest_of(copy.open("rb"))
+    manifest.write_text(json.dumps({"version": __version__, **held, "sha256": digest}, indent=1))
+    with tarfile.open(made, "w", dereference=True) as archive:
+        archive.add(manifest, "manifest.json")
+        for name in _KEPT[:-1]:
+            if (folder / name).exists():
+                archive.add(folder / name, name)
+        archive.add(copy, "manager.db")
+    with tarfile.open(made, "r:") as archive:
+        if digest_of(cast("BinaryIO", archive.extractfile("manager.db"))) != digest:
+            raise Unavailable("what was written reads back otherwise; check the disk")
 
 
 def digest_of(file: BinaryIO) -> str:
@@ -2070,52 +2160,85 @@ def digest_of(file: BinaryIO) -> str:
 
 
 def unpack(backup: Path, work: Path) -> dict[str, int]:
-    """Unpack a backup into an empty folder and prove it; what it holds. Raises Unavailable and OSError."""
+    """Unpack a backup into an empty folder and prove it; what it holds. Raises ManagerError and OSError."""
+    with backup.open("rb") as file:
+        plain = file.read(16) == b"SQLite format 3\0"
+    if plain and Path(f"{backup}-wal").exists():  # what it holds is in its log, too
+        copy_database(backup, work / "manager.db", lambda part: None)
+    elif plain:
+        shutil.copyfile(backup, work / "manager.db")
+    else:
+        _extract(backup, work)
+    return examine(work / "manager.db", backup)
+
+
+def _extract(backup: Path, work: Path) -> None:
     try:
-        with backup.open("rb") as file:
-            plain = file.read(16) == b"SQLite format 3\0"
-        if plain:
-            shutil.copyfile(backup, work / "manager.db")
-            return examine(work / "manager.db")
-        with tarfile.open(backup) as archive:
-            for name in ("manifest.json", *_KEPT):
-                member = archive.extractfile(name) if name in archive.getnames() else None
-                if member:
-                    with open(os.open(work / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                        shutil.copyfileobj(member, file)
-        if json.loads((work / "manifest.json").read_text())["sha256"] != digest_of((work / "manager.db").open("rb")):
-            raise Unavailable(f"{backup} is damaged: the database in it is not the one that was backed up")
-    except (tarfile.TarError, ValueError, KeyError, FileNotFoundError, EOFError) as error:
-        raise Unavailable(f"{backup} is no whole backup of this manager ({error})") from None
-    return examine(work / "manager.db")
+        with tarfile.open(backup, "r:") as archive:  # never compressed: what it takes is bounded by its own size
+            for member in archive:
+                if member.name in ("manifest.json", *_KEPT) and member.isreg():
+                    with open(os.open(work / member.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                        shutil.copyfileobj(cast("BinaryIO", archive.extractfile(member)), file)
+        whole = json.loads((work / "manifest.json").read_text())["sha256"] == digest_of(
+            (work / "manager.db").open("rb"))
+    except (tarfile.TarError, ValueError, KeyError, TypeError, FileNotFoundError, FileExistsError, EOFError,
+            RecursionError):
+        whole = False
+    if not whole:
+        raise Unavailable(f"{backup} is no whole backup of this manager; take another")
 
 
 def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
     """Put a backup in the place of what a data folder holds; what the backup holds, and where the former files are.
 
-    Raises StartError while a manager runs there, Unavailable for a bad backup, OSError; then nothing is replaced.
+    Raises ManagerError, while a manager runs there too, and OSError; then nothing is replaced. While it is cut short, a
+    manager does not start there.
     """
+    backup.open("rb").close()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.closing(take_folder(folder)), tempfile.TemporaryDirectory(prefix=".restore-", dir=folder) as work:
-        held = unpack(backup, Path(work))
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(contextlib.closing(take_folder(folder)))
+        if (folder / "manager.db").exists():
+            undo.callback(os.close, lock_file(folder / "manager.db"))
+        work = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix=".restore-", dir=folder)))
+        held = unpack(backup, work)
+        for name in _KEPT:
+            if not (work / name).exists() and (folder / name).exists():  # a backup of the database alone
+                shutil.copyfile(folder / name, work / name)
+            if (work / name).exists():
+                (work / name).chmod(0o600)
+                sync_path(work / name)
         former = [folder / name for name in (*_KEPT, "manager.db-wal", "manager.db-shm") if (folder / name).exists()]
-        kept = None
-        if former:
-            kept = folder / f"before-restore-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
-            kept.mkdir(mode=0o700)
-        for name in _KEPT:
-            if Path(work, name).exists():
-                Path(work, name).chmod(0o600)
-                sync_path(Path(work, name))
+        kept = folder / f"before-restore-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
+        kept.mkdir(mode=0o700)
+        _exchange(folder, former, kept, [work / name for name in _KEPT if (work / name).exists()])
+    if former:
+        return held, kept
+    kept.rmdir()
+    return held, None
+
+
+def _exchange(folder: Path, former: Sequence[Path], kept: Path, new: Sequence[Path]) -> None:
+    private_file(folder / _UNFINISHED)
+    sync_path(folder)
+    try:
         for path in former:
-            path.rename(cast("Path", kept) / path.name)
-        for name in _KEPT:
-            if Path(work, name).exists():
-                Path(work, name).rename(folder / name)
-            elif kept and (kept / name).exists():  # a backup of the database alone
-                shutil.copy2(kept / name, folder / name)
-        sync_path(folder)
-    return held, kept
+            path.rename(kept / path.name)
+        sync_path(kept)
+        for path in new:
+            path.rename(folder / path.name)
+    except BaseException:
+        for path in new:
+            if not path.exists():  # it is in the folder
+                (folder / path.name).unlink()
+        for path in former:
+            if (kept / path.name).exists():
+                (kept / path.name).rename(path)
+        (folder / _UNFINISHED).unlink()
+        raise
+    sync_path(folder)
+    (folder / _UNFINISHED).unlink()
+    sync_path(folder)
 
 
 def sql_iso(column: str) -> str:
@@ -3219,6 +3342,7 @@ class Manager:
                 "agentsByOs": self._counted(db, "os", f"agents a WHERE {of_org}", given),
                 "updatedAt": iso(now.wall_ms)}
 
+    @checked(TIMELINE)
     def timeline(self, *, agent_id: str | None = None, hours: int = 24) -> dict[str, Any]:
         """The present hour and those before it, `hours` in all, oldest first: threat events by severity, without false
         positives, and how many agents had which status at the hour's end (now, of the present one); of one agent
@@ -3275,9 +3399,12 @@ class Manager:
         if changes[-1][1] != agent.status:  # not announced yet
             changes.append((agent.status_since_ms, agent.status))
         found: list[dict[str, Any]] = []
+        reached_ms = given["first_ms"]
         for (from_ms, status), (until_ms, _) in itertools.pairwise([*changes, (now.wall_ms, "")]):
+            from_ms = max(from_ms, reached_ms)  # the wall clock may have been set back meanwhile
             if not status or until_ms <= from_ms:
                 continue
+            reached_ms = until_ms
             if found and found[-1]["status"] == status:
                 found[-1]["until"] = iso(until_ms)
             else:
@@ -3744,6 +3871,7 @@ class Api:
         self._newcomers = Throttle("registrations without a token", _NEWCOMERS_PER_MINUTE)
         self.latencies, self.refusals = Latencies(), Refusals()
         self.streams_open: Callable[[], int] = lambda: 0  # whoever serves streams says otherwise
+        self.notifier: Notifier | None = None  # whoever serves notifications says otherwise
         self.faults = Faults()
 
     def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str], *,
@@ -3797,6 +3925,10 @@ class Api:
              [("", manager.purged_for_space)]),
             ("write_ahead_log_bytes", "gauge", "Size of the write-ahead log.", [("", manager.store.log_bytes())]),
             ("event_streams_open", "gauge", "Event streams open.", [("", self.streams_open())]),
+            ("notifications_delivered_total", "counter", "Notifications that a receiver took, since the start.",
+             [("", self.notifier.delivered if self.notifier else 0)]),
+            ("notification_receivers_failing", "gauge", "Receivers that did not take the last notification.",
+             [("", self.notifier.failing() if self.notifier else 0)]),
             ("refusals_total", "counter", "Requests and TLS handshakes refused for want of a right credential.",
              [(f'{{reason="{reason}"}}', self.refusals.counts[reason]) for reason in Refusals.REASONS]),
             *self.latencies.families()]
@@ -4227,6 +4359,14 @@ def _stream(call: Call) -> Reply:
     return Reply(200, b"", (("Content-Type", call.route.media),))
 
 
+@endpoint("POST", "/api/notify/test", "Send a notification to every receiver, and show what each answers",
+          answer="[TestedReceiver]")
+def _notify_test(call: Call) -> Reply:
+    if not call.manager.config.notify_url:
+        raise Conflict("no receiver is set: MANAGER_NOTIFY_URL")
+    return success(call.api.notifier.test() if call.api.notifier else [])
+
+
 @endpoint("GET", "/metrics", "Measure the manager, in the Prometheus text format",
           media="text/plain; version=0.0.4; charset=utf-8")
 def _metrics(call: Call) -> Reply:
@@ -4491,6 +4631,297 @@ class Streams:
         for stream in silent:
             stream.sent_ms = tick_ms
             stream.channel.publish(b": keepalive\n\n")
+
+
+# Notifications
+
+_TOLD_TYPES = ("agent_offline", "agent_online", "agent_deregistered", "threats_reported", "threats_correlated",
+               "identity_conflict")
+_OUTAGE = 10  # so many agents that fall silent together are one outage, or a fifth of the fleet
+_NAMED = 20  # agents that a text names, at most
+_CONNECT_RECEIVER_S, _SEND_S = 3.0, 10.0
+_FIRST_RETRY_MS, _LONGEST_RETRY_MS = 5_000, 3_600_000
+_CHATS = {"slack": "text", "mattermost": "text", "discord": "content"}
+
+
+class Notifier:
+    """Makes notifications of the journal, in the timer, and keeps them until the receivers have had them.
+
+    It is a follower of the journal with a durable position. What came within the delay becomes one notification.
+    `receivers` send them, each in a thread of its own.
+    """
+
+    def __init__(self, manager: Manager) -> None:
+        self.manager = manager
+        self.delivered = 0
+        self._pending: list[tuple[int, Entry]] = []  # with the tick at which each was read
+        self._reminded_ms = self._tick_ms()
+        config = manager.config
+        with manager.store.transaction() as db:
+            if not config.notify_url:  # what happens until notifications are wanted again is not told then
+                for table in ("notifications", "receivers", "follower", "told_silent"):
+                    db.execute(f"DELETE FROM {table}")
+            db.execute("INSERT OR IGNORE INTO follower VALUES ('notifications', ?)", (manager.last_seq(),))
+            (self._read_seq,) = db.execute("SELECT position FROM follower").fetchone()
+            if not config.notify_url:
+                db.execute("DELETE FROM follower")
+            (newest,) = db.execute("SELECT coalesce(max(key), 0) FROM notifications").fetchone()
+            digests = [digest(url) for url in config.notify_url]
+            for each in digests:
+                db.execute("INSERT OR IGNORE INTO receivers (digest, delivered) VALUES (?, ?)", (each, newest))
+            known = [row[0] for row in db.execute("SELECT digest FROM receivers")]
+            db.executemany("DELETE FROM receivers WHERE digest = ?", [(each,) for each in known if each not in digests])
+        self.receivers = [Receiver(self, url) for url in config.notify_url]
+
+    def _tick_ms(self) -> int:
+        return self.manager.clock.now().tick_ms
+
+    def compose(self) -> None:
+        """Called by the timer: read the journal on, and make a notification of what has waited for the delay."""
+        if not self.receivers:
+            return
+        tick_ms, config = self._tick_ms(), self.manager.config
+        for entry in self.manager.journal(after=self._read_seq, type=_TOLD_TYPES):
+            self._pending.append((tick_ms, entry))
+            self._read_seq = entry.seq
+        first_ms = self._pending[0][0] if self._pending else tick_ms
+        group = [(read_ms, entry) for read_ms, entry in self._pending if read_ms <= first_ms + config.notify_delay_ms]
+        last_ms = max((read_ms for read_ms, entry in group if entry.type == "agent_offline"), default=first_ms)
+        if group and tick_ms >= last_ms + config.notify_delay_ms:
+            later = [entry for _, entry in self._pending[len(group):]]
+            self._make([entry for _, entry in group], later)
+            self._pending = self._pending[len(group):]
+        elif config.notify_repeat_ms and tick_ms - self._reminded_ms >= config.notify_repeat_ms:
+            self._remind()
+        for receiver in self.receivers:
+            receiver.wake.set()
+
+    def _make(self, group: Sequence[Entry], later: Sequence[Entry]) -> None:
+        wanted = self.manager.config.notify_on
+        silent, back, gone = self._changes(group, later)
+        with self.manager.store.transaction() as db:
+            told = {row[0]: row[1] for row in db.execute("SELECT agent_id, hostname FROM told_silent")}
+            back = [entry for entry in back if entry.agent_id in told]
+            lines = self._silence(db, silent) if "offline" in wanted else []
+            lines += _listed([f"{_name(entry)} is back" for entry in back], "agents are back") if "online" in wanted \
+                else []
+            shown = [entry for entry in group if self._is_told(entry)]
+            lines += [_sentence(entry) for entry in shown][:_NAMED]
+            if "offline" in wanted:
+                db.executemany("INSERT OR REPLACE INTO told_silent VALUES (?, ?)",
+                               [(entry.agent_id, str(entry.data.get("hostname"))) for entry in silent])
+            ended = {entry.agent_id for entry in back} | gone
+            db.executemany("DELETE FROM told_silent WHERE agent_id = ?", [(agent_id,) for agent_id in ended])
+            db.execute("UPDATE follower SET position = ?", (group[-1].seq,))
+            if lines:
+                self._reminded_ms = self._tick_ms()
+                self._keep(db, lines, {
+                    "offline": [entry_shape(entry) for entry in silent] if "offline" in wanted else [],
+                    "online": [entry_shape(entry) for entry in back] if "online" in wanted else [],
+                    "events": [entry_shape(entry) for entry in shown]})
+
+    @staticmethod
+    def _changes(group: Sequence[Entry], later: Sequence[Entry]) -> tuple[list[Entry], list[Entry], set[str | None]]:
+        """Whose last change was to fall silent, whose to return, and who was deregistered."""
+        last = {entry.agent_id: entry for entry in group if entry.type.startswith("agent_")}
+        returned = {entry.agent_id for entry in later if entry.type in ("agent_online", "agent_deregistered")}
+        silent = [entry for entry in last.values() if entry.type == "agent_offline" and entry.agent_id not in returned]
+        return (silent, [entry for entry in last.values() if entry.type == "agent_online"],
+                {entry.agent_id for entry in last.values() if entry.type == "agent_deregistered"})
+
+    def _is_told(self, entry: Entry) -> bool:
+        wanted = self.manager.config.notify_on
+        if entry.type == "threats_reported":
+            worst = SEVERITIES.index(str(entry.data["maxSeverity"]))
+            return any(f"threat:{severity}" in wanted for severity in SEVERITIES[worst:])
+        return {"threats_correlated": "correlated", "identity_conflict": "conflict"}.get(entry.type) in wanted
+
+    def _silence(self, db: sqlite3.Connection, silent: Sequence[Entry]) -> list[str]:
+        """What to say of agents that fell silent: who, or if many did together, how many and what they share."""
+        rows = db.execute("SELECT id, ip, org_id, tags FROM agents").fetchall()
+        if len(silent) < 2 or len(silent) < min(_OUTAGE, len(rows) / 5):
+            return [f"{_name(entry)} fell silent, last seen {entry.data.get('lastSeen')}" for entry in silent]
+        ids = {entry.agent_id for entry in silent}
+        all_of, silent_of = Counter[str](), Counter[str]()
+        for row in rows:
+            for shared in self._shared(row):
+                all_of[shared] += 1
+                silent_of[shared] += row["id"] in ids
+        # The narrowest of what most of them share.
+        among = min((all_of[shared], shared) for shared in all_of if silent_of[shared] >= 0.8 * len(silent))[1]
+        passed_s = (max(entry.at_ms for entry in silent) - min(entry.at_ms for entry in silent) + 999) // 1000
+        named = ", ".join(sorted(str(entry.data.get("hostname")) for entry in silent)[:_NAMED])
+        more = ", …" if len(silent) > _NAMED else ""
+        return [f"{silent_of[among]} of {all_of[among]} {among} fell silent within {passed_s} s: {named}{more}"]
+
+    def _shared(self, row: Mapping[str, Any]) -> list[str]:
+        """What an agent may share with others, as it is said of several."""
+        prefix = 64 if ":" in row["ip"] else 24
+        network = ipaddress.ip_network((row["ip"], prefix), strict=False)
+        return ["agents", f"agents in {network}", *([f"agents of {row['org_id']}"] if row["org_id"] else []),
+                *(f"agents tagged {tag}" for tag in self.manager.store.loads(row["tags"]))]
+
+    def _remind(self) -> None:
+        self._reminded_ms = self._tick_ms()
+        with self.manager.store.transaction() as db:
+            told = [row[0] for row in db.execute("SELECT hostname FROM told_silent ORDER BY hostname")]
+            if told:
+                self._keep(db, _listed([f"{name} is still silent" for name in told], "agents are still silent"),
+                           {"reminder": told})
+
+    def _keep(self, db: sqlite3.Connection, lines: Sequence[str], data: Mapping[str, Any]) -> None:
+        now = self.manager.now()
+        body = {"type": "panguard.notification", "timestamp": iso(now.wall_ms), "data": {
+            "text": "\n".join(lines), **data}}
+        db.execute("INSERT INTO notifications (id, at_ms, body) VALUES (?, ?, ?)",
+                   ("msg_" + secrets.token_hex(12), now.steady_ms, to_json(body)))
+
+    def test(self) -> list[dict[str, Any]]:
+        """Send a notification to every receiver at once; what each answered."""
+        now = self.manager.now()
+        body = {"type": "panguard.test", "timestamp": iso(now.wall_ms), "data": {
+            "text": "A test of Panguard Manager's notifications"}}
+        sent = [(each, each.send("msg_" + secrets.token_hex(12), to_json(body))) for each in self.receivers]
+        return [{"receiver": each.name, "delivered": answer.ok, "answer": answer.text} for each, answer in sent]
+
+    def failing(self) -> int:
+        """How many receivers did not take the last notification."""
+        return sum(each.failing for each in self.receivers)
+
+
+class Answer(NamedTuple):
+    """What a receiver answered: a status, or 0 and why there was none, and when it may be asked again."""
+
+    status: int
+    text: str
+    retry_after_s: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether it took the notification."""
+        return 200 <= self.status < 300
+
+
+class Receiver:
+    """One receiver of notifications. `wake` has its thread look for one to deliver; `stop()` ends a request."""
+
+    def __init__(self, notifier: Notifier, url: str) -> None:
+        self.notifier = notifier
+        kind, _, address = url.rpartition("+http")
+        self._target = urlsplit(("http" + address) if kind else url)
+        host = self._target.hostname or ""
+        told_by_host = next((chat for chat in _CHATS if chat in host), "")
+        self._field = _CHATS.get(kind or told_by_host)
+        self.name = f"{self._target.scheme}://{self._target.netloc.rpartition('@')[2]}"  # a chat's path is a secret
+        self.failing = False
+        self.wake = threading.Event()
+        self._digest = digest(url)
+        self._tries, self._next_ms = 0, 0
+        self._over = False
+        self._connection: http.client.HTTPConnection | None = None
+
+    def run(self) -> None:
+        """Deliver what there is, whenever woken, until stop()."""
+        while not self._over:
+            self.wake.wait()
+            self.wake.clear()
+            try:
+                while not self._over and self.deliver():
+                    pass
+            except Unavailable:
+                pass  # the timer wakes it again
+            except Exception:
+                log.exception("notifications to %s failed", self.name)
+
+    def stop(self) -> None:
+        """Have run() return, now."""
+        self._over = True
+        self.wake.set()
+        with contextlib.suppress(OSError, AttributeError):
+            cast("http.client.HTTPConnection", self._connection).sock.shutdown(socket.SHUT_RDWR)
+
+    def deliver(self) -> bool:
+        """Deliver the next notification, if it is time; whether there may be another."""
+        manager = self.notifier.manager
+        if manager.clock.now().tick_ms < self._next_ms:
+            return False
+        with manager.store.read() as db:
+            row = db.execute("SELECT n.*, r.state FROM receivers r JOIN notifications n ON n.key > r.delivered "
+                             "WHERE r.digest = ? ORDER BY n.key LIMIT 1", (self._digest,)).fetchone()
+        if row is None or row["state"] == "gone":
+            return False
+        answer = self.send(row["id"], row["body"])
+        if self._over and not answer.ok:
+            return False
+        too_old = manager.now().steady_ms - row["at_ms"] > _DAY_MS
+        state = "works" if answer.ok else "gone" if answer.status == 410 else "fails"
+        with manager.store.transaction() as db:
+            if answer.ok or too_old:
+                db.execute("UPDATE receivers SET delivered = ? WHERE digest = ?", (row["key"], self._digest))
+                db.execute("DELETE FROM notifications WHERE key <= (SELECT min(delivered) FROM receivers "
+                           "WHERE state != 'gone')")
+            db.execute("UPDATE receivers SET state = ? WHERE digest = ?", (state, self._digest))
+            if state not in ("works", row["state"]):  # journalled once
+                manager.store.journal(manager.now().wall_ms, "notification_failed", THE_MANAGER, None, None, {
+                    "receiver": self.name, "error": answer.text, "off": state == "gone"})
+                log.warning("%s took no notification: %s", self.name, answer.text)
+        self.failing = not answer.ok
+        if answer.ok:
+            self._tries, self._next_ms, self.notifier.delivered = 0, 0, self.notifier.delivered + 1
+            return True
+        wait_ms = max(1000 * answer.retry_after_s, min(_LONGEST_RETRY_MS, _FIRST_RETRY_MS << min(self._tries, 20)))
+        self._tries += 1
+        self._next_ms = manager.clock.now().tick_ms + min(wait_ms, _DAY_MS)
+        return False
+
+    def send(self, message_id: str, body: str) -> Answer:
+        """Post a notification as the receiver takes it; redirects are not followed."""
+        config = self.notifier.manager.config
+        if self._field:
+            body = to_json({self._field: json.loads(body)["data"]["text"][:1900]})
+        instant = str(self.notifier.manager.clock.now().wall_ms // 1000)
+        headers = {"Content-Type": "application/json", "User-Agent": f"panguard-manager/{__version__}",
+                   "webhook-id": message_id, "webhook-timestamp": instant}
+        if config.notify_secret:  # https://github.com/standard-webhooks/standard-webhooks, version 1.0
+            signed = hmac.digest(config.notify_secret, f"{message_id}.{instant}.{body}".encode(), "sha256")
+            headers["webhook-signature"] = "v1," + base64.b64encode(signed).decode()
+        if self._target.username:
+            pair = f"{unquote(self._target.username)}:{unquote(self._target.password or '')}"
+            headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+        kind = http.client.HTTPSConnection if self._target.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._target.hostname or "", self._target.port, timeout=_CONNECT_RECEIVER_S)
+        self._connection = connection
+        path = (self._target.path or "/") + ("?" + self._target.query if self._target.query else "")
+        try:
+            with contextlib.closing(connection):
+                connection.connect()
+                connection.sock.settimeout(_SEND_S)
+                connection.request("POST", path, body.encode(), headers)
+                answer = connection.getresponse()
+                wait = answer.headers.get("Retry-After", "")
+                return Answer(answer.status, f"{answer.status} {answer.reason}"[:200],
+                              int(wait) if wait.isdecimal() and len(wait) < 8 else 0)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            return Answer(0, str(error)[:200] or type(error).__name__)
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry.data.get('hostname')} ({entry.agent_id})"
+
+
+def _listed(lines: list[str], many: str) -> list[str]:
+    return lines if len(lines) < _OUTAGE else [f"{len(lines)} {many}"]
+
+
+def _sentence(entry: Entry) -> str:
+    """What an entry about threats or identities says."""
+    if entry.type == "threats_reported":
+        return f"{_name(entry)} reported {entry.data['count']} threats, the worst {entry.data['maxSeverity']}"
+    if entry.type == "threats_correlated":
+        (kind, value), = entry.data["indicator"].items()
+        return f"{entry.data['count']} agents saw {kind} {value}"
+    return (f"{_name(entry)} registered with the machine_id of {entry.data['otherAgentId']}, which is online: "
+            "a cloned machine")
 
 
 ########################################################################################################
@@ -5623,6 +6054,9 @@ class Server:
             self.faults = self._api.faults
             self._streams = Streams(self.manager)
             self._api.streams_open = lambda: self._streams.count
+            self._notifier = self._api.notifier = Notifier(self.manager)
+            for receiver in self._notifier.receivers:
+                undo.callback(run_thread("panguard-notify", receiver.run, receiver.stop))
             self._serve(app, folder, undo)
             interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
             undo.callback(self.clock.every(interval_s, self._tick))
@@ -5692,6 +6126,7 @@ class Server:
         finally:
             if not manager.store.failed:
                 manager.check_health()  # after the sweep, which leaves few agents to look at
+        self._notifier.compose()
         self._streams.keep_alive()
         self._renew_certificate()
         return self.manager.purge()
@@ -5971,8 +6406,10 @@ def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
 def serve(argv: Sequence[str]) -> int:
     """Run a manager until SIGTERM or SIGINT; 0 after a clean stop, 1 if it cannot start, 2 for a bad setting."""
     try:
-        config = Config.load(argv, os.environ, "commands, each with a --help of its own:\n" + "".join(
-            f"  {each.name:<16}{each.summary}\n" for each in COMMANDS.values()) + "\n")
+        commands = "".join(f"  {each.name:<16}{each.summary}\n" for each in COMMANDS.values())
+        config = Config.load(argv, os.environ, (
+            f"commands, in the place of these options, each with a --help of its own:\n{commands}\nexit status of a "
+            "command: 0 done, 1 failed, 2 wrong usage, 3 nothing matched, or something is wrong\n\n"))
     except SettingError as error:
         print(f"panguard-manager: {error}", file=sys.stderr)
         return 2
@@ -6075,10 +6512,10 @@ def command(name: str, summary: str, *options: Option, example: str) -> Callable
 
 
 def duration_ms(text: str) -> int:
-    """The ms of a duration such as 30d, 12h, 5m or 90s. Raises ValueError."""
+    """The ms of a duration such as 30d, 12h, 5m or 90s. Raises argparse.ArgumentTypeError."""
     match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
     if not match:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number and its unit, such as 90s, 5m, 12h or 30d")
     return int(match[1]) * {"s": 1000, "m": 60_000, "h": _HOUR_MS, "d": _DAY_MS}[match[2]]
 
 
@@ -6097,9 +6534,15 @@ def display_width(text: str) -> int:
 
 def fitted(text: str, width: int) -> str:
     """The text with blanks after it up to a display width, or cut to it."""
+    text = text[:4 * width]
     while display_width(text) > width:
         text = text[:-2] + "…"
     return text + " " * (width - display_width(text))
+
+
+def counted(number: int) -> str:
+    """So many agents, in words."""
+    return f"{number} agent" + "s" * (number != 1)
 
 
 def ago(instant: str) -> str:
@@ -6120,14 +6563,17 @@ class Cli:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.folder = Path(options.data_dir or os.environ.get("MANAGER_DATA_DIR") or "~/.panguard-manager").expanduser()
-        self.terminal = sys.stdout.isatty()
-        self.seq = 0
+        folder = options.data_dir or os.environ.get("MANAGER_DATA_DIR") or "~/.panguard-manager"
+        try:
+            self.folder = _parse_path(folder)
+        except ValueError:
+            raise CommandError(f"{printable(folder)} cannot be a data folder; name one with --data-dir", 2) from None
+        self.terminal = bool(sys.stdout) and sys.stdout.isatty()
 
     # Asking the manager
 
     def _file(self, name: str) -> str | None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             return (self.folder / name).read_text().strip() or None
         return None
 
@@ -6142,7 +6588,7 @@ class Cli:
              timeout_s: float = _CONNECT_S) -> Iterator[http.client.HTTPResponse]:
         """The manager's answer. Raises CommandError if there is none, or it is not 2xx."""
         token = self.options.token or os.environ.get("MANAGER_AUTH_TOKEN", "").partition(",")[0] or self._file("token")
-        if not token:
+        if not token or not re.fullmatch("[!-~]+", token):
             raise CommandError("no token is known: use --token, MANAGER_AUTH_TOKEN, or --data-dir of a manager here", 2)
         with contextlib.closing(self._connection(timeout_s)) as connection:
             try:
@@ -6156,7 +6602,7 @@ class Cli:
             except ConnectionRefusedError:
                 raise CommandError(f"nothing listens at {self.url}; start the manager, or name its address with --url"
                                    ) from None
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
                 raise CommandError(f"{self.url} cannot be asked ({error or type(error).__name__}); check --url"
                                    ) from None
             if answer.status >= 300:
@@ -6167,14 +6613,14 @@ class Cli:
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         try:
             target = urlsplit(self.url)
-            if target.scheme == "http":
+            if target.scheme == "http" and target.netloc and not (target.username or target.path):
                 return http.client.HTTPConnection(target.hostname or "", target.port, timeout=timeout_s)
-            if target.scheme == "https":
+            if target.scheme == "https" and target.netloc and not (target.username or target.path):
                 return http.client.HTTPSConnection(target.hostname or "", target.port, timeout=timeout_s,
                                                    context=self._trust())
-        except ValueError:
+        except (ValueError, http.client.InvalidURL):
             pass
-        raise CommandError(f"{self.url} is no manager's address; --url takes one such as https://localhost:8443", 2)
+        raise CommandError("this is no manager's address; --url takes one such as https://localhost:8443", 2)
 
     def _trust(self) -> ssl.SSLContext:
         own = self.folder / "cert.pem"
@@ -6189,7 +6635,7 @@ class Cli:
     def _refused(self, answer: http.client.HTTPResponse) -> NoReturn:
         try:
             reason = str(json.loads(answer.read())["error"])
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, TypeError, OSError, RecursionError, http.client.HTTPException):
             reason = f"it answers {answer.status} {answer.reason}; is it a Panguard Manager?"
         if answer.status == 401:
             reason = "the token is wrong; use --token or MANAGER_AUTH_TOKEN"
@@ -6204,7 +6650,7 @@ class Cli:
         try:
             with self.open(method, path, body) as answer:
                 return json.loads(answer.read())["data"]
-        except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise CommandError(f"{self.url} broke off its answer ({error}); try again") from None
 
     def agent(self, name: str) -> Any:
@@ -6232,13 +6678,18 @@ class Cli:
             return text
         return f"\033[{colour}m{text}\033[0m"
 
+    def as_json(self, data: Any) -> int:
+        """Show what `--json` asks for; nothing in it controls a terminal."""
+        self.say(json.dumps(data, indent=2, ensure_ascii=self.terminal))
+        return 0
+
     def show(self, data: Any, columns: Mapping[str, Callable[[Any], Any]]) -> int:
         """Show a list as `--json` or `-q` ask, or as a table; 3 if it is empty."""
         if self.options.json:
-            self.say(json.dumps(data, indent=2, ensure_ascii=False))
+            self.as_json(data)
         elif self.options.quiet:
             for each in data:
-                self.say(printable(each.get("id", each.get("seq"))))
+                self.say(printable(next(iter(each.values()))))
         else:
             self._table([list(columns), *([printable(read(each)) for read in columns.values()] for each in data)])
         return 0 if data else 3
@@ -6255,9 +6706,8 @@ class Cli:
     def show_one(self, data: Mapping[str, Any]) -> int:
         """Show an object as `--json` asks, or a line for each of its fields."""
         if self.options.json:
-            self.say(json.dumps(data, indent=2, ensure_ascii=False))
-            return 0
-        width = max(map(len, data))
+            return self.as_json(data)
+        width = max(map(len, data), default=0)
         for name, value in data.items():
             text = to_json(value) if isinstance(value, dict) or (value and isinstance(value, list) and isinstance(
                 value[0], dict)) else value
@@ -6286,15 +6736,18 @@ _FILTERS = (
     option("--version", help="agents of this version"), option("--find", metavar="TEXT", dest="q",
                                                                help="text in hostname, id, address or a tag"),
     option("--silent", metavar="TIME", type=duration_ms, dest="silent_ms",
-           help="agents silent for at least 90s, 5m, 12h or 30d"))
-_AGENTS = option("agent", nargs="*", help="id or hostname, or the beginning of one")
+           help="agents silent for at least this long, such as 90s, 5m, 12h or 30d"))
+_AGENTS = option("agent", nargs="*", help="id or hostname, the beginning of one that no other agent has, or a pattern "
+                                          "of hostnames such as 'web-*'")
+_DRY_RUN = option("--dry-run", action="store_true", help="only say what would change")
 _AGENT_ARGUMENT = option("agent", help="id or hostname of an agent, or the beginning of one")
 _YES = option("--yes", action="store_true", help="do not ask")
 _FILTER_NAMES = ("status", "tag", "org_id", "os", "version", "q", "silent_ms")
 
 
 def _filters(cli: Cli) -> dict[str, Any]:
-    return {name: value for name in _FILTER_NAMES if (value := getattr(cli.options, name))}
+    # An empty text is sent, and refused: it may be a variable that is not set, and must not widen what is chosen.
+    return {name: value for name in _FILTER_NAMES if (value := getattr(cli.options, name)) not in (None, [])}
 
 
 @command("status", "totals, silent agents, threats and the policy; 3 if an agent is silent", example="status")
@@ -6302,7 +6755,7 @@ def _status_command(cli: Cli) -> int:
     overview = cli.ask("GET", "/api/overview")
     silent = [each for status in ("offline", "stale") for each in cli.ask("GET", "/api/agents", status=status)]
     if cli.options.json:
-        cli.say(json.dumps({**overview, "silent": silent}, indent=2, ensure_ascii=False))
+        cli.as_json({**overview, "silent": silent})
         return 3 if silent else 0
     if cli.options.quiet:
         cli.show(silent, {})
@@ -6321,6 +6774,12 @@ def _status_command(cli: Cli) -> int:
     return 3 if silent else 0
 
 
+def _policy_state(agent: Mapping[str, Any]) -> str | None:
+    if agent["pendingPolicies"]:
+        return f"{agent['activePolicyVersion'] or 'none'}, {agent['pendingPolicies']} pending"
+    return cast("str | None", agent["activePolicyVersion"])
+
+
 @command("agents", "list agents", *_FILTERS,
          option("--sort", choices=[sign + name for name in SORTS for sign in ("", "-")], metavar="FIELD",
                 help=f"one of {', '.join(SORTS)}; --sort=-cpu begins with the highest"),
@@ -6328,13 +6787,13 @@ def _status_command(cli: Cli) -> int:
          example="agents --status offline --sort lastHeartbeat")
 def _agents_command(cli: Cli) -> int:
     while True:
-        found = cli.ask("GET", "/api/agents", sort=cli.options.sort, **_filters(cli))
+        found = cli.ask("GET", "/api/agents", sort=cli.options.sort, detail=True, **_filters(cli))
         if cli.options.watch and cli.terminal:
             cli.say("\033[H\033[2J")
         status = cli.show(found, {
             "STATUS": lambda each: each["status"], "HOSTNAME": lambda each: each["hostname"],
             "ID": lambda each: each["id"], "TAGS": lambda each: each["tags"] or None, "OS": lambda each: each["os"],
-            "VERSION": lambda each: each["version"], "ADDRESS": lambda each: each["ip"],
+            "VERSION": lambda each: each["version"], "ADDRESS": lambda each: each["ip"], "POLICY": _policy_state,
             "LAST SEEN": lambda each: ago(each["lastHeartbeat"])})
         if not cli.options.watch:
             return status
@@ -6346,42 +6805,70 @@ def _agent_command(cli: Cli) -> int:
     return cli.show_one(cli.agent(cli.options.agent))
 
 
-def _change_agents(cli: Cli, what: str, change: Mapping[str, Any]) -> int:
+def _named(cli: Cli, names: Sequence[str]) -> list[str]:
+    """The ids of the agents that names or patterns of hostnames mean."""
+    ids: list[str] = []
+    for name in names:
+        if set("*?[") & set(name):
+            ids += [each["id"] for each in cli.ask("GET", "/api/agents") if fnmatch.fnmatchcase(each["hostname"], name)]
+        else:
+            ids.append(cli.agent(name)["id"])
+    if names and not ids:
+        raise CommandError(f"no hostname is like {printable(names)}", 3)
+    return list(dict.fromkeys(ids))
+
+
+def _change_agents(cli: Cli, question: str, done: str, change: Mapping[str, Any]) -> int:
     filters = _filters(cli)
     if bool(cli.options.agent) == bool(filters):
-        raise CommandError("name agents, or else at least one filter such as --tag or --silent", 2)
-    ids = [cli.agent(name)["id"] for name in cli.options.agent]
-    chosen: dict[str, Any] = {"ids": ids} if ids else {"filter": filters}
-    preview = cli.ask("POST", "/api/agents/bulk", {**chosen, **change, "dryRun": True})
-    if not preview["changed"]:
-        cli.say(f"{preview['matched']} agents match, and none changes")
-        return 0 if preview["matched"] else 3
-    shown = ", ".join(preview["ids"][:5]) + (", …" if preview["changed"] > 5 else "")
-    if not cli.confirm(f"{what} {preview['changed']} agents ({shown})?"):
-        return 1
-    done = cli.ask("POST", "/api/agents/bulk", {**chosen, **change})
+        raise CommandError("name either agents or at least one filter such as --tag or --silent, not both", 2)
+    ids = _named(cli, cli.options.agent)
+    chosen: list[dict[str, Any]] = [{"ids": ids[at:at + 1000]} for at in range(0, len(ids), 1000)]
+    chosen = chosen or [{"filter": filters}]
+    names = {each["id"]: each["hostname"] for each in cli.ask("GET", "/api/agents")}
+
+    def bulk(dry_run: bool) -> dict[str, Any]:
+        parts = [cli.ask("POST", "/api/agents/bulk", {**part, **change, "dryRun": dry_run}) for part in chosen]
+        return {"matched": sum(each["matched"] for each in parts), "changed": sum(each["changed"] for each in parts),
+                "ids": [one for each in parts for one in each["ids"]]}
+
+    found = bulk(True)
+    shown = printable(", ".join(names.get(each, each) for each in found["ids"][:20])) + ", …" * (found["changed"] > 20)
+    if found["changed"] and not cli.options.dry_run:
+        if not cli.confirm(f"{question} {counted(found['changed'])} ({shown})?"):
+            return 1
+        found = bulk(False)
     if cli.options.json:
-        return cli.show_one(done)
-    cli.say(f"{done['changed']} agents changed")
-    return 0
+        cli.as_json(found)
+    elif not found["changed"]:
+        cli.say(f"{counted(found['matched'])} found, and none to change")
+    else:
+        cli.say(f"{counted(found['changed'])} {'would be ' * cli.options.dry_run}{done}: {shown}")
+    return 0 if found["matched"] else 3
 
 
 @command("tag", "add tags to agents, or remove tags", _AGENTS, *_FILTERS,
-         option("--add", action="append", metavar="TAG", help="tag to add"),
-         option("--remove", action="append", metavar="TAG", help="tag to remove"), _YES,
-         example="tag web-1 --add production --yes")
+         option("--add", action="append", metavar="TAG", help="tag to add, may be repeated; not with --remove"),
+         option("--remove", action="append", metavar="TAG", help="tag to remove, may be repeated"), _DRY_RUN, _YES,
+         example="tag 'web-*' --add production --yes")
 def _tag_command(cli: Cli) -> int:
     if (cli.options.add is None) == (cli.options.remove is None):
         raise CommandError("give --add or --remove, one of them", 2)
     if cli.options.add:
-        return _change_agents(cli, "Add tags to", {"addTags": cli.options.add})
-    return _change_agents(cli, "Remove tags of", {"removeTags": cli.options.remove})
+        return _change_agents(cli, "Add tags to", "tagged", {"addTags": cli.options.add})
+    return _change_agents(cli, "Remove tags of", "untagged", {"removeTags": cli.options.remove})
 
 
-@command("deregister", "remove agents from the fleet", _AGENTS, *_FILTERS, _YES,
+@command("deregister", "remove agents from the fleet", _AGENTS, *_FILTERS, _DRY_RUN, _YES,
          example="deregister --silent 30d --yes")
 def _deregister_command(cli: Cli) -> int:
-    return _change_agents(cli, "Deregister", {"deregister": True})
+    return _change_agents(cli, "Deregister", "deregistered", {"deregister": True})
+
+
+_FOLLOW = (
+    option("--follow", action="store_true", help="show what comes from now on, until Ctrl-C"),
+    option("--exec", metavar="PROGRAM", help="with --follow: run this for each instead of showing it, without a shell; "
+                                             "it reads the JSON on its standard input"))
 
 
 @command("threats", "list threat events, the newest first", option("--severity", choices=SEVERITIES, help="severity"),
@@ -6390,15 +6877,21 @@ def _deregister_command(cli: Cli) -> int:
          option("--file-hash", help="hash of the file they are about"),
          option("--state", choices=THREAT_STATES, help="state"),
          option("--limit", type=int, default=50, help="most events to show, up to 200"),
-         option("--summary", action="store_true", help="sum up the last 24 hours instead"),
+         option("--summary", action="store_true", help="sum up the last 24 hours instead"), *_FOLLOW,
          example="threats --severity critical")
 def _threats_command(cli: Cli) -> int:
     options = cli.options
     if options.summary:
         return cli.show_one(cli.ask("GET", "/api/threats/summary", org_id=options.org_id))
-    return cli.show(cli.ask("GET", "/api/threats", agent_id=options.agent and cli.agent(options.agent)["id"], **{
-        name: getattr(options, name) for name in ("severity", "type", "org_id", "source_ip", "file_hash", "state",
-                                                  "limit")}), {
+    wanted = {name: getattr(options, name)
+              for name in ("severity", "type", "org_id", "source_ip", "file_hash", "state")}
+    wanted["agent_id"] = None if options.agent is None else cli.agent(options.agent)["id"]
+    run = _program(options)
+    if options.follow:
+        for each in _new_threats(cli, wanted):
+            _tell(cli, each, run, f"{each['receivedAt']}  {each['severity']}  {each['type']}  {each['hostname']}  "
+                  f"{each['id']}  {source_address(each['details']) or '-'}")
+    return cli.show(cli.ask("GET", "/api/threats", limit=options.limit, **wanted), {
         "RECEIVED": lambda each: each["receivedAt"], "SEVERITY": lambda each: each["severity"],
         "TYPE": lambda each: each["type"], "HOSTNAME": lambda each: each["hostname"], "ID": lambda each: each["id"],
         "SOURCE": lambda each: source_address(each["details"]), "STATE": lambda each: each["state"],
@@ -6411,6 +6904,33 @@ def _threats_command(cli: Cli) -> int:
 def _threat_command(cli: Cli) -> int:
     given = {name: value for name in ("state", "note") if (value := getattr(cli.options, name)) is not None}
     return cli.show_one(cli.ask("PATCH", f"/api/threats/{quote(cli.options.id, safe='')}", given))
+
+
+def _new_threats(cli: Cli, wanted: Mapping[str, Any]) -> Iterator[Any]:
+    """Threat events as they are reported, without end."""
+    last = next((each["id"] for each in cli.ask("GET", "/api/threats", limit=1)), "")
+    for _ in _followed(cli, {"type": "threats_reported"}):
+        new: list[Any] = []
+        page = cli.ask("GET", "/api/threats", limit=200, **wanted)
+        while page and page[-1]["id"] > last:
+            new += page
+            page = cli.ask("GET", "/api/threats", limit=200, before=page[-1]["id"], **wanted)
+        new += [each for each in page if each["id"] > last]
+        yield from reversed(new)
+        last = new[0]["id"] if new else last
+
+
+def _program(options: argparse.Namespace) -> list[str]:
+    """The words of the program that --exec names. Raises CommandError unless it can be run."""
+    if options.exec is None:
+        return []
+    try:
+        words = shlex.split(options.exec)
+    except ValueError:
+        words = []
+    if not options.follow or not words or not shutil.which(words[0]):
+        raise CommandError("--exec needs --follow, and names a program that can be run, without a shell", 2)
+    return words
 
 
 def _scope_of(policy: Mapping[str, Any]) -> str:
@@ -6427,33 +6947,42 @@ def _policy_list_command(cli: Cli) -> int:
 
 def _policy_of(cli: Cli, version: str) -> Any:
     for each in cli.ask("GET", "/api/policy"):
-        if version in (each["version"], each["id"]):
+        if version in (each["version"], each["version"][1:], each["id"]):
             return each
     raise CommandError(f"no policy has the version {version!r}; `policy list` lists them", 3)
 
 
-@command("policy show", "show a policy", option("version", nargs="?", help="its version; without it, the one for all"),
-         example="policy show v1")
+@command("policy show", "show a policy, and which agents have not acknowledged it",
+         option("version", nargs="?", help="its version; without it, the one for all"), example="policy show v1")
 def _policy_show_command(cli: Cli) -> int:
     policy = _policy_of(cli, cli.options.version) if cli.options.version else cli.ask("GET", "/api/policy/active")
     if policy is None:
         raise CommandError("no policy is in force for all agents; `policy list` lists those issued", 3)
-    return cli.show_one(policy)
+    agents = [each for each in cli.ask("GET", "/api/agents", detail=True)
+              if policy.get("agent_id") in (None, each["id"]) and policy.get("org_id") in (None, each["org_id"])]
+    waiting = [each["hostname"] for each in agents
+               if int((each["activePolicyVersion"] or "v0")[1:]) < int(policy["version"][1:])]
+    return cli.show_one({**policy, "acknowledgedBy": f"{len(agents) - len(waiting)} of {len(agents)}",
+                         "waiting": waiting})
 
 
 @command("policy push", "issue a policy", option("file", help="JSON with `name` and `rules`; - is standard input"),
          option("--org-id", help="for the agents of this organization"), option("--agent", help="for this agent"),
-         option("--dry-run", action="store_true", help="only say what would change"), example="policy push policy.json")
+         _DRY_RUN, example="policy push policy.json")
 def _policy_push_command(cli: Cli) -> int:
     try:
-        text = sys.stdin.read() if cli.options.file == "-" else Path(cli.options.file).read_text()
-        body = parse_object(text.encode())
-    except (OSError, UnicodeError, Invalid) as error:
-        raise CommandError(f"the policy in {cli.options.file} cannot be used ({error})", 2) from None
-    if cli.options.agent:
+        raw = sys.stdin.buffer.read() if cli.options.file == "-" else Path(cli.options.file).read_bytes()
+        if len(raw) > _MOST_BYTES:
+            raise Invalid(f"it must have at most {_MOST_BYTES} bytes")
+        body = parse_object(raw.removeprefix("\ufeff".encode()))
+    except (OSError, Invalid) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CommandError(f"the policy in {cli.options.file} cannot be used ({reason})", 2) from None
+    if cli.options.agent is not None:
         body["agent_id"] = cli.agent(cli.options.agent)["id"]
-    body |= {"org_id": cli.options.org_id} if cli.options.org_id else {}
-    return cli.show_one(cli.ask("POST", "/api/policy", {**body, "dryRun": cli.options.dry_run}))
+    body |= {} if cli.options.org_id is None else {"org_id": cli.options.org_id}
+    body["dryRun"] = body.get("dryRun") or cli.options.dry_run
+    return cli.show_one(cli.ask("POST", "/api/policy", body))
 
 
 @command("policy drop", "drop the policy of one agent", _AGENT_ARGUMENT, example="policy drop web-1")
@@ -6467,28 +6996,29 @@ def _policy_diff_command(cli: Cli) -> int:
     old, new = (_policy_of(cli, version)["rules"] for version in (cli.options.old, cli.options.new))
     removed, added = [rule for rule in old if rule not in new], [rule for rule in new if rule not in old]
     if cli.options.json:
-        cli.say(json.dumps({"removed": removed, "added": added}, indent=2, ensure_ascii=False))
-        return 0
+        return cli.as_json({"removed": removed, "added": added})
     for sign, rules in (("-", removed), ("+", added)):
         for rule in rules:
             cli.say(f"{sign} {printable(to_json(rule))}")
+    if not removed and not added:
+        cli.say("no difference")
     return 0
 
 
 @command("events", "show the journal, or follow it",
-         option("--type", action="append", choices=ENTRY_TYPES, metavar="TYPE", help="type of entry, may be repeated"),
+         option("--type", action="append", choices=ENTRY_TYPES, metavar="TYPE",
+                help=f"type of entry, may be repeated: {', '.join(ENTRY_TYPES)}"),
          option("--agent", help="id or hostname of an agent"),
-         option("--limit", type=int, default=50, help="most entries to show, up to 200"),
-         option("--follow", action="store_true", help="go on with entries as they are written, until Ctrl-C"),
-         option("--exec", metavar="COMMAND", help="with --follow: run this for each, the entry as JSON on its input"),
+         option("--limit", type=int, default=50, help="most entries to show, up to 200"), *_FOLLOW,
          example="events --type agent_offline --type agent_online")
 def _events_command(cli: Cli) -> int:
     options = cli.options
-    wanted = {"type": options.type, "agent_id": options.agent and cli.agent(options.agent)["id"]}
-    if options.exec and not options.follow:
-        raise CommandError("--exec needs --follow", 2)
+    wanted = {"type": options.type, "agent_id": None if options.agent is None else cli.agent(options.agent)["id"]}
+    run = _program(options)
     if options.follow:
-        return _follow(cli, {name: value for name, value in wanted.items() if value})
+        for each in _followed(cli, {name: value for name, value in wanted.items() if value}):
+            _tell(cli, each, run, f"{each['seq']}  {each['at']}  {each['type']}  "
+                  f"{each.get('hostname') or each['agentId'] or '-'}  {_what(each)}")
     entries = cli.ask("GET", "/api/events", limit=options.limit, order="desc", **wanted)
     return cli.show(entries[::-1], {
         "SEQ": lambda each: each["seq"], "AT": lambda each: each["at"], "TYPE": lambda each: each["type"],
@@ -6502,35 +7032,35 @@ def _what(entry: Mapping[str, Any]) -> str:
                     for name, value in entry.items() if name not in common)
 
 
-def _follow(cli: Cli, wanted: Mapping[str, Any]) -> int:
-    """Show entries as they are written; a stream that ends is asked for again from the last entry heard."""
+def _followed(cli: Cli, wanted: Mapping[str, Any]) -> Iterator[Any]:
+    """Entries as they are written, without end; a stream that ends is asked for again from the last entry heard."""
     last, path = "", "/api/events/stream?" + urlencode(wanted, doseq=True)
     while True:
         try:
             with cli.open("GET", path, headers={"Last-Event-ID": last} if last else {}, timeout_s=60) as stream:
-                for line in stream:
+                while line := stream.readline(2**21):
                     name, _, value = line.decode().rstrip("\n").partition(": ")
                     last = value if name == "id" else last
                     if name == "data" and (entry := json.loads(value))["type"] != "connected":
-                        _tell(cli, entry)
+                        yield entry
         except (OSError, http.client.HTTPException):
             pass
         except CommandError:
             if not last:  # it was never heard
                 raise
+        if not last:
+            raise CommandError(f"{cli.url} broke off its stream; is it a Panguard Manager?")
+        print(f"panguard-manager: the stream of {cli.url} ended; trying again", file=sys.stderr)
         time.sleep(1)
 
 
-def _tell(cli: Cli, entry: Mapping[str, Any]) -> None:
-    if cli.options.exec:
-        done = subprocess.run(shlex.split(cli.options.exec), input=json.dumps(entry) + "\n", text=True)
+def _tell(cli: Cli, data: Mapping[str, Any], run: Sequence[str], line: str) -> None:
+    if run:
+        done = subprocess.run(run, input=json.dumps(data) + "\n", text=True)
         if done.returncode:
-            print(f"panguard-manager: entry {entry['seq']}: the command ended with {done.returncode}", file=sys.stderr)
-    elif cli.options.json:
-        cli.say(to_json(entry))
+            print(f"panguard-manager: {run[0]} ended with {done.returncode}", file=sys.stderr)
     else:
-        cli.say(printable(f"{entry['seq']}  {entry['at']}  {entry['type']}  "
-                          f"{entry.get('hostname') or entry['agentId'] or '-'}  {_what(entry)}"))
+        cli.say(json.dumps(data, ensure_ascii=cli.terminal) if cli.options.json else printable(line))
 
 
 @command("enroll issue", "issue a token that registers agents",
@@ -6571,32 +7101,60 @@ def _enroll_revoke_command(cli: Cli) -> int:
     return cli.show_one(cli.ask("DELETE", f"/api/enroll-tokens/{quote(cli.options.id, safe='')}"))
 
 
+@command("notify test", "send a notification to every receiver, and show what each answers; 3 if one does not take it",
+         example="notify test")
+def _notify_test_command(cli: Cli) -> int:
+    answers = cli.ask("POST", "/api/notify/test")
+    cli.show(answers, {"RECEIVER": lambda each: each["receiver"], "DELIVERED": lambda each: each["delivered"],
+                       "ANSWER": lambda each: each["answer"]})
+    return 0 if all(each["delivered"] for each in answers) else 3
+
+
 # What an entry of the journal means for the agent it is about, and what to do: for `doctor`.
 _ADVICE = {
     "agent_refused": "its requests are refused ({reason}): give it the token of its own registration, or register it "
                      "again",
     "identity_conflict": "another agent, {otherAgentId}, has the same machine_id: a cloned machine; give one a new one",
     "agent_reregistered": "it registered again, formerly as {formerHostname} from {formerIp}: nothing to do if meant",
-    "agent_offline": "it fell silent, last seen {lastSeen}: see whether the machine and the agent run and reach us",
-    "agent_stale": "it missed its heartbeat, last seen {lastSeen}",
+    "agent_offline": "it went offline, last seen {lastSeen}",
+    "agent_stale": "it missed a heartbeat, last seen {lastSeen}",
     "agent_updated": "it changed: {what}", "agent_online": "it came back, from {ip}",
     "threats_reported": "it reported {count} threats, the worst {maxSeverity}"}
 
 
-@command("doctor", "say why an agent is silent or troubled, and what to do", _AGENT_ARGUMENT, example="doctor web-1")
+@command("doctor", "say why an agent is silent or troubled, and what to do; 3 if one is",
+         option("agent", nargs="*", help="id or hostname, or the beginning of one; without one, all silent agents"),
+         example="doctor web-1")
 def _doctor_command(cli: Cli) -> int:
-    agent = cli.agent(cli.options.agent)
+    agents = [cli.agent(name) for name in cli.options.agent] or [
+        each for each in cli.ask("GET", "/api/agents", detail=True) if each["status"] != "online"]
+    common = Counter(each["version"] for each in cli.ask("GET", "/api/agents")).most_common(1)
+    found = [(agent, *_examined_agent(cli, agent, common)) for agent in agents]
+    if cli.options.json:
+        cli.as_json([{"id": agent["id"], "hostname": agent["hostname"], "findings": [
+            {"at": at, "finding": text} for at, text in findings]} for agent, findings, _ in found])
+    for agent, findings, _ in [] if cli.options.json else found:
+        cli.say(printable(f"{agent['hostname']} ({agent['id']})"))
+        for at, text in findings:
+            cli.say(f"  {at}  {printable(text)}")
+    if not agents:
+        cli.say("no agent is silent")
+    return 3 if any(troubled for *_, troubled in found) else 0
+
+
+def _examined_agent(cli: Cli, agent: Mapping[str, Any], common: Sequence[tuple[str, int]],
+                    ) -> tuple[list[tuple[str, str]], bool]:
+    """What is to say of an agent, each with its instant, and whether it is troubled."""
     entries = cli.ask("GET", "/api/events", agent_id=agent["id"], order="desc", limit=200)
-    versions = Counter(each["version"] for each in cli.ask("GET", "/api/agents"))
-    found = [(agent["statusSince"], f"{agent['status']}: {agent['statusReason']}")]
-    if agent["status"] == "online":
-        found.append((agent["lastHeartbeat"], f"silence makes it stale at {agent['staleAt']}"))
+    found = [(agent["statusSince"], f"{agent['status']}: {agent['statusReason']}" + (
+        f"; silence makes it stale at {agent['staleAt']}" if agent["status"] == "online" else
+        f": see whether the machine runs, the agent on it is started, and it reaches {cli.url}"))]
     if agent["pendingPolicies"]:
-        found.append((agent["lastHeartbeat"], f"{agent['pendingPolicies']} policies wait to be fetched, it has "
-                      f"{agent['activePolicyVersion'] or 'none'}: see the agent's log"))
-    (common, count), = versions.most_common(1)
-    if agent["version"] != common and count > 1:
-        found.append((agent["lastHeartbeat"], f"it runs version {agent['version']}, {count} agents run {common}"))
+        found.append((agent["lastHeartbeat"], f"it has policy {agent['activePolicyVersion'] or 'none'}, and "
+                      f"{agent['pendingPolicies']} newer ones wait for it: see the agent's log"))
+    if common and common[0][1] > 1 and agent["version"] != common[0][0]:
+        found.append((agent["lastHeartbeat"], f"it runs version {agent['version']}, {counted(common[0][1])} run "
+                      f"{common[0][0]}: upgrade it, or the others"))
     claims = [each for each in cli.ask("GET", "/api/threats", agent_id=agent["id"], limit=1) if each["timestamp"]]
     if claims and abs(skew_ms := instant_ms(claims[0]["timestamp"]) - instant_ms(claims[0]["receivedAt"])) > 120_000:
         found.append((claims[0]["receivedAt"], f"its clock or delivery is off by {skew_ms // 1000} s: set its clock"))
@@ -6607,13 +7165,7 @@ def _doctor_command(cli: Cli) -> int:
             if "suppressed" in entry:
                 text += f" ({entry['suppressed']} entries were suppressed before it: it changes too often)"
             found.append((entry["at"], text))
-    if cli.options.json:
-        cli.say(json.dumps([{"at": at, "finding": text} for at, text in found], indent=2, ensure_ascii=False))
-    else:
-        cli.say(printable(f"{agent['hostname']} ({agent['id']})"))
-        for at, text in found:
-            cli.say(f"{at}  {printable(text)}")
-    return 0 if agent["status"] == "online" and "agent_refused" not in newest else 3
+    return found, agent["status"] != "online" or "agent_refused" in newest
 
 
 @command("backup", "write a proved backup of the data folder, also while the manager runs",
@@ -6621,10 +7173,15 @@ def _doctor_command(cli: Cli) -> int:
          option("--db-only", action="store_true", help="without the token and the certificate"),
          example="backup panguard.backup")
 def _backup_command(cli: Cli) -> int:
-    return cli.show_one(back_up(cli.folder, Path(cli.options.file), cli.progress, db_only=cli.options.db_only))
+    if not (cli.folder / "manager.db").exists():
+        raise CommandError(f"there is no manager.db in {cli.folder}; name its folder with --data-dir", 2)
+    target = Path(cli.options.file)
+    held = back_up(cli.folder, target, cli.progress, db_only=cli.options.db_only)
+    holds = "the database" if cli.options.db_only else "the database, and the generated token, certificate and key"
+    return cli.show_one({"file": str(target.resolve()), "holds": holds, **held})
 
 
-@command("restore", "put a backup in the place of the data folder's files, which are kept beside it",
+@command("restore", "put a backup in the place of the data folder's files, which are kept in a folder in it",
          option("file", help="a backup"), _YES, example="restore panguard.backup --yes")
 def _restore_command(cli: Cli) -> int:
     if not cli.confirm(f"Put {cli.options.file} in the place of what {cli.folder} holds?"):
@@ -6642,7 +7199,7 @@ def _check_command(cli: Cli) -> int:
     except Unavailable as error:
         raise CommandError(str(error), 3) from None
     if cli.options.json:
-        return cli.show_one(held)
+        return cli.as_json(held)
     cli.say("sound: " + ", ".join(f"{name} {count}" for name, count in held.items()))
     return 0
 
@@ -6717,7 +7274,7 @@ def _parser() -> argparse.ArgumentParser:
         group, _, name = each.name.rpartition(" ")
         if group not in groups:
             members = groups[""].add_parser(group, allow_abbrev=False)
-            groups[group] = members.add_subparsers(dest="member", required=True)
+            groups[group] = members.add_subparsers(dest="one", metavar="COMMAND", required=True)
         added = groups[group].add_parser(
             name, parents=[common], help=each.summary, description=each.summary[0].upper() + each.summary[1:] + ".",
             epilog=f"example: panguard-manager {each.example}", allow_abbrev=False)
@@ -6748,31 +7305,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["--completion"]:
-        shell = words[1] if len(words) == 2 else ""
-        if shell not in _COMPLETIONS:
-            print(f"panguard-manager: --completion takes one of {', '.join(_COMPLETIONS)}", file=sys.stderr)
-            return 2
-        print(completion(shell), end="")
-        return 0
-    if not words or words[0] not in {name.partition(" ")[0] for name in COMMANDS}:
+    commands = {name.partition(" ")[0] for name in COMMANDS} | {"--completion"}
+    if not words or words[0] not in commands:
         return serve(words[1:] if words[:1] == ["serve"] else words)
-    options = _parser().parse_args(words)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a hostname that the terminal cannot show stops no command
+            stream.reconfigure(errors="backslashreplace")
     try:
+        if words[0] == "--completion":
+            return complete(words[1:])
+        options = _parser().parse_args(words)
         return int(options.run(Cli(options)))
-    except CommandError as error:
-        text, status = str(error), error.status
-    except ManagerError as error:
-        text, status = str(error), 1
     except BrokenPipeError:  # who read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        text, status = f"{error.filename or words[0]}: {error.strerror or error}", 1
     except KeyboardInterrupt:
-        return 0
-    print(f"panguard-manager: {printable(text)}", file=sys.stderr)
-    return status
+        return 0 if {"--follow", "--watch", "demo"} & set(words) else 130
+    except Exception as error:
+        text, status = _explained(error)
+        print(f"panguard-manager: {printable(text)}", file=sys.stderr)
+        return status
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What to say of an error that ended a command, and the exit status."""
+    if isinstance(error, CommandError):
+        return str(error), error.status
+    if isinstance(error, (SettingError, ManagerError)):
+        return str(error), 2 if isinstance(error, SettingError) else 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the output'}: {error.strerror or error}", 1
+    log.debug("a command failed", exc_info=True)
+    return f"the answer is not as expected ({error!r:.80}); is it a Panguard Manager of this version?", 1
+
+
+def complete(words: Sequence[str]) -> int:
+    """Write what a shell evaluates to complete commands and options."""
+    if len(words) != 1 or words[0] not in _COMPLETIONS:
+        raise CommandError(f"--completion takes one of {', '.join(_COMPLETIONS)}", 2)
+    print(completion(words[0]), end="", flush=True)
+    return 0
 
 
 ########################################################################################################

@@ -9,9 +9,11 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import gzip
 import hashlib
 import http.client
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -327,6 +329,17 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
      "a whole number from 1 to "),
     ("max_buffered_bytes", None, "MANAGER_MAX_BUFFERED_BYTES", 33_554_432, [("2097152", 2_097_152)],
      ["2097151", "32M"], "a whole number from 2097152 to "),
+    ("notify_url", None, "MANAGER_NOTIFY_URL", (), [
+        ("https://a.example/x?y=1,slack+http://[::1]:8080/", ("https://a.example/x?y=1", "slack+http://[::1]:8080/"))],
+     ["a.example", "ftp://a", "irc+https://a", "https://", "https://a:x/", "https://a b", ",".join(["http://a"] * 9)],
+     "1 to 8 addresses such as https://hooks.example.org/panguard"),
+    ("notify_secret", None, "MANAGER_NOTIFY_SECRET", None, [("whsec_" + "QUJD" * 8, b"ABC" * 8)],
+     ["whsec_", "whsec_QUJD", "whsec_*", "secret"], "whsec_ and then 16 to 64 bytes in base64"),
+    ("notify_on", None, "MANAGER_NOTIFY_ON", ("offline", "online", "threat:high", "correlated", "conflict"),
+     [("threat:low, offline", ("threat:low", "offline"))], ["all", "threat", "offline,"], "some of offline, online"),
+    ("notify_delay_ms", None, "MANAGER_NOTIFY_DELAY_MS", 60_000, [("1", 1)], ["0", "1m"], MS),
+    ("notify_repeat_ms", None, "MANAGER_NOTIFY_REPEAT_MS", 0, [("0", 0), ("5", 5)], ["-1", "1h"],
+     "a whole number from 0 to "),
     ("threads", None, "MANAGER_THREADS", 4, [("1", 1), ("256", 256)], ["0", "257"], "a whole number from 1 to 256"),
     ("log_level", None, "MANAGER_LOG_LEVEL", "INFO", [("DEBUG", "DEBUG"), ("ERROR", "ERROR")], ["LOUD", "10"],
      "DEBUG, INFO, WARNING or ERROR"),
@@ -376,8 +389,8 @@ def test_a_bad_value_is_refused_by_setting_value_and_rule(
                 attempt()
             said = str(refused.value)
             assert said.startswith(f"{named} is ") and " and must be " in said and rule in said, said
-            if "token" in name and "file" not in name:
-                assert text not in said and "secret" not in said
+            if name in ("auth_token", "enroll_token", "viewer_token", "notify_url", "notify_secret"):
+                assert " is (not shown) and" in said and "secret 1" not in said
             else:
                 assert f"'{text}'" in said
 
@@ -3963,7 +3976,7 @@ def test_every_answer_is_as_openapi_types_it(full: bool, api: Client, clock: Man
     policy(api, agent_id=agent["id"])
     last = [route for route in ROUTES if route.startswith("DELETE /api/agents") or route == "GET /api/timeline"]
     for route, each in sorted(ROUTES.items(), key=lambda one: one[0] in last):
-        if each.media:
+        if each.media or route == "POST /api/notify/test":
             continue
         own_id = {"/api/threats/:id": event, "/api/enroll-tokens/:id": token_id}.get(each.path, agent["id"])
         paths = [each.path.replace(":id", own_id)]
@@ -4030,6 +4043,7 @@ MATRIX = {route: [int(status) for status in row.split()] for route, row in {
     "GET /api/events":                       "401 401 403 403 403 200 200",
     "GET /api/events/stream":                "401 401 403 403 403 200 200",
     "GET /api/rules/latest":                 "401 401 200 200 403 200 200",
+    "POST /api/notify/test":                 "401 401 403 403 403 403 409",
     "GET /metrics":                          "401 401 403 403 403 200 200",
     "GET /readyz":                           "200 200 200 200 200 200 200",
     "GET /livez":                           "200 200 200 200 200 200 200",
@@ -5139,6 +5153,285 @@ def test_what_follows_a_stream_on_its_connection_is_not_served(launch: Launch) -
 
 def test_another_server_than_ours_says_that_it_has_no_streams(api: Client) -> None:
     assert "GET /api/events" in api.refusal("GET", STREAM, status=501)
+
+
+# Notifications
+
+
+class Receiving(contextlib.AbstractContextManager["Receiving"]):
+    """A receiver of notifications: answers as it was told, and keeps what came (path, headers, body)."""
+
+    def __init__(self, *answers: int | bytes | None) -> None:
+        self.answers = list(answers)  # then 200; bytes are sent as they are, None answers nothing
+        self.heard: list[tuple[str, dict[str, str], Any]] = []
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/hook?key=1"
+        self.silent: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                return
+            file = client.makefile("rb")
+            with file:
+                path = file.readline().split()
+                if not path:
+                    client.close()
+                    continue
+                headers = dict(iter(lambda file=file: tuple(file.readline().decode().strip().split(": ", 1)), ("",)))
+                body = file.read(int(headers["Content-Length"]))
+            self.heard.append((path[1].decode(), headers, json.loads(body)))
+            answer = self.answers.pop(0) if self.answers else 200
+            if answer is None:
+                self.silent.append(client)
+                continue
+            if isinstance(answer, int):
+                answer = f"HTTP/1.1 {answer} Said\r\nContent-Length: 0\r\n\r\n".encode()
+            with client, suppress(OSError):
+                client.sendall(answer)
+
+    def texts(self) -> list[str]:
+        """The texts of the notifications that came."""
+        return [body["data"]["text"] for _, _, body in self.heard]
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join()
+        for each in self.silent:
+            each.close()
+
+
+@contextlib.contextmanager
+def notifying(*receivers: Receiving, **settings: Any) -> Iterator[Client]:
+    """A manager that notifies these receivers."""
+    with fleet(notify_url=",".join(each.url for each in receivers), **settings) as api:
+        yield api
+
+
+def heard(receiver: Receiving, count: int) -> list[str]:
+    """The texts of all notifications, once there are so many."""
+    until(lambda: len(receiver.heard) >= count, f"{count} notifications, of {receiver.texts()}")
+    assert len(receiver.heard) == count, receiver.texts()
+    return receiver.texts()
+
+
+def test_an_agent_that_stays_silent_for_the_delay_is_notified_and_its_return_too() -> None:
+    with Receiving() as receiver, notifying(receiver) as api:
+        agent, brief = api.register(hostname="web-1"), api.register(hostname="web-2")
+        seen = agent["registeredAt"]
+        advance(api, 301)
+        advance(api, 30)
+        api.beat(brief)
+        advance(api, 29)
+        assert receiver.heard == []
+        advance(api, 2)
+        assert heard(receiver, 1) == [f"web-1 ({agent['id']}) fell silent, last seen {seen}"]
+        path, headers, body = receiver.heard[0]
+        assert path == "/hook?key=1" and headers["Content-Type"] == "application/json"
+        assert body["type"] == "panguard.notification" and body["timestamp"] == manager.iso(START_MS + 362_000)
+        assert [each["agentId"] for each in body["data"]["offline"]] == [agent["id"]] and not body["data"]["online"]
+        api.beat(agent)
+        api.beat(brief)
+        advance(api, 1)  # the timer reads the journal each second
+        advance(api, 60)
+        assert heard(receiver, 2)[1] == f"web-1 ({agent['id']}) is back"
+        assert "webhook-signature" not in headers, "no secret was set"
+
+
+def test_what_comes_within_the_delay_is_one_notification() -> None:
+    with Receiving() as receiver, notifying(receiver, notify_delay_ms=10_000) as api:
+        agents = [api.register(hostname=f"h{number}", machine_id=f"m{number}") for number in range(3)]
+        for agent in agents:
+            api.beat(agent)
+        report(api, agents[0], threat(severity="high"), threat(severity="low"))
+        advance(api, 1)
+        advance(api, 4)
+        for agent in agents:
+            report(api, agent, threat(severity="medium", sourceIp="203.0.113.77"))
+        api.register(hostname="copy", machine_id="m1")
+        advance(api, 1)
+        assert not receiver.heard
+        advance(api, 6)
+        (text,) = heard(receiver, 1)
+        lines = text.split("\n")
+        assert lines[0] == f"h0 ({agents[0]['id']}) reported 2 threats, the worst high"
+        assert lines[1] == "3 agents saw sourceIp 203.0.113.77"
+        assert lines[2].startswith("copy (") and lines[2].endswith("which is online: a cloned machine")
+        assert len(lines) == 3, "less than high is not notified"
+        assert [each["type"] for each in receiver.heard[0][2]["data"]["events"]] == [
+            "threats_reported", "threats_correlated", "identity_conflict"]
+
+
+def test_many_agents_that_fall_silent_together_are_one_outage() -> None:
+    with Receiving() as receiver, notifying(receiver, heartbeat_timeout_ms=10_000) as api:
+        here = [api.register(hostname=f"a{n:02}", ip=f"10.0.3.{n + 1}", tags=["rack-3"][:n % 2]) for n in range(20)]
+        for number in range(40):
+            api.register(hostname=f"b{number}", ip=f"10.0.4.{number + 1}")
+        rest = api.get("/api/agents")[20:]
+        for passed in range(40):
+            for agent in rest + here[17:] + (here[:17] if passed < 2 else here[:9] if passed < 6 else []):
+                api.call("POST", f"/api/agents/{agent['id']}/heartbeat", {})
+            advance(api, 5)
+        (text,) = heard(receiver, 1)
+        assert text.startswith("17 of 20 agents in 10.0.3.0/24 fell silent within 20 s: a00, a01, ")
+        for agent in here[:17]:
+            api.beat(agent)
+        for _ in range(13):
+            for agent in rest + here:
+                api.call("POST", f"/api/agents/{agent['id']}/heartbeat", {})
+            advance(api, 5)
+        assert heard(receiver, 2)[1] == "17 agents are back"
+
+
+def test_those_still_silent_are_reminded_of() -> None:
+    with Receiving() as receiver, notifying(receiver, notify_repeat_ms=3_600_000, notify_delay_ms=1000) as api:
+        agent = api.register(hostname="web-1")
+        advance(api, 301)
+        advance(api, 1)
+        assert len(heard(receiver, 1)) == 1
+        advance(api, 3599)
+        advance(api, 1)
+        assert heard(receiver, 2)[1] == "web-1 is still silent"
+        advance(api, 3600)
+        assert len(heard(receiver, 3)) == 3
+        api.call("DELETE", f"/api/agents/{agent['id']}")
+        advance(api, 2)
+        advance(api, 7200)
+        assert len(heard(receiver, 3)) == 3
+
+
+def test_what_is_notified_can_be_chosen() -> None:
+    with Receiving() as receiver, notifying(receiver, notify_on="threat:low", notify_delay_ms=1000) as api:
+        agent = api.register()
+        report(api, agent, threat(severity="low"))
+        advance(api, 400)
+        api.beat(agent)
+        advance(api, 2)
+        advance(api, 2)
+        assert heard(receiver, 1) == [f"web-1 ({agent['id']}) reported 1 threats, the worst low"]
+
+
+@pytest.mark.parametrize(("kind", "field"), [("slack", "text"), ("mattermost", "text"), ("discord", "content")])
+def test_a_chat_gets_the_text_it_takes(kind: str, field: str) -> None:
+    with Receiving() as receiver, fleet(notify_url=f"{kind}+{receiver.url}", notify_delay_ms=1000) as api:
+        agent = api.register()
+        report(api, agent, threat(severity="critical"))
+        advance(api, 2)
+        advance(api, 2)
+        until(lambda: receiver.heard, "a notification")
+        assert receiver.heard[0][2] == {field: f"web-1 ({agent['id']}) reported 1 threats, the worst critical"}
+
+
+def test_a_receiver_that_fails_gets_it_again_and_the_other_meanwhile() -> None:
+    busy = b"HTTP/1.1 503 No\r\nRetry-After: 100\r\nContent-Length: 0\r\n\r\n"
+    with Receiving(500, busy, b"HTTP/1.1 302 No\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", b"\x00",
+                   200) as bad, Receiving() as good, notifying(bad, good, notify_delay_ms=1000) as api:
+        agent = api.register()
+        report(api, agent, threat(severity="high"))
+        advance(api, 2)
+        advance(api, 2)
+        assert len(heard(good, 1)) == len(heard(bad, 1)) == 1
+        until(lambda: api.journal("notification_failed"), "the failure is journalled")
+        for tries, (too_early_s, then_s) in enumerate(((4, 1), (99, 1), (19, 1), (39, 1)), 2):
+            advance(api, too_early_s)
+            advance(api, 0)
+            assert len(bad.heard) == tries - 1, "not before its time"
+            advance(api, then_s)
+            assert len(heard(bad, tries)) == tries
+            until(lambda tries=tries: f"receivers_failing {int(tries < 5)}" in scraped(api.server), "it was noted")
+        assert {headers["webhook-id"] for _, headers, _ in bad.heard} == {good.heard[0][1]["webhook-id"]}
+        (entry,) = api.journal("notification_failed")
+        assert (entry["error"], entry["off"]) == ("500 Said", False) and entry["receiver"] == bad.url.rpartition("/")[0]
+        report(api, agent, threat(severity="high"))
+        advance(api, 2)
+        advance(api, 2)
+        assert len(heard(good, 2)) == 2 and len(heard(bad, 6)) == 6
+
+
+def test_a_receiver_that_is_gone_is_asked_no_more_until_a_start() -> None:
+    with Receiving(410) as receiver, notifying(receiver, notify_delay_ms=1000) as api:
+        agent = api.register()
+        for _ in range(3):
+            report(api, agent, threat(severity="high"))
+            advance(api, 2)
+            advance(api, 100_000)
+        assert len(heard(receiver, 1)) == 1
+        until(lambda: api.journal("notification_failed"), "it is journalled")
+        assert api.journal("notification_failed")[0]["off"] is True
+
+
+def test_what_was_not_delivered_is_delivered_after_a_restart_and_nothing_twice(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with Receiving(200, None) as receiver:
+        settings: Any = {"port": 0, "clock": clock, "data_dir": tmp_path, "tls": "off", "notify_url": receiver.url,
+                         "notify_delay_ms": 1000}
+        with Server(**settings) as server:
+            agent = server.manager.register("web-1", "linux", "1").agent
+            for number in range(2):
+                server.manager.report_events(agent.id, [threat(type=f"t{number}", severity="high")])
+                clock.advance(2)
+                clock.advance(2)
+                heard(receiver, number + 1)  # the second hangs
+            server.manager.report_events(agent.id, [threat(type="t3", severity="critical")])
+        clock.advance(10)
+        with Server(**settings) as server:
+            clock.advance(2)
+            clock.advance(2)
+            heard(receiver, 4)
+        ids = [headers["webhook-id"] for _, headers, _ in receiver.heard]
+        assert ids[1] == ids[2] and len(set(ids)) == 3, "the one that hung is the same one again"
+        assert receiver.texts()[3].endswith("critical")
+        with Server(**{**settings, "notify_url": ()}) as server:
+            server.manager.report_events(agent.id, [threat(type="t4", severity="critical")])
+            clock.advance(5)
+        with Server(**settings) as server:
+            clock.advance(5)
+            clock.advance(5)
+            server.manager.report_events(agent.id, [threat(type="t5", severity="high")])
+            clock.advance(2)
+            clock.advance(2)
+            assert heard(receiver, 5)[4].endswith("high"), "what came while nobody was to be told is not told later"
+
+
+def test_a_receiver_that_hangs_delays_no_stop(tmp_path: Path) -> None:
+    with Receiving(None) as receiver, notifying(receiver, notify_delay_ms=1000) as api:
+        report(api, api.register(), threat(severity="high"))
+        advance(api, 2)
+        advance(api, 2)
+        heard(receiver, 1)
+        began_s = time.monotonic()
+        api.server.stop()
+        assert time.monotonic() - began_s < 9, "less than the time that it is waited for"
+
+
+def test_a_test_notification_says_what_each_receiver_answers(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Receiving(200, 200) as good, Receiving(404, 200) as bad, notifying(good, bad) as api:
+        monkeypatch.setenv("MANAGER_URL", api.server.url)
+        monkeypatch.setenv("MANAGER_AUTH_TOKEN", api.server.token)
+        status, out, err = shell("notify", "test")
+        assert (status, err) == (3, "") and re.search(r"true +200 Said\n", out) and re.search(r"false +404 Said\n", out)
+        assert shell("notify", "test", "--json")[0] == 0
+        assert good.texts() == ["A test of Panguard Manager's notifications"] * 2
+    with fleet() as api:
+        assert "MANAGER_NOTIFY_URL" in api.refusal("POST", "/api/notify/test", status=409)
+
+
+@pytest.mark.fuzz
+def test_the_reference_library_verifies_notifications() -> None:
+    from standardwebhooks import Webhook
+
+    secret = "whsec_" + b64encode(b"a secret of 24 bytes, yes").decode()
+    with Receiving() as receiver, Server(port=0, notify_url=receiver.url, notify_secret=secret) as server:
+        status, answered = ask(port_of(server.url), "POST", "/api/notify/test", None, server.token)
+        assert status == 200 and answered["data"][0]["delivered"]
+        _, headers, body = receiver.heard[0]
+        assert Webhook(secret).verify(json.dumps(body, separators=(",", ":"), ensure_ascii=False), {
+            name: headers[name] for name in ("webhook-id", "webhook-timestamp", "webhook-signature")}) == body
 
 
 # Heartbeats in the loop
@@ -7120,7 +7413,7 @@ def furnished(managed: Client, tmp_path: Path) -> Client:
 EXAMPLE_STATUS = {"status": 3, "doctor": 0}
 
 
-@pytest.mark.parametrize("name", [name for name in manager.COMMANDS if name not in ("demo", "restore")])
+@pytest.mark.parametrize("name", [name for name in manager.COMMANDS if name not in ("demo", "restore", "notify test")])
 def test_the_example_of_every_command_runs(name: str, furnished: Client, shell: Any) -> None:
     words = shlex.split(manager.COMMANDS[name].example)
     if name == "enroll revoke":
@@ -7136,11 +7429,13 @@ def test_the_example_of_every_command_runs(name: str, furnished: Client, shell: 
 
 def test_commands_say_what_the_api_says(furnished: Client, shell: Any) -> None:
     silent, agent = furnished.get("/api/agents")
-    for words, path in (("agents", "/api/agents"), ("threats", "/api/threats"), ("policy list", "/api/policy"),
+    for words, path in (("agents", "/api/agents?detail=true"), ("threats", "/api/threats"),
+                        ("policy list", "/api/policy"),
                         ("enroll list", "/api/enroll-tokens"), ("events", "/api/events"),
-                        ("agents --status offline --find DB", "/api/agents?status=offline"),
+                        ("agents --status offline --find DB", "/api/agents?detail=true&status=offline"),
                         ("agents --tag database --os linux --version 1.2.0 --silent 5m --sort=-hostname",
-                         "/api/agents?tag=database"), ("agents --org-id o", "/api/agents?org_id=o"),
+                         "/api/agents?detail=true&tag=database"),
+                        ("agents --org-id o", "/api/agents?detail=true&org_id=o"),
                         ("threats --severity critical --agent web --state open --source-ip 203.0.113.9 --limit 1",
                          "/api/threats"), ("policy show v1", None), ("agent web-1", f"/api/agents/{agent['id']}")):
         status, out, err = shell(*words.split(), "--json")
@@ -7148,7 +7443,7 @@ def test_commands_say_what_the_api_says(furnished: Client, shell: Any) -> None:
         if path:
             assert json.loads(out) == furnished.get(path), words
     assert shell("agents", "-q")[1].split() == [silent["id"], agent["id"]]
-    nothing = "STATUS  HOSTNAME  ID  TAGS  OS  VERSION  ADDRESS  LAST SEEN\n"
+    nothing = "STATUS  HOSTNAME  ID  TAGS  OS  VERSION  ADDRESS  POLICY  LAST SEEN\n"
     assert shell("agents", "--tag", "none") == (3, nothing, "")
     assert shell("agents", "--tag", "none", "-q")[:2] == (3, "")
     status, out, _ = shell("status")
@@ -7160,6 +7455,8 @@ def test_commands_say_what_the_api_says(furnished: Client, shell: Any) -> None:
     assert shell("status")[0] == 0
     diff = shell("policy", "diff", "v1", "v2")[1]
     assert re.search(r'^- .*203\.0\.113\.1"', diff) and re.search(r'\n\+ .*203\.0\.113\.2"', diff)
+    assert shell("policy", "diff", "1", "v1")[:2] == (0, "no difference\n")
+    assert re.search(r"acknowledgedBy +0 of 1\nwaiting +web-1\n", shell("policy", "show", "2")[1])
     assert json.loads(shell("threats", "--summary", "--json")[1])["total"] == 1
 
 
@@ -7176,24 +7473,43 @@ def test_an_agent_is_named_by_the_beginning_of_its_id_or_hostname(furnished: Cli
     assert silent
 
 
-def test_agents_are_changed_by_name_or_filter_after_a_yes(furnished: Client, shell: Any) -> None:
+def test_agents_are_changed_by_name_pattern_or_filter_after_a_yes(furnished: Client, shell: Any) -> None:
     def tags() -> list[list[str]]:
         return [each["tags"] for each in furnished.get("/api/agents")]
 
-    assert shell("tag", "web-1", "--add", "a", "--add", "b", "--yes")[:2] == (0, "1 agents changed\n")
+    assert shell("tag", "web-1", "--add", "a", "--add", "b", "--yes")[:2] == (0, "1 agent tagged: web-1\n")
     assert tags() == [["database"], ["a", "b"]]
     assert json.loads(shell("tag", "--tag", "database", "--remove", "database", "--yes", "--json")[1])["changed"] == 1
-    assert shell("tag", "web-1", "--remove", "c", "--yes")[:2] == (0, "1 agents match, and none changes\n")
-    for words, why in ((["tag", "web-1", "--add", "c"], "Add tags to 1 agents"),
+    assert shell("tag", "web-1", "--remove", "c", "--yes")[:2] == (0, "1 agent found, and none to change\n")
+    assert shell("tag", "?b-*", "*-1", "--add", "c", "--dry-run")[:2] == (0, "2 agents would be tagged: db-1, web-1\n")
+    assert tags() == [[], ["a", "b"]]
+    for words, why in ((["tag", "web-1", "--add", "c"], "Add tags to 1 agent (web-1)? Add --yes"),
                        (["tag", "web-1"], "--add or --remove"), (["deregister", "--yes"], "filter"),
                        (["tag", "--add", "c", "--yes"], "at least one filter"),
-                       (["tag", "web-1", "--find", "x", "--add", "c", "--yes"], "or else"),
-                       (["deregister", "db-1"], "Add --yes"), (["deregister", "--silent", "soon"], "--silent")):
+                       (["tag", "web-1", "--find", "x", "--add", "c", "--yes"], "not both"),
+                       (["deregister", "db-1"], "Deregister 1 agent (db-1)? Add --yes"),
+                       (["deregister", "--silent", "soon"], "'soon' must be a number and its unit"),
+                       # A variable that is not set must not widen what is chosen.
+                       (["deregister", "--org-id", "", "--os", "linux", "--yes"], "org_id: must be"),
+                       (["tag", "--find", "", "--os", "linux", "--add", "z", "--yes"], "q: must be"),
+                       (["policy", "push", "policy.json", "--org-id", ""], "org_id: must be"),
+                       (["threats", "--agent", ""], "no agent"), (["events", "--agent", ""], "no agent")):
         status, _, err = shell(*words)
-        assert status == 2 and why in err, words
+        assert status in (2, 3) and why in err, (words, err)
+    assert shell("policy", "push", "policy.json", "--agent", "")[0] == 3 and len(furnished.get("/api/policy")) == 3
     assert tags() == [[], ["a", "b"]]
-    assert shell("deregister", "--silent", "30d", "--yes")[:2] == (3, "0 agents match, and none changes\n")
-    assert shell("deregister", "db", "--yes")[0] == 0 and len(tags()) == 1
+    assert shell("deregister", "--silent", "30d", "--yes")[:2] == (3, "0 agents found, and none to change\n")
+    assert json.loads(shell("deregister", "--silent", "30d", "--yes", "--json")[1])["matched"] == 0
+    assert shell("tag", "nope-*", "--add", "c", "--yes")[0] == 3
+    assert shell("deregister", "d*", "--yes")[:2] == (0, "1 agent deregistered: db-1\n") and len(tags()) == 1
+
+
+def test_a_policy_that_asks_for_a_dry_run_itself_is_not_issued(furnished: Client, shell: Any, tmp_path: Path) -> None:
+    (tmp_path / "dry.json").write_bytes("\ufeff".encode() + json.dumps(
+        {"name": "p", "rules": [RULE], "dryRun": True}).encode())
+    assert "dryRun" in shell("policy", "push", "dry.json")[1] and len(furnished.get("/api/policy")) == 3
+    (tmp_path / "huge.json").write_text(" " * 2**20 + "{}")
+    assert "1048576 bytes" in one_line(shell("policy", "push", "huge.json")[2])
 
 
 def one_line(text: str) -> str:
@@ -7213,20 +7529,30 @@ def test_what_a_command_cannot_do_is_one_sentence_and_a_status(
             (["status", "--token", "wrong"], 1, "the token is wrong"),
             (["status", "--url", f"http://127.0.0.1:{free}"], 1, "nothing listens at"),
             (["status", "--url", "ftp://x"], 2, "--url takes"), (["status", "--url", "https://[::1"], 2, "--url takes"),
+            (["status", "--url", "http://user:secret@localhost"], 2, "--url takes"),
+            (["events", "--follow", "--url", "http://a b"], 2, "--url takes"),
+            (["status", "--url", f"http://{'x' * 70}.example"], 1, "cannot be asked"),
+            (["status", "--token", "secret\rx"], 2, "no token is known"),
+            (["status", "--data-dir", "~nobody-of-that-name/x"], 2, "--data-dir"),
+            (["demo", "--port", "99999999"], 2, "MANAGER_PORT"),
             (["status", "--url", "http://nosuchhost.invalid"], 1, "cannot be asked"),
             (["status", "--cacert", tmp_path / "none.pem", "--url", "https://localhost:1"], 2, "--cacert"),
             (["status", "--data-dir", nowhere], 2, "no token is known"),
             (["threats", "--limit", 0], 2, "limit: must be"), (["policy", "show"], 3, "no policy is in force"),
             (["policy", "show", "v9"], 3, "no policy has the version"),
             (["policy", "push", "none"], 2, "No such file"), (["policy", "push", "not.json"], 2, "is not JSON"),
-            (["events", "--exec", "true"], 2, "needs --follow"), (["restore", "none", "--yes"], 1, "running"),
+            (["events", "--exec", "true"], 2, "needs --follow"), (["restore", "none", "--yes"], 1, "No such file"),
+            (["events", "--follow", "--exec", "/no/such"], 2, "can be run"),
+            (["threats", "--follow", "--exec", "'"], 2, "can be run"),
             (["threat", "evt_00000000ffff", "--state", "open"], 1, "is not kept"),
             (["enroll", "revoke", "../agents"], 1, "there is no"), (["check", "--data-dir", nowhere], 2, "manager.db"),
-            (["backup", "b", "--data-dir", nowhere], 1, "cannot be copied"),
+            (["backup", "b", "--data-dir", nowhere], 2, "manager.db"),
+            (["backup", "none/b"], 1, "none/b cannot be written (No such file"),
+            (["backup", "data/token"], 1, "outside of the data folder"), (["backup", "/dev/null"], 1, "name a file"),
             (["--completion", "csh"], 2, "--completion takes")):
         found, out, err = shell(*words)
         assert (found, out) == (status, ""), (words, err)
-        assert why in one_line(err), words
+        assert why in one_line(err) and "secret" not in err, (words, err)
     if url.startswith("https"):
         own = (tmp_path / "data" / "cert.pem")
         own.rename(tmp_path / "cert.pem")
@@ -7238,7 +7564,11 @@ def test_what_a_command_cannot_do_is_one_sentence_and_a_status(
 
 
 def test_a_server_that_is_no_manager_is_said_so(shell: Any, tmp_path: Path) -> None:
-    answers = (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n",
+    shapes = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body) for body in (
+        b"[]", b"null", b'{"data": null}', b'{"data": 5}', b'{"data": "x"}', b'{"data": [null]}', b'{"data": [{}]}',
+        b"[" * 5000)]
+    answers = (*shapes, b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+               b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n",
                b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b"\x00\x01", b"HTTP/1.1 400 \x1b[2J\r\n"
                b"Content-Length: 22\r\n\r\n{\"error\":\"\\u001b[31m\"}")
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -7323,7 +7653,8 @@ def test_events_are_followed_and_handed_to_a_command_one_at_a_time(tmp_path: Pat
                 if follower is None:
                     follower = subprocess.Popen([
                         sys.executable, manager.__file__, "events", "--follow", "--type", "policy_created",
-                        "--data-dir", folder, "--exec", shlex.join([sys.executable, str(script)])])
+                        "--data-dir", folder, "--exec", shlex.join([sys.executable, str(script)])],
+                        stderr=subprocess.PIPE, text=True)
                     until(lambda: "_open 1\n" in scraped(running), "the follower is there")
                 assert tls_ask(running, folder, "POST", "/api/policy", {"name": f"p{round_number}", "rules": [RULE]},
                                token) == 201
@@ -7331,11 +7662,57 @@ def test_events_are_followed_and_handed_to_a_command_one_at_a_time(tmp_path: Pat
                 assert running.end() == 0
         assert [json.loads(line)["name"] for line in heard_lines()] == ["p0", "p1"]
         follower.send_signal(signal.SIGINT)
-        assert follower.wait(timeout=LIMIT_S) == 0
+        _, err = follower.communicate(timeout=LIMIT_S)
+        assert follower.returncode == 0 and "trying again" in err
     finally:
         if follower:
             follower.kill()
             follower.wait()
+
+
+def test_threats_are_followed_one_by_one_as_they_match(tmp_path: Path) -> None:
+    with Server(port=0, data_dir=tmp_path / "data", tls="off") as server:
+        agent = server.manager.register("web-1", "linux", "1").agent
+        server.manager.report_events(agent.id, [threat(severity="critical", type="before")])
+        follower = subprocess.Popen([sys.executable, manager.__file__, "threats", "--follow", "--severity", "critical",
+                                     "--data-dir", tmp_path / "data", "--json"], stdout=subprocess.PIPE, text=True)
+        try:
+            until(lambda: "_open 1\n" in scraped(server), "the follower is there")
+            for batch in ([("low", "a"), ("critical", "b"), ("critical", "c")], [("low", "d")], [("critical", "e")]):
+                server.manager.report_events(agent.id, [
+                    threat(severity=severity, type=name) for severity, name in batch])
+            found = [json.loads(follower.stdout.readline())["type"] for _ in range(3)]
+            assert found == ["b", "c", "e"]
+            follower.send_signal(signal.SIGINT)
+            assert follower.wait(timeout=LIMIT_S) == 0
+        finally:
+            follower.kill()
+            follower.wait()
+            follower.stdout.close()
+
+
+def test_a_command_whose_reader_leaves_ends(tmp_path: Path) -> None:
+    with Server(port=0, data_dir=tmp_path / "data", tls="off") as server:
+        for number in range(3):
+            server.manager.register(f"h\u00e9-{number}", "linux", "1")
+        python = f"{sys.executable} {manager.__file__}"
+        for line, status in ((f"{python} agents | true", 0), (f"{python} --completion bash | true", 0),
+                             (f"{python} agents > /dev/full", 1), (f"{python} agents >&-", 0),
+                             (f"PYTHONIOENCODING=ascii {python} agents --json | grep -q 'h.xe9-2\\|h.u00e9-2'", 0),
+                             (f"PYTHONIOENCODING=ascii {python} agents | grep -q 'h.xe9-2'", 0)):
+            done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False,
+                                  timeout=LIMIT_S, env={**os.environ, "MANAGER_DATA_DIR": str(tmp_path / "data")})
+            assert (done.returncode, "Traceback" in done.stderr) == (status, False), (line, done.stderr)
+        follower = subprocess.Popen(["bash", "-c", f"{python} events --follow | head -1"], stdout=subprocess.PIPE,
+                                    env={**os.environ, "MANAGER_DATA_DIR": str(tmp_path / "data")})
+        try:
+            until(lambda: "_open 1\n" in scraped(server), "the follower is there")
+            for number in range(3):
+                server.manager.create_policy(f"p{number}", [RULE])
+            assert follower.wait(timeout=LIMIT_S) == 0
+        finally:
+            follower.kill()
+            follower.communicate()
 
 
 def tls_ask(running: Running, folder: Path, method: str, path: str, body: Any, token: str) -> int:
@@ -7347,9 +7724,9 @@ def tls_ask(running: Running, folder: Path, method: str, path: str, body: Any, t
         return int(answer.status)
 
 
-def scraped(running: Running) -> str:
+def scraped(running: Running | Server) -> str:
     """The metrics of a running manager."""
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=LIMIT_S)
+    connection = http.client.HTTPConnection("127.0.0.1", port_of(running.url), timeout=LIMIT_S)
     with contextlib.closing(connection):
         connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {running.token}"})
         return connection.getresponse().read().decode()
@@ -7360,8 +7737,9 @@ def test_doctor_tells_what_happened_to_an_agent_and_what_to_do(managed: Client, 
     others = [managed.register(hostname=f"other-{number}", version="2.0") for number in range(2)]
     agent = managed.register(hostname="web-1", machine_id="m", ip="192.0.2.1")
     status, out, _ = shell("doctor", "web-1")
-    assert status == 0 and "online: last heartbeat" in out and "stale at" in out
-    assert "it runs version 1.2.0, 2 agents run 2.0" in out
+    assert status == 0 and "online: last heartbeat" in out and "makes it stale at" in out
+    assert "it runs version 1.2.0, 2 agents run 2.0: upgrade" in out
+    assert shell("doctor")[:2] == (0, "no agent is silent\n")
     managed.beat(agent)
     policy(managed)
     managed.register(hostname="web-1-clone", machine_id="m")
@@ -7371,12 +7749,15 @@ def test_doctor_tells_what_happened_to_an_agent_and_what_to_do(managed: Client, 
     managed.post("/api/agents/register", {**AGENT, "hostname": "web-2", "machine_id": "m", "ip": "192.0.2.2"})
     clock.advance(67)
     status, out, _ = shell("doctor", "web-2")
-    for finding in ("stale: last heartbeat", "1 policies wait to be fetched, it has none", "(wrong_token)",
-                    "formerly as web-1 from 192.0.2.1", "it fell silent", "is off by 21600 s", "it came back, from 192",
+    for finding in ("stale: last heartbeat", "see whether the machine runs", "it came back, from 192", "(wrong_token)",
+                    "it has policy none, and 1 newer ones wait", "formerly as web-1 from 192.0.2.1",
+                    "it went offline", "is off by 21600 s",
                     "it reported 1 threats, the worst high"):
         assert finding in out, (finding, out)
     assert status == 3
-    findings = json.loads(shell("doctor", "web-2", "--json")[1])
+    (one,) = json.loads(shell("doctor", "web-2", "--json")[1])
+    findings = one["findings"]
+    assert one["id"] == agent["id"] and agent["id"] in shell("doctor")[1]
     assert all(manager.instant_ms(each["at"]) for each in findings) and len(findings) >= 8
     for number in range(40):
         managed.beat(others[0], version=f"3.{number}")
@@ -7459,8 +7840,10 @@ def test_a_backup_is_restored_elsewhere_with_all_it_held(db_only: bool, furnishe
     only = ["--db-only"] * db_only
     status, out, err = shell("backup", "kept", "--json", *only)
     assert (status, err) == (0, "")
-    assert json.loads(out) == {"schema": len(manager.MIGRATIONS), "agents": 2, "threatEvents": 1, "policies": 3,
-                               "journalEntries": seqs[-1]}
+    said = json.loads(out)
+    assert said.pop("file") == str(tmp_path / "kept") and ("token" in said.pop("holds")) is not db_only
+    assert said == {"schema": len(manager.MIGRATIONS), "agents": 2, "threatEvents": 1, "policies": 3,
+                    "journalEntries": seqs[-1]}
     assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o600
     assert {path.name for path in tmp_path.iterdir()} == {"data", "kept", "policy.json"}, "no work is left behind"
     furnished.register(hostname="later")
@@ -7494,37 +7877,67 @@ def test_restoring_keeps_what_it_replaces(tmp_path: Path, shell: Any) -> None:
         assert [agent.hostname for agent in server.manager.agents()[0]] == ["first", "second"]
 
 
-def spoilt(kind: str, kept: Path) -> None:
-    """Make a bad backup of a good one."""
+def flipped(kept: Path) -> bytes:
     data = bytearray(kept.read_bytes())
-    if kind == "cut short":
-        kept.write_bytes(data[:len(data) // 2])
-    elif kind == "a bit flipped":
-        data[data.index(b"SQLite format 3") + 5000] ^= 1
-        kept.write_bytes(data)
-    elif kind == "empty":
-        kept.write_bytes(b"")
-    elif kind == "no backup":
-        kept.write_bytes(b"\x89PNG" * 1000)
-    elif kind == "without a manifest":
-        with tarfile.open(kept, "w") as archive:
-            archive.add(__file__, "manager.db")
-    elif kind == "another program's":
-        kept.unlink()
-        other_program(kept)
-    else:
-        kept.unlink()
-        newer_file(kept)
+    data[data.index(b"SQLite format 3") + 5000] ^= 1
+    return bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["cut short", "a bit flipped", "empty", "no backup", "without a manifest",
-                                  "another program's", "a newer manager's"])
+def archived(**members: bytes | None) -> Callable[[Path], bytes]:
+    """An archive with these members; None is one that links to itself. Those not named are the good one's."""
+    def make(kept: Path) -> bytes:
+        made = io.BytesIO()
+        with tarfile.open(kept) as whole, tarfile.open(fileobj=made, mode="w") as archive:
+            for name in ("manifest.json", "manager.db", "token"):
+                member, content = tarfile.TarInfo(name), members.get(name.partition(".")[0], b"")
+                if content is None:
+                    member.type, member.linkname = tarfile.SYMTYPE, name
+                content = content or whole.extractfile(name).read()
+                member.size = 0 if member.issym() else len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return made.getvalue()
+    return make
+
+
+def changed(sql: str) -> Callable[[Path], bytes]:
+    """A manager's database after some SQL."""
+    def make(kept: Path) -> bytes:
+        folder = kept.parent / "hostile"
+        with Server(port=0, data_dir=folder, tls="off") as server:
+            server.manager.register("h", "linux", "1")
+        with contextlib.closing(sqlite3.connect(folder / "manager.db")) as db:
+            db.executescript(sql)
+        return (folder / "manager.db").read_bytes()
+    return make
+
+
+def made_by(make: Callable[[Path], object]) -> Callable[[Path], bytes]:
+    """What a function writes to a path."""
+    def read(kept: Path) -> bytes:
+        make(kept.with_name("made"))
+        return kept.with_name("made").read_bytes()
+    return read
+
+
+BAD_BACKUPS: dict[str, Callable[[Path], bytes]] = {
+    "cut short": lambda kept: kept.read_bytes()[:kept.stat().st_size // 2], "a bit flipped": flipped,
+    "empty": lambda kept: b"", "no backup": lambda kept: b"\x89PNG" * 1000,
+    "compressed": lambda kept: gzip.compress(kept.read_bytes()),
+    "another program's": made_by(other_program), "a newer manager's": made_by(newer_file),
+    "a manifest that is no object": archived(manifest=b"[]"), "a null manifest": archived(manifest=b"null"),
+    "a deep manifest": archived(manifest=b"[" * 100_000), "a link to itself": archived(manager=None),
+    "a hostile trigger": changed("CREATE TRIGGER t AFTER INSERT ON journal BEGIN DELETE FROM agents; END"),
+    "a table in another form": changed("DROP TABLE journal; CREATE TABLE journal (seq TEXT)"),
+    "a schema below 1": changed("PRAGMA user_version = -3")}
+
+
+@pytest.mark.parametrize("kind", BAD_BACKUPS)
 def test_a_bad_backup_is_refused_and_nothing_is_replaced(kind: str, tmp_path: Path, shell: Any) -> None:
     with Server(port=0, data_dir=tmp_path / "data", tls="off") as server:
         server.manager.register("first", "linux", "1")
         assert shell("backup", "kept")[0] == 0
     before = contents(tmp_path / "data")
-    spoilt(kind, tmp_path / "kept")
+    (tmp_path / "kept").write_bytes(BAD_BACKUPS[kind](tmp_path / "kept"))
     status, out, err = shell("restore", "kept", "--yes")
     assert (status, out) == (1, "") and one_line(err)
     after = contents(tmp_path / "data")
@@ -7548,9 +7961,85 @@ def test_damage_is_found_by_check_and_is_not_backed_up(tmp_path: Path, shell: An
     file.write_bytes(whole[:20 * 1024] + b"\xff" * 4096 + whole[24 * 1024:])
     status, _, err = shell("check")
     assert status == 3 and "damaged" in one_line(err)
+    file.chmod(0)
+    if os.geteuid():
+        assert shell("check")[0] == 1 and "may read it" in shell("check")[2]
+    file.chmod(0o600)
     (tmp_path / "kept").write_text("a former backup")
     status, _, err = shell("backup", "kept")
     assert status == 1 and one_line(err) and (tmp_path / "kept").read_text() == "a former backup"
+
+
+@pytest.mark.parametrize("how", ["killed", "an error", "interrupted"])
+@pytest.mark.parametrize("renames", range(9))
+def test_a_restore_cut_short_loses_nothing_and_lets_no_manager_start(
+        renames: int, how: str, tmp_path: Path, shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data"
+    with Server(port=0, data_dir=folder, tls="auto") as server:
+        server.manager.register("first", "linux", "1")
+        shell("backup", "kept")
+        server.manager.register("second", "linux", "1")
+        token = server.token
+    rename, done = Path.rename, [0]
+
+    def cut(self: Path, target: Path) -> Path:
+        if done[0] == renames:
+            if how == "killed":
+                os._exit(9)
+            done[0] = 99
+            raise KeyboardInterrupt if how == "interrupted" else OSError(errno.EIO, "Input/output error")
+        done[0] += 1
+        return rename(self, target)
+
+    pid = os.fork() if how == "killed" else 0
+    if not pid:
+        monkeypatch.setattr(Path, "rename", cut)
+        status, _, err = shell("restore", "kept", "--yes")
+        monkeypatch.undo()
+        if how == "killed":
+            os._exit(0)
+        assert status == (0 if renames == 8 else 130 if how == "interrupted" else 1), err
+    else:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (0 if renames == 8 else 9)
+    monkeypatch.setenv("MANAGER_DATA_DIR", str(folder))
+    if how == "killed" and renames < 8:
+        with pytest.raises(StartError, match="a restore was cut short"):
+            Server(port=0, data_dir=folder).start()
+        assert shell("restore", tmp_path / "kept", "--yes")[0] == 0
+    with Server(port=0, data_dir=folder) as server:
+        assert server.token == token
+        hostnames = [agent.hostname for agent in server.manager.agents()[0]]
+        assert hostnames == (["first"] if renames == 8 or how == "killed" else ["first", "second"])
+
+
+def test_a_restore_is_refused_while_a_manager_runs_whose_lock_was_removed(tmp_path: Path, shell: Any) -> None:
+    with Running(tmp_path / "data", MANAGER_TLS="off") as running:
+        assert shell("backup", "kept")[0] == 0
+        (tmp_path / "data" / "lock").unlink()
+        assert "another manager is running" in one_line(shell("restore", "kept", "--yes")[2])
+        assert running.ask("GET", "/health")[0] == 200
+
+
+def test_a_database_with_its_log_is_restored_with_what_is_in_the_log(tmp_path: Path, shell: Any) -> None:
+    with Running(tmp_path / "data", MANAGER_TLS="off") as running:
+        for _ in range(20):
+            assert running.ask("POST", "/api/agents/register", AGENT)[0] == 201
+    assert (tmp_path / "data" / "manager.db-wal").stat().st_size
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    status, out, _ = shell("restore", "copy/manager.db", "--yes", "--json", "--data-dir", tmp_path / "other")
+    assert status == 0 and json.loads(out)["agents"] == 20
+
+
+def test_a_token_that_is_a_link_is_backed_up_and_kept(tmp_path: Path, shell: Any) -> None:
+    folder = tmp_path / "data"
+    with Server(port=0, data_dir=folder, tls="off") as server:
+        token = server.token
+    (folder / "token").rename(tmp_path / "secret")
+    (folder / "token").symlink_to("../secret")
+    for only in ([], ["--db-only"]):
+        assert shell("backup", "kept", *only)[0] == 0 and shell("restore", "kept", "--yes")[0] == 0
+        with Server(port=0, data_dir=folder, tls="off") as server:
+            assert server.token == token
 
 
 def test_a_backup_without_room_leaves_no_file_of_its_name(tmp_path: Path) -> None:
@@ -7988,10 +8477,11 @@ def test_dashboard_shows_past_hours(screen: Screen, api: Client, clock: ManualCl
     screen.sign_in()
     page = screen.page
     page.goto(f"{api.server.url}/#overview")
-    drawn_threats, drawn_agents = (page.get_by_role("img", name=name) for name in ("Threats per hour", "Agents per hour"))
+    drawn_threats, drawn_agents = (page.get_by_role("img", name=f"{what} per hour") for what in ("Threats", "Agents"))
     drawn_threats.wait_for()
     assert drawn_threats.locator("rect.high").count() == drawn_threats.locator("rect.low").count() == 1
-    assert drawn_agents.locator("rect.offline").count() == 2 and drawn_agents.locator("rect.online").count() == 0
+    assert drawn_agents.locator("rect.offline").count() == 2
+    assert drawn_agents.locator("rect.online").count() == 0
     page.goto(f"{api.server.url}/#agent/{agent['id']}")
     strip = page.get_by_role("img", name="24 hours")
     strip.wait_for()
