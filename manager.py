@@ -195,6 +195,7 @@ _TOLD = _several({name: name for name in _EVENTS_TOLD}.__getitem__, 8,
                  f"some of {', '.join(_EVENTS_TOLD)}, with commas between")
 _SWITCH = Parser({"1": True, "true": True, "0": False, "false": False}.__getitem__, "1 or 0, true or false")
 _TLS = _matching("auto|require|off", "auto, require or off")
+_LOG_FORMAT = _matching("text|json", "text or json")
 _LEVEL = _matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
 
 
@@ -302,10 +303,22 @@ class Config:
     notify_repeat_ms: int = _setting(
         0, "MANAGER_NOTIFY_REPEAT_MS", _whole(0, 1000 * _DAY_MS), "time between reminders of agents that are still "
         "silent; 0 is none", unit="ms")
+    prune_offline_ms: int = _setting(
+        0, "MANAGER_PRUNE_OFFLINE_MS", _whole(0, 1000 * _DAY_MS), "time offline after which an agent is deregistered; "
+        "0 is never", unit="ms")
+    backup_dir: Path | None = _setting(
+        None, "MANAGER_BACKUP_DIR", _FOLDER, "folder for backups that the manager makes itself, not the data folder")
+    backup_every_ms: int = _setting(
+        _DAY_MS, "MANAGER_BACKUP_EVERY_MS", _whole(1000, 1000 * _DAY_MS), "time between two of these backups",
+        unit="ms", shown="86400000, a day")
+    backup_keep: int = _setting(
+        7, "MANAGER_BACKUP_KEEP", _whole(1, 10_000), "how many of these backups are kept, the latest")
     threads: int = _setting(
         4, "MANAGER_THREADS", _whole(1, 256), "threads that serve requests")
     log_level: str = _setting(
         "INFO", "MANAGER_LOG_LEVEL", _LEVEL, "least serious message written to standard error")
+    log_format: str = _setting(
+        "text", "MANAGER_LOG_FORMAT", _LOG_FORMAT, "how messages are written: text, or json with one object a line")
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -722,7 +735,8 @@ class Census(NamedTuple):
 
 
 ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
-               "agent_updated", "agent_deregistered", "identity_conflict", "threats_reported", "threats_correlated",
+               "agent_updated", "agent_deregistered", "agents_pruned", "identity_conflict", "threats_reported",
+               "threats_correlated",
                "threat_updated", "policy_created", "policy_dropped", "enroll_token_issued", "enroll_token_revoked",
                "silence_forgiven", "clock_stepped", "agent_refused", "notification_failed", "manager_started",
                "manager_stopped")
@@ -1464,6 +1478,8 @@ MIGRATIONS = (
     CREATE TABLE follower (          -- of the journal: the last entry that notifications have been made of
         name TEXT PRIMARY KEY, position INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE told_silent (agent_id TEXT PRIMARY KEY, hostname TEXT NOT NULL) WITHOUT ROWID;
+    -- When the announced status began, on the steady clock; of files made before not known.
+    ALTER TABLE contacts ADD COLUMN announced_steady_ms INTEGER;
     """,
 )
 
@@ -2363,6 +2379,8 @@ class Manager:
         self._entries: dict[str, tuple[int, int, int, int]] = {}
         self.purged_for_space = 0  # threat events and entries removed because of MANAGER_MAX_DB_BYTES
         self._purged_for_space_ms: int | None = None  # on the clock's tick: when that last happened
+        self._prune_due_ms = self.started.tick_ms + _HOUR_MS  # on the clock's tick
+        self._pruned: list[tuple[int, int]] = []  # tick and number of the last day's
         self._none_due_until_ms = 0  # on the tick: until then every agent announced as online is
         self._stalled_ms, self._suspended_ms = clock.stalled_ms(), self.started.suspended_ms
         self._forgiven_ms = 0  # how far the tick that decides liveness is behind the clock's
@@ -2572,9 +2590,9 @@ class Manager:
                 "CROSS JOIN agents ON key = due.agent CROSS JOIN contacts c ON c.agent = due.agent "
                 "ORDER BY due_ms, due.agent",
                 (now.wall_of(0), to_json(THE_MANAGER.actor()))).rowcount
-            db.execute("UPDATE contacts SET (announced, announced_ms) = "
-                       "(SELECT status, ? + due_ms FROM temp.due WHERE due.agent = contacts.agent) "
-                       "WHERE agent IN (SELECT agent FROM temp.due)", (now.wall_of(0),))
+            db.execute("UPDATE contacts SET (announced, announced_ms, announced_steady_ms) = "
+                       "(SELECT status, ? + due_ms, ? + due_ms FROM temp.due WHERE due.agent = contacts.agent) "
+                       "WHERE agent IN (SELECT agent FROM temp.due)", (now.wall_of(0), now.steady_ms - now.tick_ms))
             db.execute("DELETE FROM temp.due")
             self.store.journaled = True
         return step
@@ -3462,6 +3480,36 @@ class Manager:
             self._purged_for_space_ms = self.clock.now().tick_ms
         return removed
 
+    def prune(self) -> None:
+        """Deregister agents that have been offline for long, if that is wanted; looked at once an hour.
+
+        A tenth of the fleet a day at most, and nobody while more than half of it is silent: then it is the manager that
+        is cut off. Offline is counted in time in which the manager ran. The timer calls it.
+        """
+        tick_ms = self.clock.now().tick_ms
+        if not self.config.prune_offline_ms or tick_ms < self._prune_due_ms:
+            return
+        self._prune_due_ms = tick_ms + _HOUR_MS
+        now = self.now()
+        self._pruned = [(at_ms, number) for at_ms, number in self._pruned if tick_ms - at_ms < _DAY_MS]
+        with self.store.transaction() as db:
+            counts = self._counts(db, now)
+            total = sum(counts.values())
+            room = max(1, total // 10) - sum(number for _, number in self._pruned)
+            if room <= 0 or 2 * counts[Status.ONLINE] < total:
+                return
+            rows = db.execute(
+                f"SELECT a.*, c.seen_ms FROM contacts c JOIN agents a ON a.key = c.agent WHERE c.{_SILENT} "
+                "AND announced = 'offline' AND announced_steady_ms < ? ORDER BY announced_steady_ms LIMIT ?",
+                (self._cutoff_ms(now, self.config.prune_offline_ms), min(room, 1000))).fetchall()
+            for row in rows:
+                self._remove(db, now, row, THE_MANAGER)
+            if rows:
+                self._pruned.append((tick_ms, len(rows)))
+                self.store.journal(now.wall_ms, "agents_pruned", THE_MANAGER, None, None, {
+                    "count": len(rows), "hostnames": [row["hostname"] for row in rows][:_LISTED],
+                    "offlineMs": self.config.prune_offline_ms})
+
     def warning(self) -> str | None:
         """What /health says beside its status, from memory: in the last hour the database was too large."""
         last_ms = self._purged_for_space_ms
@@ -3872,6 +3920,8 @@ class Api:
         self.latencies, self.refusals = Latencies(), Refusals()
         self.streams_open: Callable[[], int] = lambda: 0  # whoever serves streams says otherwise
         self.notifier: Notifier | None = None  # whoever serves notifications says otherwise
+        self.proved_s = 0.0  # when the manager made its last backup by itself, in s since 1970
+        self.backups_failed = 0  # since then
         self.faults = Faults()
 
     def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str], *,
@@ -3929,6 +3979,9 @@ class Api:
              [("", self.notifier.delivered if self.notifier else 0)]),
             ("notification_receivers_failing", "gauge", "Receivers that did not take the last notification.",
              [("", self.notifier.failing() if self.notifier else 0)]),
+            ("backup_proved_timestamp_seconds", "gauge", "When the manager itself last made a backup, 0 if never.",
+             [("", self.proved_s)]),
+            ("backups_failed", "gauge", "Backups that have failed since the last one.", [("", self.backups_failed)]),
             ("refusals_total", "counter", "Requests and TLS handshakes refused for want of a right credential.",
              [(f'{{reason="{reason}"}}', self.refusals.counts[reason]) for reason in Refusals.REASONS]),
             *self.latencies.families()]
@@ -5880,6 +5933,21 @@ def raise_descriptor_limit() -> int:
     return 65536 if soft == resource.RLIM_INFINITY else soft
 
 
+def tell_systemd(state: str) -> None:
+    """Tell the service manager, if there is one, what state this process is in (sd_notify(3))."""
+    if not (address := os.environ.get("NOTIFY_SOCKET")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.connect("\0" + address[1:] if address[0] == "@" else address)
+        systemd.send(state.encode())
+
+
+def watchdog_s() -> float:
+    """How often the service manager wants to hear of this process at least, or infinity (sd_watchdog_enabled(3))."""
+    wanted_us, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    return int(wanted_us) / 2e6 if wanted_us.isdecimal() and pid in ("", str(os.getpid())) else math.inf
+
+
 class WebServer:
     """Serves a WSGI application from one loop thread and a few workers, between start() and stop().
 
@@ -5965,12 +6033,14 @@ class WebServer:
         return [channel for listener in self.listeners for channel in listener.active_channels.values()]
 
     def _run(self) -> None:
-        next_cleanup = time.monotonic() + CLEANUP_S
+        cleanup_s = min(CLEANUP_S, watchdog_s())
+        next_cleanup = time.monotonic() + cleanup_s
         try:
             while not self.stopping:
                 self.sockets.run_once(max(0.0, next_cleanup - time.monotonic()))
                 if time.monotonic() >= next_cleanup:
-                    next_cleanup = time.monotonic() + CLEANUP_S
+                    next_cleanup = time.monotonic() + cleanup_s
+                    tell_systemd("WATCHDOG=1")
                     for channel in self.channels():
                         if channel.expires_s() <= time.monotonic():
                             channel.handle_close()
@@ -6061,6 +6131,7 @@ class Server:
             interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
             undo.callback(self.clock.every(interval_s, self._tick))
             self._check_daily(store, undo)
+            self._back_up(folder, undo)
             self._undo = undo.pop_all()
         self._running = True
 
@@ -6126,10 +6197,40 @@ class Server:
         finally:
             if not manager.store.failed:
                 manager.check_health()  # after the sweep, which leaves few agents to look at
+        manager.prune()
         self._notifier.compose()
         self._streams.keep_alive()
         self._renew_certificate()
         return self.manager.purge()
+
+    def _back_up(self, folder: Path, undo: contextlib.ExitStack) -> None:
+        """Make backups from time to time, beginning as long after the last one as is set."""
+        config, over = self.config, threading.Event()
+        if config.backup_dir is None:
+            return
+        kept = config.backup_dir
+
+        def made() -> list[Path]:
+            return sorted(kept.glob("panguard-*.backup"))
+
+        def work() -> None:
+            while not over.wait(min(60.0, config.backup_every_ms / 1000)):
+                newest_s = max((path.stat().st_mtime for path in made()), default=0.0)
+                if 0 <= time.time() - newest_s < config.backup_every_ms / 1000:
+                    continue
+                try:
+                    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    name = f"panguard-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.backup"
+                    back_up(folder, kept / name, lambda part: None)
+                    for path in made()[:-config.backup_keep]:
+                        path.unlink()
+                    self._api.proved_s, self._api.backups_failed = time.time(), 0
+                except (ManagerError, OSError) as error:
+                    self._api.backups_failed += 1
+                    if self._api.backups_failed == 1:
+                        log.error("no backup could be made: %s", error)
+
+        undo.callback(run_thread("panguard-backup", work, over.set))
 
     @staticmethod
     def _check_daily(store: Store, undo: contextlib.ExitStack) -> None:
@@ -6403,6 +6504,18 @@ def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
 ########################################################################################################
 
 
+class JsonLines(logging.Formatter):
+    """A log record as one JSON object on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`at`, `level`, `logger`, `message`, and the traceback as `error` if there is one."""
+        line = {"at": iso(round(record.created * 1000)), "level": record.levelname, "logger": record.name,
+                "message": record.getMessage()}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
 def serve(argv: Sequence[str]) -> int:
     """Run a manager until SIGTERM or SIGINT; 0 after a clean stop, 1 if it cannot start, 2 for a bad setting."""
     try:
@@ -6413,7 +6526,10 @@ def serve(argv: Sequence[str]) -> int:
     except SettingError as error:
         print(f"panguard-manager: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if config.log_format == "json" else logging.Formatter(
+        "%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=config.log_level, handlers=[handler])
     for sentence in Config.advice(argv, os.environ):
         log.warning("%s", sentence)
     server = Server(config)
@@ -6424,11 +6540,13 @@ def serve(argv: Sequence[str]) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         server.start()
+        tell_systemd("READY=1")
         with contextlib.suppress(OSError):  # nobody need be reading
             for line in _greeting(server):
                 print(line, flush=True)
         while signal.sigwait(signals) == signal.SIGHUP:
             server.reload_certificate()
+        tell_systemd("STOPPING=1")
         server.stop()
     except StartError as error:
         print(f"panguard-manager: {error}", file=sys.stderr)

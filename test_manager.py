@@ -340,6 +340,14 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
     ("notify_delay_ms", None, "MANAGER_NOTIFY_DELAY_MS", 60_000, [("1", 1)], ["0", "1m"], MS),
     ("notify_repeat_ms", None, "MANAGER_NOTIFY_REPEAT_MS", 0, [("0", 0), ("5", 5)], ["-1", "1h"],
      "a whole number from 0 to "),
+    ("prune_offline_ms", None, "MANAGER_PRUNE_OFFLINE_MS", 0, [("0", 0), ("5", 5)], ["-1", "30d"],
+     "a whole number from 0 to "),
+    ("backup_dir", None, "MANAGER_BACKUP_DIR", None, [("/srv/kept", Path("/srv/kept"))], ["a\0b"],
+     "the path of a folder"),
+    ("backup_every_ms", None, "MANAGER_BACKUP_EVERY_MS", 86_400_000, [("1000", 1000)], ["999", "1d"],
+     "a whole number from 1000 to "),
+    ("backup_keep", None, "MANAGER_BACKUP_KEEP", 7, [("1", 1)], ["0", "all"], "a whole number from 1 to 10000"),
+    ("log_format", None, "MANAGER_LOG_FORMAT", "text", [("json", "json")], ["JSON", "xml"], "text or json"),
     ("threads", None, "MANAGER_THREADS", 4, [("1", 1), ("256", 256)], ["0", "257"], "a whole number from 1 to 256"),
     ("log_level", None, "MANAGER_LOG_LEVEL", "INFO", [("DEBUG", "DEBUG"), ("ERROR", "ERROR")], ["LOUD", "10"],
      "DEBUG, INFO, WARNING or ERROR"),
@@ -2580,6 +2588,47 @@ def test_counts_add_up_after_mixed_traffic_of_eight_threads() -> None:
                                                             "agent_deregistered": len(gone)}
         assert [entry.seq for entry in journal] == list(range(1, len(journal) + 1))
         assert server.manager.overview()["totalAgents"] == len(left) == server.manager.health()[0]
+
+
+# Prune
+
+
+def test_agents_offline_for_long_are_pruned_a_tenth_of_the_fleet_a_day() -> None:
+    with fleet(prune_offline_ms=10 * 86_400_000, heartbeat_timeout_ms=7_200_000) as api:
+        agents = [api.register(hostname=f"h{number:02}") for number in range(40)]
+
+        def live(days: float) -> None:
+            for _ in range(round(days * 24)):
+                for agent in agents[10:]:
+                    api.server.manager.heartbeat(agent["id"])
+                advance(api, 3600)
+
+        live(9.9)
+        api.server.clock.step(3650 * 86_400)  # what the wall clock says does not count
+        advance(api, 1)
+        api.server.clock.step(-3650 * 86_400)
+        advance(api, 1)
+        assert len(api.get("/api/agents")) == 40 and not api.journal("agents_pruned")
+        live(1)
+        assert [each["hostname"] for each in api.get("/api/agents")][:2] == ["h04", "h05"]
+        found = api.get("/api/events?type=agents_pruned&limit=200")
+        assert [each["count"] for each in found] == [4]
+        assert (found[0]["hostnames"], found[0]["actor"]) == (["h00", "h01", "h02", "h03"], {"role": "manager"})
+        gone = api.get("/api/events?type=agent_deregistered&limit=200")
+        assert len(gone) == 4 and gone[0]["actor"] == {"role": "manager"}
+        live(2)
+        assert len(api.get("/api/agents")) == 40 - 10
+
+
+def test_nobody_is_pruned_while_half_of_the_fleet_is_silent_or_unless_asked_for() -> None:
+    for days, left in ((0, 9), (1, 9)):
+        with fleet(prune_offline_ms=days * 86_400_000, heartbeat_timeout_ms=7_200_000) as api:
+            agents = [api.register(hostname=f"h{number}") for number in range(9)]
+            for _ in range(72):
+                for agent in agents[5 if days else 1:]:
+                    api.beat(agent)
+                advance(api, 3600)
+            assert len(api.get("/api/agents")) == left and not api.journal("agents_pruned")
 
 
 # Threat events
@@ -7213,6 +7262,32 @@ def test_a_token_that_is_given_is_neither_shown_nor_written(tmp_path: Path) -> N
     assert b"given-" not in (folder / "manager.db").read_bytes()
 
 
+def test_the_service_manager_is_told_and_the_watchdog_fed(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(LIMIT_S)
+        with Running(tmp_path / "data", MANAGER_TLS="off", NOTIFY_SOCKET=str(tmp_path / "notify"),
+                     WATCHDOG_USEC="200000") as running:
+            heard = {systemd.recv(99), systemd.recv(99), systemd.recv(99)}
+            assert heard == {b"READY=1", b"WATCHDOG=1"}
+            assert running.end() == 0
+            systemd.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    heard.add(systemd.recv(99))
+            assert heard == {b"READY=1", b"WATCHDOG=1", b"STOPPING=1"}
+
+
+def test_logs_may_be_json_a_line_each(tmp_path: Path) -> None:
+    with Running(tmp_path / "data", MANAGER_TLS="off", MANAGER_LOG_FORMAT="json", MANAGER_TYPO="1") as running:
+        running.ask("GET", "/api/agents", token="wrong")
+        assert running.end() == 0
+    lines = [json.loads(line) for line in running.log.read_text().splitlines()]
+    assert len(lines) >= 2 and all({"at", "level", "logger", "message"} <= set(line) for line in lines)
+    assert any("MANAGER_TYPO" in line["message"] and line["level"] == "WARNING" for line in lines)
+    assert all(manager.instant_ms(line["at"]) for line in lines)
+
+
 def test_plaintext_beyond_loopback_is_warned_about_once(tmp_path: Path) -> None:
     for host, times in (("0.0.0.0", 1), ("127.0.0.1", 0)):
         folder = tmp_path / host
@@ -8053,6 +8128,25 @@ def test_a_backup_without_room_leaves_no_file_of_its_name(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
 
+def test_the_manager_makes_backups_by_itself_and_keeps_the_latest(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+
+    def names() -> list[str]:
+        return sorted(path.name for path in kept.glob("panguard-*.backup"))
+
+    with Server(port=0, data_dir=tmp_path / "data", tls="off", backup_dir=kept, backup_every_ms=1000,
+                backup_keep=2) as server:
+        until(lambda: len(names()) == 2, "two backups")
+        first = names()[0]
+        until(lambda: first not in names(), "the oldest is removed")
+        assert len(names()) <= 3 and "backups_failed 0" in scraped(server)
+        assert float(re.search(r"backup_proved_timestamp_seconds ([0-9.]+)", scraped(server))[1]) > time.time() - 60
+        kept.rename(tmp_path / "moved")
+        kept.write_text("a file in its place")
+        until(lambda: re.search(r"backups_failed [1-9]", scraped(server)), "it fails")
+    assert manager.unpack(sorted((tmp_path / "moved").iterdir())[-1], tmp_path)["schema"] == len(manager.MIGRATIONS)
+
+
 def test_a_backup_within_traffic_has_all_that_was_acknowledged_before_it(tmp_path: Path, shell: Any) -> None:
     with Server(port=0, data_dir=tmp_path / "data", tls="off") as server:
         over, made = threading.Event(), list[str]()
@@ -8743,7 +8837,7 @@ def test_readme_session(tmp_path: Path) -> None:
 
 
 def test_readme_backup(tmp_path: Path) -> None:
-    backup, restore = (block.strip() for block in blocks(section("Operating"), "sh"))
+    backup, restore = (block.strip() for block in blocks(section("Operating"), "sh") if block.startswith("panguard-"))
     for line in (backup, restore):
         assert line.startswith("panguard-manager ")
         with newcomer(tmp_path, sys.executable, manager.__file__) if line is backup else contextlib.nullcontext():
