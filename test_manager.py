@@ -8836,6 +8836,25 @@ def test_readme_session(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {".panguard-manager"}
 
 
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_readme_unit(tmp_path: Path) -> None:
+    (unit,) = blocks(section("Operating"), "ini")
+    assert "ExecStart=/opt/panguard-manager/bin/panguard-manager " in unit
+    path = tmp_path / "panguard-manager.service"
+    path.write_text(re.sub("ExecStart=[^ ]+", "ExecStart=/bin/true", unit))
+    done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False)
+    assert "panguard-manager" not in done.stdout + done.stderr and done.returncode == 0, done.stderr
+
+
+def test_the_containerfile_copies_what_the_package_needs() -> None:
+    text = (PROJECT / "Containerfile").read_text()
+    copied = re.search(r"COPY (.+) \./", text)[1].split()
+    assert set(copied) >= {"manager.py", "README.md", "LICENSE", "setup.cfg", "pyproject.toml"}
+    assert all((PROJECT / name).exists() for name in copied)
+    variables = {each.metadata["variable"] for each in fields(Config)}
+    assert set(re.findall(r"\b(MANAGER_\w+)=", text)) <= variables and "USER panguard" in text
+
+
 def test_readme_backup(tmp_path: Path) -> None:
     backup, restore = (block.strip() for block in blocks(section("Operating"), "sh") if block.startswith("panguard-"))
     for line in (backup, restore):
