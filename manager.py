@@ -28,6 +28,7 @@ The file has ten sections. A section uses only the sections above it:
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import bisect
 import contextlib
@@ -71,7 +72,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast, overload
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 import bottle  # type: ignore[import-untyped]
@@ -91,8 +92,9 @@ from waitress.task import (  # type: ignore[import-untyped]
 from waitress.utilities import BadRequest, Error, build_http_date  # type: ignore[import-untyped]
 
 __version__ = "1.2.0"
-__all__ = ["Agent", "Caller", "Clock", "Config", "Entry", "Manager", "ManagerError", "ManualClock",
-           "Moment", "Server", "Status", "Store", "SystemClock", "create_app", "main"]
+__all__ = ["Agent", "Caller", "Clock", "Config", "Conflict", "Entry", "Fault", "Forbidden", "Invalid", "Manager",
+           "ManagerError", "ManualClock", "Moment", "NotFound", "Server", "SettingError", "StartError", "Status",
+           "Store", "SystemClock", "Throttled", "Unauthorized", "Unavailable", "create_app", "main"]
 
 log = logging.getLogger("panguard")
 
@@ -2887,7 +2889,11 @@ class Manager:
                 ) -> tuple[str, str, dict[str, Any], int | None]:
         """The letters of the tables that filters need, in an order that finds few agents first and in the order of
         registration; the WHERE for SQL, or nothing; its parameters; how many agents match, if that is known."""
-        tags = {f"tag{number}": each for number, each in enumerate(dict.fromkeys(tag or ()))}
+        wanted = list(dict.fromkeys(tag or ()))
+        if len(wanted) > 1:  # the rarest first, so that few agents are looked at
+            carriers = "SELECT count(*) FROM (SELECT 1 FROM agent_tags WHERE tag = ? LIMIT 10000)"
+            wanted.sort(key=lambda each: db.execute(carriers, (each,)).fetchone()[0])
+        tags = {f"tag{number}": each for number, each in enumerate(wanted)}
         given = {**self.liveness.cutoffs(now.tick_ms), "day_ago_ms": now.steady_ms - _DAY_MS, "org_id": org_id,
                  "os": os, "version": version, "q": q, "heard_ms": now.tick_ms - (silent_ms or 0),
                  "ids": to_json(ids), **tags}
@@ -3828,11 +3834,19 @@ class Latencies:
         yield "http_request_duration_seconds", "histogram", "Time from the parsed request to its answer.", samples
 
 
+class FaultAnswer(ManagerError):
+    """The answer that a fault asked for."""
+
+    def __init__(self, text: str, *, body: bytes | None, **rest: Any) -> None:
+        super().__init__(text, **rest)
+        self.body = body
+
+
 @dataclass
 class Fault:
     """What to do to the next `times` requests of a route (`POST /api/agents/register`; None is any) that name an
-    agent (None is any): wait `delay_s` (real seconds), then answer `status`, or drop the connection `before`
-    or `after` the change is committed."""
+    agent (None is any): wait `delay_s` (real seconds), then answer `status`, with `body` (else an error's) and
+    `Retry-After`, or drop the connection `before` or `after` the change is committed. `hits` counts them."""
 
     route: str | None = None
     agent_id: str | None = None
@@ -3840,6 +3854,9 @@ class Fault:
     delay_s: float = 0.0
     drop: str | None = None
     times: int = 1
+    retry_after_s: int | None = None
+    body: bytes | None = None
+    hits: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         known = {f"{each.method} {each.path}" for each in ENDPOINTS}
@@ -3847,8 +3864,8 @@ class Fault:
             raise ValueError(f"route is {self.route!r} and must be one of {', '.join(sorted(known))}")
         if self.drop not in (None, "before", "after"):
             raise ValueError(f"drop is {self.drop!r} and must be 'before' or 'after'")
-        if self.status is not None and not 400 <= self.status <= 599:
-            raise ValueError(f"status is {self.status} and must be from 400 to 599")
+        if self.status is not None and not (200 if self.body is not None else 400) <= self.status <= 599:
+            raise ValueError(f"status is {self.status} and must be from 400 to 599, or with a body from 200 to 599")
         if (self.status is None and self.drop is None and self.delay_s <= 0) or self.delay_s < 0 or self.times < 1:
             raise ValueError("a fault must have a status, a drop or a delay_s above 0, and times of at least 1")
 
@@ -3859,7 +3876,8 @@ class Fault:
         if self.drop == "before":
             raise Dropped
         if self.status is not None:
-            raise ManagerError("a fault that was asked for", status=self.status)
+            raise FaultAnswer("a fault that was asked for", status=self.status, retry_after_s=self.retry_after_s,
+                              body=self.body)
 
 
 class Faults:
@@ -3875,9 +3893,11 @@ class Faults:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, **fault: Any) -> Fault:
+    def add(self, *, route: str | None = None, agent_id: str | None = None, status: int | None = None,
+            delay_s: float = 0.0, drop: str | None = None, times: int = 1, retry_after_s: int | None = None,
+            body: bytes | None = None) -> Fault:
         """Have the next requests that match suffer a fault. Raises ValueError for a fault that makes no sense."""
-        added = Fault(**fault)
+        added = Fault(route, agent_id, status, delay_s, drop, times, retry_after_s, body)
         with self._lock:
             self._waiting.append(added)
         return added
@@ -3893,6 +3913,7 @@ class Faults:
             for fault in self._waiting:
                 if fault.route in (None, f"{route.method} {route.path}") and fault.agent_id in (None, agent_id):
                     fault.times -= 1
+                    fault.hits += 1
                     if not fault.times:
                         self._waiting.remove(fault)
                     return fault
@@ -3949,6 +3970,8 @@ class Api:
             raise
         except ManagerError as error:
             reply = failure(error)
+            if isinstance(error, FaultAnswer) and error.body is not None:
+                reply = reply._replace(body=error.body)
         except Exception:
             log.exception("request %s failed", request_id(environ))
             reply = failure(ManagerError("internal error; the log has its details under this request's id"))
@@ -5955,7 +5978,7 @@ class WebServer:
     None serves plaintext to all.
     """
 
-    def __init__(self, owner: Server, application: Application, api: Api, streams: Streams,
+    def __init__(self, owner: Server[Any], application: Application, api: Api, streams: Streams,
                  tls_context: ssl.SSLContext | None) -> None:
         config = owner.config
         self.owner, self.application, self.api, self.streams = owner, application, api, streams
@@ -6068,7 +6091,10 @@ class WebServer:
             channel.requests or channel.total_outbufs_len for channel in self.channels())
 
 
-class Server:
+_ClockT = TypeVar("_ClockT", bound=Clock)
+
+
+class Server(Generic[_ClockT]):
     """A manager on a port: `with Server(port=0) as server: …`.
 
     Takes a Config, or its settings as keywords; without `data_dir` these use a temporary folder and plaintext.
@@ -6080,21 +6106,31 @@ class Server:
     url: str
     token: str
     manager: Manager
+    clock: _ClockT
     faults: Faults
 
-    def __init__(self, config: Config | None = None, *, clock: Clock | None = None, **settings: Any) -> None:
+    @overload
+    def __init__(self: Server[SystemClock], config: Config | None = None, *, clock: None = None, **settings: Any): ...
+
+    @overload
+    def __init__(self, config: Config | None = None, *, clock: _ClockT, **settings: Any): ...
+
+    def __init__(self, config: Config | None = None, *, clock: Any = None, **settings: Any) -> None:
         if config and settings:
             raise SettingError("a Server takes a Config or settings, not both")
+        if unknown := sorted(settings.keys() - Config.__dataclass_fields__.keys()):
+            raise SettingError(f"{unknown[0]!r} is no setting; they are {', '.join(Config.__dataclass_fields__)}")
         self.config = config or Config(**{"data_dir": None, **settings})
-        self.clock = clock or SystemClock()
+        self.clock = cast("_ClockT", clock or SystemClock())
         self.notes: list[str] = []
         self.on_death: Callable[[], None] = lambda: None
         self._own_pair: OwnCertificate | None = None
         self._renewal_tick_ms = -sys.maxsize
         self._undo = contextlib.ExitStack()
         self._running = False
+        self._waited_seq = 0
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Server[_ClockT]:
         self.start()
         return self
 
@@ -6106,6 +6142,7 @@ class Server:
         if self._running:
             raise StartError("this server has been started already; stop it first")
         self.notes.clear()
+        self._waited_seq = 0
         with contextlib.ExitStack() as undo:
             folder = self.config.data_dir or Path(undo.enter_context(
                 tempfile.TemporaryDirectory(prefix="panguard-manager-")))
@@ -6140,12 +6177,17 @@ class Server:
         self._running = False
         self._undo.close()
 
-    def wait_for(self, *, type: str | None = None, agent_id: str | None = None, after: int = 0,
+    def wait_for(self, *, type: str | None = None, agent_id: str | None = None, after: int | None = None,
                  timeout_s: float = 5.0) -> Entry:
-        """The first journal entry after `after` of that type and agent, as soon as there is one.
+        """The first journal entry of that type and agent after `after`, or else after the one given last, as soon as
+        there is one.
 
-        Raises TimeoutError, which lists the entries there were, when `timeout_s` (real seconds) have passed.
+        Raises ValueError for a type that no entry has, and TimeoutError, which lists the entries there were, when
+        `timeout_s` (real seconds) have passed.
         """
+        if type not in (None, *ENTRY_TYPES):
+            raise ValueError(f"type is {type!r} and must be one of {', '.join(ENTRY_TYPES)}")
+        after = self._waited_seq if after is None else after
         grown = threading.Event()
         listeners = self.manager.store.listeners
         listeners.append(grown.set)
@@ -6154,6 +6196,7 @@ class Server:
             while True:
                 grown.clear()
                 if found := self.manager.journal(after=after, limit=1, type=type, agent_id=agent_id):
+                    self._waited_seq = found[0].seq
                     return found[0]
                 if not grown.wait(max(0.0, deadline_s - time.monotonic())):
                     seen = "; ".join(f"{entry.seq} {entry.type} {entry.agent_id}"
@@ -6162,6 +6205,11 @@ class Server:
                                        f"the journal has: {seen or 'nothing'}")
         finally:
             listeners.remove(grown.set)
+
+    async def wait_for_async(self, *, type: str | None = None, agent_id: str | None = None, after: int | None = None,
+                             timeout_s: float = 5.0) -> Entry:
+        """As wait_for(), for a coroutine: others run meanwhile."""
+        return await asyncio.to_thread(self.wait_for, type=type, agent_id=agent_id, after=after, timeout_s=timeout_s)
 
     def reload_certificate(self) -> None:
         """Use the certificate as it is on the disk now for new connections; keep the old one if it is bad."""
@@ -6561,7 +6609,7 @@ def serve(argv: Sequence[str]) -> int:
     return 0
 
 
-def _greeting(server: Server) -> Iterator[str]:
+def _greeting(server: Server[Any]) -> Iterator[str]:
     config = server.config
     assert config.data_dir is not None
     trust = ""
@@ -8173,7 +8221,7 @@ function buildAgent(view, main, id) {
         location.hash = "#fleet";
         return t("%s is deregistered.", a.hostname);
       }), "danger")),
-    h("svg.chart strip", {viewBox: "0 0 " + second(day.intervals.at(-1)?.until) + " 9", preserveAspectRatio: "none",
+    h("svg.chart strip", {viewBox: "0 0 " + (second(day.intervals.at(-1)?.until) || 1) + " 9", preserveAspectRatio: "none",
       role: "img", "aria-label": t("24 hours")}, day.intervals.map((each) => h("rect", {class: each.status,
       x: second(each.from), y: 0, width: second(each.until) - second(each.from), height: 9},
     h("title", t(each.status) + " " + each.from)))),

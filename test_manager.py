@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import concurrent.futures
 import configparser
 import contextlib
@@ -6748,6 +6749,45 @@ def test_an_embedded_server_takes_the_settings_of_config_and_no_others(tmp_path:
         Server(Config(data_dir=tmp_path), port=0)
 
 
+def test_wait_for_goes_on_from_the_entry_it_gave_last_and_knows_the_types(server: Server, clock: ManualClock) -> None:
+    agents = [server.manager.register(f"h{number}", "linux", "1").agent.id for number in range(2)]
+    assert [server.wait_for(type="agent_registered").agent_id for _ in range(2)] == agents
+    with pytest.raises(TimeoutError):
+        server.wait_for(type="agent_registered", timeout_s=0)
+    assert server.wait_for(type="agent_registered", after=0).agent_id == agents[0]
+    with pytest.raises(ValueError, match="'agent_registred' and must be one of agent_registered"):
+        server.wait_for(type="agent_registred")
+
+    async def both() -> list[Any]:
+        async def pass_time() -> None:
+            clock.advance(67)
+        return await asyncio.gather(server.wait_for_async(type="agent_stale", timeout_s=LIMIT_S), pass_time())
+    assert asyncio.run(both())[0].type == "agent_stale"
+
+
+def test_a_setting_that_is_none_is_named_and_those_there_are() -> None:
+    with pytest.raises(manager.SettingError, match="'prot' is no setting; they are host, port, "):
+        Server(prot=0)
+
+
+def test_a_fault_may_be_a_bad_answer_and_counts_its_hits(server: Server) -> None:
+    fault = server.faults.add(route="GET /livez", status=200, body=b'{"ok": tru', times=2)
+    busy = server.faults.add(route="GET /livez", status=429, retry_after_s=7)
+    for _ in range(2):
+        with urllib.request.urlopen(f"{server.url}/livez", timeout=LIMIT_S) as answer:
+            assert answer.read() == b'{"ok": tru'
+    with pytest.raises(urllib.error.HTTPError, match="429") as refused:
+        urllib.request.urlopen(f"{server.url}/livez", timeout=LIMIT_S)
+    with refused.value:
+        assert refused.value.headers["Retry-After"] == "7" and json.load(refused.value)["ok"] is False
+    with urllib.request.urlopen(f"{server.url}/livez", timeout=LIMIT_S) as answer:
+        assert json.load(answer)["ok"] is True
+    assert (fault.hits, busy.hits) == (2, 1)
+    for wrong in ({"sttus": 3}, {"status": 200}, {"status": 199, "body": b""}):
+        with pytest.raises((TypeError, ValueError)):
+            server.faults.add(**wrong)
+
+
 def test_wait_for_returns_an_entry_that_is_there_or_comes_and_else_says_what_there_was(server: Server) -> None:
     first = server.manager.register("web-1", "linux", "1.2.0").agent
     assert server.wait_for(type="agent_registered", agent_id=first.id).agent_id == first.id
@@ -9012,6 +9052,32 @@ def test_readme_start_line(tmp_path: Path) -> None:
     assert version.stdout == f"Panguard Manager {manager.__version__}\n"
     module = subprocess.run([clone / ".venv/bin/python", "-c", "import manager; print(manager.__file__)"], **elsewhere)
     assert "site-packages" in module.stdout
+
+
+def test_a_consumers_types_are_checked(tmp_path: Path) -> None:
+    if not shutil.which("mypy", path=str(Path(sys.executable).parent)):
+        pytest.skip("needs mypy beside this Python; CI has it")
+    (tmp_path / "consumer.py").write_text("""
+from collections.abc import Iterator
+from manager import ManualClock, Server, SystemClock
+
+def fixture() -> Iterator[Server[ManualClock]]:
+    with Server(port=0, clock=ManualClock()) as server:
+        server.clock.advance(67)
+        yield server
+
+def other() -> SystemClock:
+    return Server(port=0).clock
+
+def wrong() -> None:
+    Server(port=0).clock.advance(1)  # error
+    Server(port=0).faults.add(sttus=3)  # error
+""")
+    done = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", "consumer.py"],
+                          cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env={**os.environ, "MYPYPATH": str(PROJECT)})
+    errors = re.findall(r"consumer\.py:(\d+): error", done.stdout)
+    assert errors == ["14", "15"], done.stdout + done.stderr
 
 
 # Fuzzing
