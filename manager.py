@@ -7939,9 +7939,10 @@ const show = () => token && attempt(async () => {
   const main = $("main");
   main.ariaBusy = true;
   if (view.name !== name || view.id !== id) {
-    put(main);
+    const place = h("div"); // its own: what a view that was left still reads is drawn nowhere
+    put(main, place);
     view = {name, id};
-    VIEWS[name][1](view, main, id && decodeURIComponent(id));
+    VIEWS[name][1](view, place, id && decodeURIComponent(id));
   }
   await view.load();
   for (const each of main.querySelectorAll("[data-param]")) {

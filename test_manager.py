@@ -8419,6 +8419,22 @@ def test_dashboard_shows_hostile_text_as_text(screen: Screen, api: Client) -> No
 
 
 @pytest.mark.browser
+def test_dashboard_a_view_that_was_left_does_not_draw_over_the_next(screen: Screen, api: Client) -> None:
+    agent = api.register(hostname="web-1")
+    page = screen.sign_in()
+    held: list[Any] = []
+    page.route("**/api/timeline*", lambda route: held.append(route))
+    page.goto(f"{api.server.url}/#agent/{agent['id']}")
+    until(lambda: not page.wait_for_timeout(10) and held, "the agent is being read")
+    page.get_by_role("link", name="Fleet", exact=True).click()
+    page.get_by_role("heading", name="Fleet", level=1).wait_for()
+    with page.expect_response("**/api/timeline*"):
+        held[0].continue_()
+    page.wait_for_timeout(200)
+    assert page.get_by_role("heading", name="Fleet", level=1).is_visible()
+
+
+@pytest.mark.browser
 def test_dashboard_edits_tags_and_deregisters(screen: Screen, api: Client) -> None:
     agent = api.register(hostname="web-1", tags=["old"])
     page = screen.sign_in(at=f"#agent/{agent['id']}")
@@ -8943,6 +8959,24 @@ def test_readme_commands() -> None:
     expected = table("Command, Does, Example", [
         [f"`{each.name}`", each.summary, f"`{each.example}`"] for each in manager.COMMANDS.values()])
     assert shown_table("Commands") == expected, f"the README's table of commands must be\n\n{expected}\n"
+
+
+def test_the_chinese_readme_has_the_same_code_and_tables() -> None:
+    chinese = (PROJECT / "README.zh-Hant.md").read_text()
+    fenced = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL)
+    assert set(fenced.findall(chinese)) <= set(fenced.findall(README)), "each block of code stands in both"
+    assert len(fenced.findall(chinese)) >= 12
+
+    def columns(text: str, heading: str, *wanted: int) -> list[list[str]]:
+        part = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        rows = [line.strip("|").split(" | ") for line in part.splitlines() if line.startswith("|")][2:]
+        return [[row[column].strip() for column in wanted] for row in rows]
+
+    for english, heading, wanted in (("Settings", "設定", (0, 1)), ("API", "API", (0, 1, 2)),
+                                     ("Commands", "指令", (0, 2))):
+        assert columns(chinese, heading, *wanted) == columns(README, english, *wanted) != []
+    for title in re.findall(r"\]\(#([^)]+)\)", chinese):
+        assert re.search(rf"^## {title}$", chinese, re.MULTILINE | re.IGNORECASE), title
 
 
 def test_readme_numbers(api: Client) -> None:
