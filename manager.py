@@ -6119,7 +6119,7 @@ class Server(Generic[_ClockT]):
         if config and settings:
             raise SettingError("a Server takes a Config or settings, not both")
         if unknown := sorted(settings.keys() - Config.__dataclass_fields__.keys()):
-            raise SettingError(f"{unknown[0]!r} is no setting; they are {', '.join(Config.__dataclass_fields__)}")
+            raise TypeError(f"{unknown[0]!r} is no setting; they are {', '.join(Config.__dataclass_fields__)}")
         self.config = config or Config(**{"data_dir": None, **settings})
         self.clock = cast("_ClockT", clock or SystemClock())
         self.notes: list[str] = []

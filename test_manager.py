@@ -206,6 +206,11 @@ class Running(contextlib.AbstractContextManager["Running"]):
         return self.process.wait(timeout=LIMIT_S)
 
 
+def interruptible() -> None:
+    """For Popen's preexec_fn: SIGINT does to the process what it does at a terminal, wherever the tests run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def at_once(server: Server, calls: list[tuple[str, str, Any, str]]) -> list[tuple[int, Any]]:
     """The answers to calls that start together, each on a socket of its own."""
     start = threading.Barrier(len(calls))
@@ -6766,7 +6771,7 @@ def test_wait_for_goes_on_from_the_entry_it_gave_last_and_knows_the_types(server
 
 
 def test_a_setting_that_is_none_is_named_and_those_there_are() -> None:
-    with pytest.raises(manager.SettingError, match="'prot' is no setting; they are host, port, "):
+    with pytest.raises(TypeError, match="'prot' is no setting; they are host, port, "):
         Server(prot=0)
 
 
@@ -7769,7 +7774,7 @@ def test_events_are_followed_and_handed_to_a_command_one_at_a_time(tmp_path: Pat
                     follower = subprocess.Popen([
                         sys.executable, manager.__file__, "events", "--follow", "--type", "policy_created",
                         "--data-dir", folder, "--exec", shlex.join([sys.executable, str(script)])],
-                        stderr=subprocess.PIPE, text=True)
+                        stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
                     until(lambda: "_open 1\n" in scraped(running), "the follower is there")
                 assert tls_ask(running, folder, "POST", "/api/policy", {"name": f"p{round_number}", "rules": [RULE]},
                                token) == 201
@@ -7790,7 +7795,8 @@ def test_threats_are_followed_one_by_one_as_they_match(tmp_path: Path) -> None:
         agent = server.manager.register("web-1", "linux", "1").agent
         server.manager.report_events(agent.id, [threat(severity="critical", type="before")])
         follower = subprocess.Popen([sys.executable, manager.__file__, "threats", "--follow", "--severity", "critical",
-                                     "--data-dir", tmp_path / "data", "--json"], stdout=subprocess.PIPE, text=True)
+                                     "--data-dir", tmp_path / "data", "--json"], stdout=subprocess.PIPE, text=True,
+                                    preexec_fn=interruptible)
         try:
             until(lambda: "_open 1\n" in scraped(server), "the follower is there")
             for batch in ([("low", "a"), ("critical", "b"), ("critical", "c")], [("low", "d")], [("critical", "e")]):
@@ -7925,7 +7931,7 @@ def test_demo_has_a_fleet_with_a_life_of_its_own(tmp_path: Path) -> None:
 
 def test_demo_prints_its_address_and_token_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, manager.__file__, "demo"], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "HOME": str(tmp_path)})
+                               preexec_fn=interruptible, env={**os.environ, "HOME": str(tmp_path)})
     try:
         found = re.search(r"(http://\S+) .* token (\S+);", process.stdout.readline())
         status, body = ask(port_of(found[1]), "GET", "/api/agents", token=found[2])
