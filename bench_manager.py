@@ -358,6 +358,49 @@ class Bench:
         for each in fleets:
             each.store.close()
 
+    def filters(self) -> None:
+        """each filter and sort of a large fleet with limit=50, as a ratio to a plain page, in one process"""
+        agents = 10_000 if self.quick else 100_000
+        ours = self._open(fleet(self.home / "filters", agents))
+        plain: dict[str, Any] = {}
+        chosen = [{"status": "online"}, {"status": "stale"}, {"org_id": "none"}, {"tag": ["production"]},
+                  {"tag": ["production", "rack-7"]}, {"os": "linux"}, {"version": "1.2.0"}, {"q": "host-77"},
+                  {"silent_ms": 5}, *({"sort": name} for name in manager.SORTS)]
+        for filters in (plain, *chosen):
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in range(10):
+                for which, given in enumerate((plain, filters)):
+                    began_s = time.perf_counter()
+                    ours.agents_json(limit=50, **given)
+                    times[which].append(time.perf_counter() - began_s)
+            page, found = (statistics.median(each) * 1000 for each in times)
+            self.row(" ".join(f"{name}={value}" for name, value in filters.items()) or "plain page", f"{page:.2f} ms",
+                     f"{found:.2f} ms", f"{found / page:.2f}")
+        ours.store.close()
+
+    def backup(self) -> None:
+        """heartbeats of 64 connections while backups are made one after another, and the last one's size"""
+        folder = fleet(self.home / "backup", 10_000, 100_000 if self.quick else 1_000_000)
+        target = self.home / "panguard.backup"
+        with Contender("manager", folder) as ours:
+            quiet = ours.beat(64, self.seconds)
+            over, times = threading.Event(), []
+
+            def back_up() -> None:
+                while not over.is_set():
+                    began_s = time.perf_counter()
+                    manager.back_up(folder, target, lambda part: None)
+                    times.append(time.perf_counter() - began_s)
+            thread = threading.Thread(target=back_up)
+            thread.start()
+            busy = ours.beat(64, self.seconds)
+            over.set()
+            thread.join()
+        self.row("rate and 99th percentile, without", f"{quiet[0]:.0f}/s", f"{quiet[1]:.1f} ms")
+        self.row("rate and 99th percentile, beside backups", f"{busy[0]:.0f}/s", f"{busy[1]:.1f} ms",
+                 f"{busy[0] / quiet[0]:.2f}", busy[3])
+        self.row("a backup", f"{statistics.median(times):.1f} s", f"{target.stat().st_size / 2**20:.0f} MiB")
+
     def many_events(self) -> None:
         """a million threat events in the file: what the questions about them cost, over HTTP"""
         many = 100_000 if self.quick else 1_000_000

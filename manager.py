@@ -32,6 +32,7 @@ import asyncio
 import base64
 import bisect
 import contextlib
+import email.utils
 import enum
 import errno
 import fcntl
@@ -336,12 +337,17 @@ class Config:
                 raise SettingError("MANAGER_AUTH_TOKEN and MANAGER_AUTH_TOKEN_FILE must not be given together")
             object.__setattr__(self, "auth_token", self._read_secret("auth_token", self.auth_token_file))
         self._check_timeouts()
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
         if self.enroll_token in self.auth_token:
             raise SettingError("MANAGER_ENROLL_TOKEN must differ from MANAGER_AUTH_TOKEN")
         if self.viewer_token and self.viewer_token in (*self.auth_token, self.enroll_token):
             raise SettingError("MANAGER_VIEWER_TOKEN must differ from MANAGER_AUTH_TOKEN and MANAGER_ENROLL_TOKEN")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingError("MANAGER_TLS_CERT and MANAGER_TLS_KEY must be given together")
+        if self.backup_dir and self.data_dir and self.backup_dir.absolute() == self.data_dir.absolute():
+            raise SettingError("MANAGER_BACKUP_DIR must differ from MANAGER_DATA_DIR")
         if self.tls_cert and self.tls == "off":
             raise SettingError("MANAGER_TLS_CERT has no use with MANAGER_TLS 'off'; it must be auto or require")
 
@@ -2382,7 +2388,6 @@ class Manager:
         self.purged_for_space = 0  # threat events and entries removed because of MANAGER_MAX_DB_BYTES
         self._purged_for_space_ms: int | None = None  # on the clock's tick: when that last happened
         self._prune_due_ms = self.started.tick_ms + _HOUR_MS  # on the clock's tick
-        self._pruned: list[tuple[int, int]] = []  # tick and number of the last day's
         self._none_due_until_ms = 0  # on the tick: until then every agent announced as online is
         self._stalled_ms, self._suspended_ms = clock.stalled_ms(), self.started.suspended_ms
         self._forgiven_ms = 0  # how far the tick that decides liveness is behind the clock's
@@ -2490,6 +2495,9 @@ class Manager:
                                    (Status.OFFLINE, self.liveness.offline_after_ms + 1)):
                 db.execute("UPDATE contacts SET seen_ms = ?, heard = 0 WHERE announced = ?",
                            (now.tick_ms - age_ms, status))
+            # Of files made before that was recorded.
+            db.execute(f"UPDATE contacts SET announced_steady_ms = ? WHERE {_SILENT} AND announced = 'offline' "
+                       "AND announced_steady_ms IS NULL", (now.steady_ms,))
         self._none_due_until_ms = now.tick_ms + self.liveness.stale_after_ms
 
     def forgive_suspend(self) -> None:
@@ -2507,6 +2515,7 @@ class Manager:
         suspended_ms, self._suspended_ms = now.suspended_ms - self._suspended_ms, now.suspended_ms
         if suspended_ms >= self._least_forgiven_ms:  # the tick stood still, so there is nothing to leave out
             self._to_journal.append((now.wall_ms, "machine_suspended", suspended_ms))
+            self._prune_due_ms = now.tick_ms + _HOUR_MS
         tick_ms = now.tick_ms - self._forgiven_ms
         if not self.store.failed:
             if self._outage_ms is not None:
@@ -2528,6 +2537,7 @@ class Manager:
             return
         self._forgiven_at.append(tick_ms)
         self._forgiven_ms += duration_ms
+        self._prune_due_ms = now.tick_ms + _HOUR_MS
         self._none_due_until_ms = 0
         self._to_journal.append((now.wall_ms, cause, duration_ms))
 
@@ -3490,18 +3500,20 @@ class Manager:
         """Deregister agents that have been offline for long, if that is wanted; looked at once an hour.
 
         A tenth of the fleet a day at most, and nobody while more than half of it is silent: then it is the manager that
-        is cut off. Offline is counted in time in which the manager ran. The timer calls it.
+        is cut off. Nor within an hour of a start or of a time that was forgiven, in which the others are heard again.
+        Time in which the manager was stopped does not count. The timer calls it.
         """
         tick_ms = self.clock.now().tick_ms
         if not self.config.prune_offline_ms or tick_ms < self._prune_due_ms:
             return
         self._prune_due_ms = tick_ms + _HOUR_MS
         now = self.now()
-        self._pruned = [(at_ms, number) for at_ms, number in self._pruned if tick_ms - at_ms < _DAY_MS]
         with self.store.transaction() as db:
             counts = self._counts(db, now)
             total = sum(counts.values())
-            room = max(1, total // 10) - sum(number for _, number in self._pruned)
+            (pruned,) = db.execute("SELECT coalesce(sum(json_extract(data, '$.count')), 0) FROM journal "
+                                   "WHERE type = 'agents_pruned' AND at_ms > ?", (now.wall_ms - _DAY_MS,)).fetchone()
+            room = max(1, total // 10) - pruned
             if room <= 0 or 2 * counts[Status.ONLINE] < total:
                 return
             rows = db.execute(
@@ -3511,7 +3523,6 @@ class Manager:
             for row in rows:
                 self._remove(db, now, row, THE_MANAGER)
             if rows:
-                self._pruned.append((tick_ms, len(rows)))
                 self.store.journal(now.wall_ms, "agents_pruned", THE_MANAGER, None, None, {
                     "count": len(rows), "hostnames": [row["hostname"] for row in rows][:_LISTED],
                     "offlineMs": self.config.prune_offline_ms})
@@ -4714,10 +4725,17 @@ class Streams:
 _TOLD_TYPES = ("agent_offline", "agent_online", "agent_deregistered", "threats_reported", "threats_correlated",
                "identity_conflict")
 _OUTAGE = 10  # so many agents that fall silent together are one outage, or a fifth of the fleet
-_NAMED = 20  # agents that a text names, at most
+_NAMED = 20  # agents or events that a text names, at most
+_MOST_ENTRIES = 1000  # of each kind in a notification
+_READ_AT_ONCE = 10_000
+_CHAT_CHARACTERS = 1900
 _CONNECT_RECEIVER_S, _SEND_S = 3.0, 10.0
 _FIRST_RETRY_MS, _LONGEST_RETRY_MS = 5_000, 3_600_000
-_CHATS = {"slack": "text", "mattermost": "text", "discord": "content"}
+# By the host's domain or the prefix of the address: the field that the text goes into.
+_CHATS = {"slack": "text", "slack.com": "text", "mattermost": "text", "mattermost.com": "text", "discord": "content",
+          "discord.com": "content", "discordapp.com": "content"}
+_FINAL_STATUSES = (400, 413, 422)  # the notification itself is refused: after some tries the next one is sent
+_TRIES_IF_FINAL = 5
 
 
 class Notifier:
@@ -4747,7 +4765,9 @@ class Notifier:
                 db.execute("INSERT OR IGNORE INTO receivers (digest, delivered) VALUES (?, ?)", (each, newest))
             known = [row[0] for row in db.execute("SELECT digest FROM receivers")]
             db.executemany("DELETE FROM receivers WHERE digest = ?", [(each,) for each in known if each not in digests])
-        self.receivers = [Receiver(self, url) for url in config.notify_url]
+            gone = {row[0] for row in db.execute("SELECT digest FROM receivers WHERE state != 'works'")}
+        self.receivers = [Receiver(self, url, digest(url) in gone) for url in dict.fromkeys(config.notify_url)]
+        self._testing = threading.Lock()
 
     def _tick_ms(self) -> int:
         return self.manager.clock.now().tick_ms
@@ -4757,7 +4777,7 @@ class Notifier:
         if not self.receivers:
             return
         tick_ms, config = self._tick_ms(), self.manager.config
-        for entry in self.manager.journal(after=self._read_seq, type=_TOLD_TYPES):
+        for entry in self.manager.journal(after=self._read_seq, type=_TOLD_TYPES, limit=_READ_AT_ONCE):
             self._pending.append((tick_ms, entry))
             self._read_seq = entry.seq
         first_ms = self._pending[0][0] if self._pending else tick_ms
@@ -4775,26 +4795,29 @@ class Notifier:
     def _make(self, group: Sequence[Entry], later: Sequence[Entry]) -> None:
         wanted = self.manager.config.notify_on
         silent, back, gone = self._changes(group, later)
+        with self.manager.store.read() as db:
+            told = {row[0] for row in db.execute("SELECT agent_id FROM told_silent")}
+            rows = db.execute("SELECT id, ip, org_id, tags FROM agents").fetchall() if silent else []
+        known = {row["id"] for row in rows}
+        silent = [entry for entry in silent if entry.agent_id in known]
+        back = [entry for entry in back if entry.agent_id in told]
+        shown = sorted(filter(self._is_told, group), key=_rank)
+        lines = self._silence(rows, silent) if "offline" in wanted else []
+        lines += _listed([f"{_name(entry)} is back" for entry in back], "agents are back") if "online" in wanted else []
+        lines += [_sentence(entry) for entry in shown[:_NAMED]]
+        lines += [f"and {len(shown) - _NAMED} more"] if len(shown) > _NAMED else []
+        data = {"offline": silent if "offline" in wanted else [], "online": back if "online" in wanted else [],
+                "events": shown}
+        ended = {entry.agent_id for entry in back} | gone
         with self.manager.store.transaction() as db:
-            told = {row[0]: row[1] for row in db.execute("SELECT agent_id, hostname FROM told_silent")}
-            back = [entry for entry in back if entry.agent_id in told]
-            lines = self._silence(db, silent) if "offline" in wanted else []
-            lines += _listed([f"{_name(entry)} is back" for entry in back], "agents are back") if "online" in wanted \
-                else []
-            shown = [entry for entry in group if self._is_told(entry)]
-            lines += [_sentence(entry) for entry in shown][:_NAMED]
-            if "offline" in wanted:
-                db.executemany("INSERT OR REPLACE INTO told_silent VALUES (?, ?)",
-                               [(entry.agent_id, str(entry.data.get("hostname"))) for entry in silent])
-            ended = {entry.agent_id for entry in back} | gone
+            db.executemany("INSERT OR REPLACE INTO told_silent VALUES (?, ?)",
+                           [(entry.agent_id, str(entry.data.get("hostname"))) for entry in silent])
             db.executemany("DELETE FROM told_silent WHERE agent_id = ?", [(agent_id,) for agent_id in ended])
             db.execute("UPDATE follower SET position = ?", (group[-1].seq,))
             if lines:
                 self._reminded_ms = self._tick_ms()
-                self._keep(db, lines, {
-                    "offline": [entry_shape(entry) for entry in silent] if "offline" in wanted else [],
-                    "online": [entry_shape(entry) for entry in back] if "online" in wanted else [],
-                    "events": [entry_shape(entry) for entry in shown]})
+                self._keep(db, lines, {name: [entry_shape(entry) for entry in entries[:_MOST_ENTRIES]]
+                                       for name, entries in data.items()})
 
     @staticmethod
     def _changes(group: Sequence[Entry], later: Sequence[Entry]) -> tuple[list[Entry], list[Entry], set[str | None]]:
@@ -4812,25 +4835,30 @@ class Notifier:
             return any(f"threat:{severity}" in wanted for severity in SEVERITIES[worst:])
         return {"threats_correlated": "correlated", "identity_conflict": "conflict"}.get(entry.type) in wanted
 
-    def _silence(self, db: sqlite3.Connection, silent: Sequence[Entry]) -> list[str]:
+    def _silence(self, rows: Sequence[sqlite3.Row], silent: Sequence[Entry]) -> list[str]:
         """What to say of agents that fell silent: who, or if many did together, how many and what they share."""
-        rows = db.execute("SELECT id, ip, org_id, tags FROM agents").fetchall()
         if len(silent) < 2 or len(silent) < min(_OUTAGE, len(rows) / 5):
             return [f"{_name(entry)} fell silent, last seen {entry.data.get('lastSeen')}" for entry in silent]
         ids = {entry.agent_id for entry in silent}
-        all_of, silent_of = Counter[str](), Counter[str]()
+        all_of, silent_of = Counter[str](), defaultdict[str, set[str]](set)
         for row in rows:
             for shared in self._shared(row):
                 all_of[shared] += 1
-                silent_of[shared] += row["id"] in ids
+                if row["id"] in ids:
+                    silent_of[shared].add(row["id"])
         # The narrowest of what most of them share.
-        among = min((all_of[shared], shared) for shared in all_of if silent_of[shared] >= 0.8 * len(silent))[1]
-        passed_s = (max(entry.at_ms for entry in silent) - min(entry.at_ms for entry in silent) + 999) // 1000
-        named = ", ".join(sorted(str(entry.data.get("hostname")) for entry in silent)[:_NAMED])
-        more = ", …" if len(silent) > _NAMED else ""
-        return [f"{silent_of[among]} of {all_of[among]} {among} fell silent within {passed_s} s: {named}{more}"]
+        most = 0.8 * len(silent)
+        among = min((all_of[each], each) for each, some in silent_of.items() if len(some) >= most)[1]
+        inside = [entry for entry in silent if entry.agent_id in silent_of[among]]
+        passed_ms = max(entry.at_ms for entry in inside) - min(entry.at_ms for entry in inside)
+        together = passed_ms <= 2 * self.manager.config.notify_delay_ms  # else the wall clock was set meanwhile
+        within = f" within {(passed_ms + 999) // 1000} s" if together else ""
+        named = ", ".join(sorted(_plain(entry.data.get("hostname")) for entry in inside)[:_NAMED])
+        more = ", …" if len(inside) > _NAMED else ""
+        others = f"; and {len(silent) - len(inside)} others" if len(silent) > len(inside) else ""
+        return [f"{len(inside)} of {all_of[among]} {_plain(among)} fell silent{within}: {named}{more}{others}"]
 
-    def _shared(self, row: Mapping[str, Any]) -> list[str]:
+    def _shared(self, row: sqlite3.Row) -> list[str]:
         """What an agent may share with others, as it is said of several."""
         prefix = 64 if ":" in row["ip"] else 24
         network = ipaddress.ip_network((row["ip"], prefix), strict=False)
@@ -4840,25 +4868,51 @@ class Notifier:
     def _remind(self) -> None:
         self._reminded_ms = self._tick_ms()
         with self.manager.store.transaction() as db:
-            told = [row[0] for row in db.execute("SELECT hostname FROM told_silent ORDER BY hostname")]
+            told = [_plain(row[0]) for row in db.execute("SELECT hostname FROM told_silent ORDER BY hostname")]
             if told:
                 self._keep(db, _listed([f"{name} is still silent" for name in told], "agents are still silent"),
                            {"reminder": told})
 
     def _keep(self, db: sqlite3.Connection, lines: Sequence[str], data: Mapping[str, Any]) -> None:
+        """Keep a notification for those that still take any, and let go of those that nobody took for a day."""
         now = self.manager.now()
-        body = {"type": "panguard.notification", "timestamp": iso(now.wall_ms), "data": {
-            "text": "\n".join(lines), **data}}
-        db.execute("INSERT INTO notifications (id, at_ms, body) VALUES (?, ?, ?)",
-                   ("msg_" + secrets.token_hex(12), now.steady_ms, to_json(body)))
+        db.execute("UPDATE receivers SET delivered = max(delivered, coalesce((SELECT max(key) FROM notifications "
+                   "WHERE at_ms < ?), 0))", (now.steady_ms - _DAY_MS,))
+        takers = db.execute("SELECT min(delivered) FROM receivers WHERE state != 'gone'").fetchone()[0]
+        db.execute("DELETE FROM notifications WHERE key <= coalesce(?, key)", (takers,))
+        if takers is not None:
+            body = {"type": "panguard.notification", "timestamp": iso(now.wall_ms), "data": {
+                "text": "\n".join(lines), **data}}
+            db.execute("INSERT INTO notifications (id, at_ms, body) VALUES (?, ?, ?)",
+                       ("msg_" + secrets.token_hex(12), now.steady_ms, to_json(body)))
 
     def test(self) -> list[dict[str, Any]]:
-        """Send a notification to every receiver at once; what each answered."""
-        now = self.manager.now()
-        body = {"type": "panguard.test", "timestamp": iso(now.wall_ms), "data": {
-            "text": "A test of Panguard Manager's notifications"}}
-        sent = [(each, each.send("msg_" + secrets.token_hex(12), to_json(body))) for each in self.receivers]
-        return [{"receiver": each.name, "delivered": answer.ok, "answer": answer.text} for each, answer in sent]
+        """Send a notification to every receiver; what each answered. Raises Throttled while another test runs."""
+        if not self._testing.acquire(blocking=False):
+            raise Throttled("a test of the notifications is under way", retry_after_s=int(_SEND_S))
+        try:
+            now = self.manager.now()
+            body = {"type": "panguard.test", "timestamp": iso(now.wall_ms), "data": {
+                "text": "A test of Panguard Manager's notifications"}}
+            answers: dict[str, Answer] = {}
+
+            def send(receiver: Receiver) -> None:
+                answers[receiver.url] = receiver.send("msg_" + secrets.token_hex(12), to_json(body))
+            threads = [threading.Thread(target=send, args=(each,), daemon=True) for each in self.receivers]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(_CONNECT_RECEIVER_S + _SEND_S + 1)
+            late = Answer(0, "no answer in time")
+            return [{"receiver": each.name, "delivered": answers.get(each.url, late).ok,
+                     "answer": answers.get(each.url, late).text} for each in self.receivers]
+        finally:
+            self._testing.release()
+
+    def stop(self) -> None:
+        """End all requests to receivers."""
+        for each in self.receivers:
+            each.stop()
 
     def failing(self) -> int:
         """How many receivers did not take the last notification."""
@@ -4881,20 +4935,22 @@ class Answer(NamedTuple):
 class Receiver:
     """One receiver of notifications. `wake` has its thread look for one to deliver; `stop()` ends a request."""
 
-    def __init__(self, notifier: Notifier, url: str) -> None:
+    def __init__(self, notifier: Notifier, url: str, failing: bool) -> None:
         self.notifier = notifier
-        kind, _, address = url.rpartition("+http")
-        self._target = urlsplit(("http" + address) if kind else url)
+        self.url = url
+        kind, address = cast("re.Match[str]", re.fullmatch(r"(?:(slack|mattermost|discord)\+)?(.*)", url)).groups()
+        self._target = urlsplit(address)
         host = self._target.hostname or ""
-        told_by_host = next((chat for chat in _CHATS if chat in host), "")
-        self._field = _CHATS.get(kind or told_by_host)
+        domain = next((each for each in _CHATS if "." in each and f".{host}".endswith(f".{each}")), "")
+        self._chat = kind or domain.partition(".")[0].replace("discordapp", "discord")
         self.name = f"{self._target.scheme}://{self._target.netloc.rpartition('@')[2]}"  # a chat's path is a secret
-        self.failing = False
+        self.failing = failing
         self.wake = threading.Event()
         self._digest = digest(url)
         self._tries, self._next_ms = 0, 0
+        self._sent_key = 0  # of the last one taken, which the database may not know yet
         self._over = False
-        self._connection: http.client.HTTPConnection | None = None
+        self._connections: set[http.client.HTTPConnection] = set()
 
     def run(self) -> None:
         """Deliver what there is, whenever woken, until stop()."""
@@ -4913,8 +4969,8 @@ class Receiver:
         """Have run() return, now."""
         self._over = True
         self.wake.set()
-        with contextlib.suppress(OSError, AttributeError):
-            cast("http.client.HTTPConnection", self._connection).sock.shutdown(socket.SHUT_RDWR)
+        for connection in list(self._connections):
+            _cut(connection)
 
     def deliver(self) -> bool:
         """Deliver the next notification, if it is time; whether there may be another."""
@@ -4922,39 +4978,48 @@ class Receiver:
         if manager.clock.now().tick_ms < self._next_ms:
             return False
         with manager.store.read() as db:
-            row = db.execute("SELECT n.*, r.state FROM receivers r JOIN notifications n ON n.key > r.delivered "
-                             "WHERE r.digest = ? ORDER BY n.key LIMIT 1", (self._digest,)).fetchone()
+            row = db.execute("SELECT n.*, r.state FROM receivers r JOIN notifications n ON n.key > max(r.delivered, ?) "
+                             "WHERE r.digest = ? AND n.at_ms >= ? ORDER BY n.key LIMIT 1", (
+                                 self._sent_key, self._digest, manager.now().steady_ms - _DAY_MS)).fetchone()
         if row is None or row["state"] == "gone":
             return False
         answer = self.send(row["id"], row["body"])
         if self._over and not answer.ok:
             return False
-        too_old = manager.now().steady_ms - row["at_ms"] > _DAY_MS
+        self._tries = 0 if answer.ok else self._tries + 1
+        self._next_ms = 0 if answer.ok else manager.clock.now().tick_ms + self._wait_ms(answer)
+        done = answer.ok or (answer.status in _FINAL_STATUSES and self._tries >= _TRIES_IF_FINAL)
+        self._sent_key = row["key"] if done else self._sent_key
+        self.failing = not answer.ok
         state = "works" if answer.ok else "gone" if answer.status == 410 else "fails"
         with manager.store.transaction() as db:
-            if answer.ok or too_old:
-                db.execute("UPDATE receivers SET delivered = ? WHERE digest = ?", (row["key"], self._digest))
-                db.execute("DELETE FROM notifications WHERE key <= (SELECT min(delivered) FROM receivers "
-                           "WHERE state != 'gone')")
-            db.execute("UPDATE receivers SET state = ? WHERE digest = ?", (state, self._digest))
+            db.execute("UPDATE receivers SET state = ?, delivered = max(delivered, ?) WHERE digest = ?",
+                       (state, self._sent_key, self._digest))
             if state not in ("works", row["state"]):  # journalled once
                 manager.store.journal(manager.now().wall_ms, "notification_failed", THE_MANAGER, None, None, {
                     "receiver": self.name, "error": answer.text, "off": state == "gone"})
                 log.warning("%s took no notification: %s", self.name, answer.text)
-        self.failing = not answer.ok
-        if answer.ok:
-            self._tries, self._next_ms, self.notifier.delivered = 0, 0, self.notifier.delivered + 1
-            return True
-        wait_ms = max(1000 * answer.retry_after_s, min(_LONGEST_RETRY_MS, _FIRST_RETRY_MS << min(self._tries, 20)))
-        self._tries += 1
-        self._next_ms = manager.clock.now().tick_ms + min(wait_ms, _DAY_MS)
-        return False
+        self.notifier.delivered += answer.ok
+        return answer.ok
+
+    def _wait_ms(self, answer: Answer) -> int:
+        backoff_ms = min(_LONGEST_RETRY_MS, _FIRST_RETRY_MS << min(self._tries - 1, 20))
+        return min(_DAY_MS, max(1000 * answer.retry_after_s, backoff_ms))
+
+    def _chat_body(self, text: str) -> dict[str, Any]:
+        """What a chat takes: the text, in which nothing that an agent sent calls people or hides an address."""
+        if len(text) > _CHAT_CHARACTERS:
+            text = text[:_CHAT_CHARACTERS].rpartition("\n")[0] + "\n…"
+        if self._chat == "discord":
+            return {"content": re.sub(r"([\[\]<>*_~`|])", r"\\\1", text), "allowed_mentions": {"parse": []}}
+        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return {"text": re.sub("@(?=[a-z])", "@\u200b", text) if self._chat == "mattermost" else text}
 
     def send(self, message_id: str, body: str) -> Answer:
         """Post a notification as the receiver takes it; redirects are not followed."""
         config = self.notifier.manager.config
-        if self._field:
-            body = to_json({self._field: json.loads(body)["data"]["text"][:1900]})
+        if self._chat:
+            body = to_json(self._chat_body(json.loads(body)["data"]["text"]))
         instant = str(self.notifier.manager.clock.now().wall_ms // 1000)
         headers = {"Content-Type": "application/json", "User-Agent": f"panguard-manager/{__version__}",
                    "webhook-id": message_id, "webhook-timestamp": instant}
@@ -4966,23 +5031,56 @@ class Receiver:
             headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
         kind = http.client.HTTPSConnection if self._target.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._target.hostname or "", self._target.port, timeout=_CONNECT_RECEIVER_S)
-        self._connection = connection
+        self._connections.add(connection)
+        limit = threading.Timer(_CONNECT_RECEIVER_S + _SEND_S, _cut, (connection,))  # of the whole, however it drips
+        limit.daemon = True
+        limit.start()
         path = (self._target.path or "/") + ("?" + self._target.query if self._target.query else "")
         try:
             with contextlib.closing(connection):
                 connection.connect()
+                if self._over:
+                    return Answer(0, "the manager is stopping")
                 connection.sock.settimeout(_SEND_S)
                 connection.request("POST", path, body.encode(), headers)
                 answer = connection.getresponse()
-                wait = answer.headers.get("Retry-After", "")
-                return Answer(answer.status, f"{answer.status} {answer.reason}"[:200],
-                              int(wait) if wait.isdecimal() and len(wait) < 8 else 0)
+                return Answer(answer.status, _plain(f"{answer.status} {answer.reason}")[:200],
+                              _seconds_of(answer.headers.get("Retry-After", "")))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            return Answer(0, str(error)[:200] or type(error).__name__)
+            return Answer(0, _plain(error)[:200] or type(error).__name__)
+        finally:
+            limit.cancel()
+            self._connections.discard(connection)
+
+
+def _cut(connection: http.client.HTTPConnection) -> None:
+    """End whatever a connection waits for, from another thread."""
+    with contextlib.suppress(OSError, AttributeError):
+        connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _seconds_of(retry_after: str) -> int:
+    """The seconds of a Retry-After header, which may be a date (RFC 9110, 10.2.3); 0 if it is neither."""
+    if retry_after.isdecimal():
+        return int(retry_after[:9])
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0, round(email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()))
+    return 0
+
+
+def _plain(value: Any) -> str:
+    """What an agent or a receiver sent, as a part of one line."""
+    return "".join("\ufffd" if unicodedata.category(each)[0] == "C" or each in "\u2028\u2029" else each
+                   for each in str(value))
+
+
+def _rank(entry: Entry) -> int:
+    """The worst threats first, then the others."""
+    return SEVERITIES.index(str(entry.data["maxSeverity"])) if entry.type == "threats_reported" else len(SEVERITIES)
 
 
 def _name(entry: Entry) -> str:
-    return f"{entry.data.get('hostname')} ({entry.agent_id})"
+    return f"{_plain(entry.data.get('hostname'))} ({entry.agent_id})"
 
 
 def _listed(lines: list[str], many: str) -> list[str]:
@@ -4995,7 +5093,7 @@ def _sentence(entry: Entry) -> str:
         return f"{_name(entry)} reported {entry.data['count']} threats, the worst {entry.data['maxSeverity']}"
     if entry.type == "threats_correlated":
         (kind, value), = entry.data["indicator"].items()
-        return f"{entry.data['count']} agents saw {kind} {value}"
+        return f"{entry.data['count']} agents saw {kind} {_plain(value)}"
     return (f"{_name(entry)} registered with the machine_id of {entry.data['otherAgentId']}, which is online: "
             "a cloned machine")
 
@@ -5961,6 +6059,7 @@ def tell_systemd(state: str) -> None:
     if not (address := os.environ.get("NOTIFY_SOCKET")):
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.setblocking(False)
         systemd.connect("\0" + address[1:] if address[0] == "@" else address)
         systemd.send(state.encode())
 
@@ -5968,7 +6067,8 @@ def tell_systemd(state: str) -> None:
 def watchdog_s() -> float:
     """How often the service manager wants to hear of this process at least, or infinity (sd_watchdog_enabled(3))."""
     wanted_us, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
-    return int(wanted_us) / 2e6 if wanted_us.isdecimal() and pid in ("", str(os.getpid())) else math.inf
+    ours = wanted_us.isdecimal() and int(wanted_us) > 0 and pid in ("", str(os.getpid()))
+    return int(wanted_us) / 2e6 if ours else math.inf
 
 
 class WebServer:
@@ -6056,6 +6156,7 @@ class WebServer:
         return [channel for listener in self.listeners for channel in listener.active_channels.values()]
 
     def _run(self) -> None:
+        watched = watchdog_s() < math.inf
         cleanup_s = min(CLEANUP_S, watchdog_s())
         next_cleanup = time.monotonic() + cleanup_s
         try:
@@ -6063,7 +6164,8 @@ class WebServer:
                 self.sockets.run_once(max(0.0, next_cleanup - time.monotonic()))
                 if time.monotonic() >= next_cleanup:
                     next_cleanup = time.monotonic() + cleanup_s
-                    tell_systemd("WATCHDOG=1")
+                    if watched:
+                        tell_systemd("WATCHDOG=1")
                     for channel in self.channels():
                         if channel.expires_s() <= time.monotonic():
                             channel.handle_close()
@@ -6089,6 +6191,51 @@ class WebServer:
     def _in_flight(self) -> bool:
         return bool(self.workers.queue) or any(
             channel.requests or channel.total_outbufs_len for channel in self.channels())
+
+
+class Backups:
+    """Backups that the manager makes by itself, as MANAGER_BACKUP_DIR asks: run() in a thread, until `over` is set."""
+
+    def __init__(self, config: Config, folder: Path, api: Api) -> None:
+        self.over = threading.Event()
+        self._config, self._folder, self._api = config, folder, api
+        self._kept = cast("Path", config.backup_dir)
+
+    def _made(self) -> list[Path]:
+        """Those that a manager made, oldest first; whatever else is there is not touched."""
+        return sorted(path for path in self._kept.glob("panguard-*.backup") if path.is_file() and not path.is_symlink()
+                      and re.fullmatch(r"panguard-\d{8}T\d{6}Z\.backup", path.name))
+
+    def _progress(self, part: float) -> None:
+        if self.over.is_set():
+            raise Unavailable("the manager is stopping")
+
+    def make(self) -> None:
+        """Make a backup, and remove the oldest that are too many. Raises ManagerError, OSError."""
+        self._kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in self._kept.glob(".panguard-*"):  # of a run that was killed
+            if time.time() - path.stat().st_mtime > 86_400:
+                shutil.rmtree(path)
+        name = f"panguard-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.backup"
+        back_up(self._folder, self._kept / name, self._progress)
+        self._api.proved_s, self._api.backups_failed = time.time(), 0
+        others = [path for path in self._made() if path.name != name]
+        for path in others[:max(0, len(others) - self._config.backup_keep + 1)]:
+            path.unlink()
+
+    def run(self) -> None:
+        """Make one whenever it is time; the first as long after the last one that is there as is set."""
+        every_s = self._config.backup_every_ms / 1000
+        ages_s = [time.time() - path.stat().st_mtime for path in self._made()]
+        due_s = time.monotonic() + max(0.0, every_s - min((age_s for age_s in ages_s if age_s >= 0), default=math.inf))
+        while not self.over.wait(max(0.05, due_s - time.monotonic())):
+            due_s = time.monotonic() + every_s
+            try:
+                self.make()
+            except Exception as error:
+                self._api.backups_failed += not self.over.is_set()
+                if self._api.backups_failed == 1:
+                    log.error("no backup could be made: %s", error)
 
 
 _ClockT = TypeVar("_ClockT", bound=Clock)
@@ -6164,11 +6311,14 @@ class Server(Generic[_ClockT]):
             self._notifier = self._api.notifier = Notifier(self.manager)
             for receiver in self._notifier.receivers:
                 undo.callback(run_thread("panguard-notify", receiver.run, receiver.stop))
+            undo.callback(self._notifier.stop)  # all of them, before any is waited for
             self._serve(app, folder, undo)
             interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
             undo.callback(self.clock.every(interval_s, self._tick))
             self._check_daily(store, undo)
-            self._back_up(folder, undo)
+            if self.config.backup_dir:
+                backups = Backups(self.config, folder, self._api)
+                undo.callback(run_thread("panguard-backup", backups.run, backups.over.set))
             self._undo = undo.pop_all()
         self._running = True
 
@@ -6245,40 +6395,11 @@ class Server(Generic[_ClockT]):
         finally:
             if not manager.store.failed:
                 manager.check_health()  # after the sweep, which leaves few agents to look at
-        manager.prune()
-        self._notifier.compose()
         self._streams.keep_alive()
         self._renew_certificate()
+        manager.prune()
+        self._notifier.compose()
         return self.manager.purge()
-
-    def _back_up(self, folder: Path, undo: contextlib.ExitStack) -> None:
-        """Make backups from time to time, beginning as long after the last one as is set."""
-        config, over = self.config, threading.Event()
-        if config.backup_dir is None:
-            return
-        kept = config.backup_dir
-
-        def made() -> list[Path]:
-            return sorted(kept.glob("panguard-*.backup"))
-
-        def work() -> None:
-            while not over.wait(min(60.0, config.backup_every_ms / 1000)):
-                newest_s = max((path.stat().st_mtime for path in made()), default=0.0)
-                if 0 <= time.time() - newest_s < config.backup_every_ms / 1000:
-                    continue
-                try:
-                    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    name = f"panguard-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.backup"
-                    back_up(folder, kept / name, lambda part: None)
-                    for path in made()[:-config.backup_keep]:
-                        path.unlink()
-                    self._api.proved_s, self._api.backups_failed = time.time(), 0
-                except (ManagerError, OSError) as error:
-                    self._api.backups_failed += 1
-                    if self._api.backups_failed == 1:
-                        log.error("no backup could be made: %s", error)
-
-        undo.callback(run_thread("panguard-backup", work, over.set))
 
     @staticmethod
     def _check_daily(store: Store, undo: contextlib.ExitStack) -> None:

@@ -2626,6 +2626,31 @@ def test_agents_offline_for_long_are_pruned_a_tenth_of_the_fleet_a_day() -> None
         assert len(api.get("/api/agents")) == 40 - 10
 
 
+def test_pruning_keeps_its_limit_over_restarts_and_waits_after_a_suspend(tmp_path: Path) -> None:
+    clock = ManualClock()
+    settings: Any = {"port": 0, "clock": clock, "data_dir": tmp_path, "tls": "off", "prune_offline_ms": 7 * 86_400_000,
+                     "heartbeat_timeout_ms": 7_200_000}
+    with Server(**settings) as server:
+        ids = [server.manager.register(f"h{number:02}", "linux", "1").agent.id for number in range(40)]
+
+        def live(server: Server, hours: float, step_s: float = 1200) -> None:
+            for _ in range(round(hours * 3600 / step_s)):
+                for agent in ids[16:]:
+                    server.manager.heartbeat(agent)
+                clock.advance(step_s)
+        live(server, 7 * 24)
+        clock.suspend(8 * 86_400)
+        clock.advance(60)
+        assert len(server.manager.agents()[0]) == 40, "the others must be heard first"
+    for _ in range(6):
+        with Server(**settings) as server:
+            live(server, 3)
+    with Server(**settings) as server:
+        assert [entry.data["count"] for entry in server.manager.journal(type="agents_pruned")] == [4]
+        live(server, 24)
+        assert len(server.manager.agents()[0]) == 40 - 4 - 3
+
+
 def test_nobody_is_pruned_while_half_of_the_fleet_is_silent_or_unless_asked_for() -> None:
     for days, left in ((0, 9), (1, 9)):
         with fleet(prune_offline_ms=days * 86_400_000, heartbeat_timeout_ms=7_200_000) as api:
@@ -5219,6 +5244,7 @@ class Receiving(contextlib.AbstractContextManager["Receiving"]):
     def __init__(self, *answers: int | bytes | None) -> None:
         self.answers = list(answers)  # then 200; bytes are sent as they are, None answers nothing
         self.heard: list[tuple[str, dict[str, str], Any]] = []
+        self.before: Callable[[], object] = lambda: None  # called before it answers
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/hook?key=1"
         self.silent: list[socket.socket] = []
@@ -5240,6 +5266,7 @@ class Receiving(contextlib.AbstractContextManager["Receiving"]):
                 headers = dict(iter(lambda file=file: tuple(file.readline().decode().strip().split(": ", 1)), ("",)))
                 body = file.read(int(headers["Content-Length"]))
             self.heard.append((path[1].decode(), headers, json.loads(body)))
+            self.before()
             answer = self.answers.pop(0) if self.answers else 200
             if answer is None:
                 self.silent.append(client)
@@ -5379,33 +5406,51 @@ def test_a_chat_gets_the_text_it_takes(kind: str, field: str) -> None:
         advance(api, 2)
         advance(api, 2)
         until(lambda: receiver.heard, "a notification")
-        assert receiver.heard[0][2] == {field: f"web-1 ({agent['id']}) reported 1 threats, the worst critical"}
+        said = receiver.heard[0][2]
+        assert said.pop("allowed_mentions", None) == ({"parse": []} if kind == "discord" else None)
+        assert said == {field: f"web-1 ({agent['id']}) reported 1 threats, the worst critical"}
 
 
-def test_a_receiver_that_fails_gets_it_again_and_the_other_meanwhile() -> None:
+@contextlib.contextmanager
+def composing(tmp_path: Path, *receivers: Receiving) -> Iterator[tuple[Manager, ManualClock, Callable[[], list[bool]]]]:
+    """A manager without threads, its clock, and a function that composes and has each receiver deliver once."""
+    clock, store = ManualClock(), manager.Store(tmp_path)
+    with contextlib.closing(store):
+        fleet = Manager(Config(data_dir=tmp_path, notify_url=",".join(each.url for each in receivers),
+                               notify_delay_ms=1000), clock, store)
+        notifier = manager.Notifier(fleet)
+
+        def turn() -> list[bool]:
+            notifier.compose()
+            return [receiver.deliver() for receiver in notifier.receivers]
+        yield fleet, clock, turn
+
+
+def reported(fleet: Manager, clock: ManualClock, turn: Callable[[], Any], severity: str = "high") -> None:
+    """Have an agent report a threat, and let the delay pass up to when it is to be delivered."""
+    fleet.report_events(fleet.register("web-1", "linux", "1").agent.id, [threat(severity=severity)])
+    turn()
+    clock.advance(1)
+
+
+def test_a_receiver_that_fails_gets_it_again_and_the_other_meanwhile(tmp_path: Path) -> None:
     busy = b"HTTP/1.1 503 No\r\nRetry-After: 100\r\nContent-Length: 0\r\n\r\n"
-    with Receiving(500, busy, b"HTTP/1.1 302 No\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", b"\x00",
-                   200) as bad, Receiving() as good, notifying(bad, good, notify_delay_ms=1000) as api:
-        agent = api.register()
-        report(api, agent, threat(severity="high"))
-        advance(api, 2)
-        advance(api, 2)
-        assert len(heard(good, 1)) == len(heard(bad, 1)) == 1
-        until(lambda: api.journal("notification_failed"), "the failure is journalled")
-        for tries, (too_early_s, then_s) in enumerate(((4, 1), (99, 1), (19, 1), (39, 1)), 2):
-            advance(api, too_early_s)
-            advance(api, 0)
-            assert len(bad.heard) == tries - 1, "not before its time"
-            advance(api, then_s)
-            assert len(heard(bad, tries)) == tries
-            until(lambda tries=tries: f"receivers_failing {int(tries < 5)}" in scraped(api.server), "it was noted")
+    redirect = b"HTTP/1.1 302 No\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+    with Receiving(500, busy, redirect, b"\x00", 200) as bad, Receiving() as good, \
+            composing(tmp_path, bad, good) as (fleet, clock, turn):
+        reported(fleet, clock, turn)
+        assert turn() == [False, True]
+        for tries, wait_s in enumerate((5, 100, 20, 40), 2):
+            clock.advance(wait_s - 1)
+            assert turn() == [False, False] and len(bad.heard) == tries - 1, "not before its time"
+            clock.advance(1)
+            assert turn() == [tries == 5, False] and len(bad.heard) == tries
+        assert len(good.heard) == 1
         assert {headers["webhook-id"] for _, headers, _ in bad.heard} == {good.heard[0][1]["webhook-id"]}
-        (entry,) = api.journal("notification_failed")
-        assert (entry["error"], entry["off"]) == ("500 Said", False) and entry["receiver"] == bad.url.rpartition("/")[0]
-        report(api, agent, threat(severity="high"))
-        advance(api, 2)
-        advance(api, 2)
-        assert len(heard(good, 2)) == 2 and len(heard(bad, 6)) == 6
+        (entry,) = fleet.journal(type="notification_failed")
+        assert entry.data == {"receiver": bad.url.rpartition("/")[0], "error": "500 Said", "off": False}
+        reported(fleet, clock, turn)
+        assert turn() == [True, True]
 
 
 def test_a_receiver_that_is_gone_is_asked_no_more_until_a_start() -> None:
@@ -5451,6 +5496,128 @@ def test_what_was_not_delivered_is_delivered_after_a_restart_and_nothing_twice(t
             clock.advance(2)
             clock.advance(2)
             assert heard(receiver, 5)[4].endswith("high"), "what came while nobody was to be told is not told later"
+
+
+@pytest.mark.parametrize("kind", ["", "slack+", "mattermost+", "discord+"])
+def test_what_agents_send_neither_calls_people_nor_makes_lines(kind: str) -> None:
+    hostile = "@everyone <!channel> [x](https://evil.example) \u202e&"
+    with Receiving() as receiver, fleet(notify_url=kind + receiver.url, notify_delay_ms=1000) as api:
+        for _ in range(3):
+            report(api, api.register(hostname=hostile), threat(severity="high", sourceIp="1.2.3.4\nall clear \x1b[31m"))
+        advance(api, 2)
+        advance(api, 2)
+        until(lambda: receiver.heard, "a notification")
+        said = receiver.heard[0][2]
+        text = said["data"]["text"] if not kind else said.get("text") or said["content"]
+        assert len(text.split("\n")) == 4 and "\x1b" not in text and "\u202e" not in text
+        assert {"": "", "slack+": "<!channel>", "mattermost+": "@everyone", "discord+": "[x]("}[kind] in ("", *(
+            each for each in ("<!channel>", "@everyone", "[x](") if each not in text))
+
+
+def test_many_events_are_counted_with_the_worst_first_and_a_chat_ends_on_a_line() -> None:
+    with Receiving() as plain, Receiving() as chat, fleet(
+            notify_url=f"{plain.url},slack+{chat.url}", notify_delay_ms=1000, notify_on="threat:low") as api:
+        for number in range(50):
+            agent = api.register(hostname=f"{number:02}-" + "x" * 100)
+            report(api, agent, threat(severity="critical" if number == 40 else "low"))
+        advance(api, 2)
+        advance(api, 2)
+        lines = heard(plain, 1)[0].split("\n")
+        assert lines[0].startswith("40-") and lines[0].endswith("worst critical")
+        assert lines[-1] == "and 30 more" and len(lines) == 21
+        until(lambda: chat.heard, "the chat's")
+        short = chat.heard[0][2]["text"].split("\n")
+        assert short[-1] == "…" and short[:-1] == lines[:len(short) - 1] and len(short) > 5
+
+
+def test_an_outage_names_its_own_agents_and_counts_the_others() -> None:
+    with Receiving() as receiver, notifying(receiver, heartbeat_timeout_ms=10_000) as api:
+        for number in range(16):
+            api.register(hostname=f"z{number:02}", ip=f"10.0.3.{number + 1}")
+        for number in range(4):
+            api.register(hostname=f"a{number}", ip=f"10.9.{number}.1")
+        for _ in range(3):
+            advance(api, 60)
+        (text,) = heard(receiver, 1)
+        assert text.startswith("16 of 16 agents in 10.0.3.0/24 fell silent within 0 s: z00, z01, ")
+        assert text.endswith("z15; and 4 others")
+
+
+def test_returns_alone_can_be_notified_and_an_address_is_one_receiver() -> None:
+    with Receiving() as receiver, notifying(receiver, receiver, notify_on="online", notify_delay_ms=1000) as api:
+        agent = api.register(hostname="web-1")
+        advance(api, 301)
+        advance(api, 2)
+        api.beat(agent)
+        advance(api, 1)
+        advance(api, 2)
+        assert heard(receiver, 1) == [f"web-1 ({agent['id']}) is back"]
+
+
+def test_an_address_within_an_address_is_no_receiver() -> None:
+    with Receiving() as receiver, Receiving() as other, fleet(
+            notify_url=f"{receiver.url}&next=slack+{other.url}", notify_delay_ms=1000) as api:
+        report(api, api.register(), threat(severity="high"))
+        advance(api, 2)
+        advance(api, 2)
+        assert len(heard(receiver, 1)) == 1 and not other.heard
+
+
+def test_what_nobody_takes_for_a_day_is_let_go(tmp_path: Path) -> None:
+    with Receiving(410) as gone, Receiving(*[503] * 99) as down, \
+            composing(tmp_path, gone, down) as (fleet, clock, turn):
+        for _ in range(5):
+            reported(fleet, clock, turn)
+            turn()
+            clock.advance(86_000)
+        with fleet.store.read() as db:
+            assert db.execute("SELECT count(*) FROM notifications").fetchone()[0] == 2
+        assert len(gone.heard) == 1 and len(down.heard) == 5
+
+
+def test_a_notification_that_is_refused_for_itself_does_not_hold_up_the_next(tmp_path: Path) -> None:
+    with Receiving(*[413] * 5) as receiver, composing(tmp_path, receiver) as (fleet, clock, turn):
+        for severity in ("high", "critical"):
+            reported(fleet, clock, turn, severity)
+            turn()
+        for _ in range(6):
+            clock.advance(100)
+            turn()
+        assert [text.rpartition(" ")[2] for text in receiver.texts()] == ["high"] * 5 + ["critical"]
+
+
+def test_a_fault_of_the_database_after_a_delivery_delivers_nothing_twice(tmp_path: Path) -> None:
+    with Receiving(200, 503) as receiver, composing(tmp_path, receiver) as (fleet, clock, turn):
+        for _ in range(2):
+            reported(fleet, clock, turn)
+            notified = len(receiver.heard)
+            with contextlib.suppress(manager.Unavailable):
+                receiver.before = lambda: locking.enter_context(contextlib.closing(sqlite3.connect(
+                    tmp_path / "manager.db", isolation_level=None, check_same_thread=False))).execute("BEGIN IMMEDIATE")
+                with contextlib.ExitStack() as locking:
+                    turn()
+            receiver.before = lambda: None
+            for _ in range(4):
+                turn()
+            assert len(receiver.heard) == notified + 1
+        clock.advance(5)
+        turn()
+        assert len(receiver.heard) == 3 and len({headers["webhook-id"] for _, headers, _ in receiver.heard}) == 2
+
+
+@pytest.mark.parametrize(("answer", "said"), [
+    (b"HTTP/1.1 500 bad\x1b[31m\rforged\r\n\r\n", "500 bad"),
+    (b"HTTP/1.1 503 No\r\nRetry-After: Wed, 21 Oct 2099 07:28:00 GMT\r\n\r\n", "503 No")])
+def test_what_a_receiver_answers_is_one_line(answer: bytes, said: str) -> None:
+    with Receiving(answer) as receiver, notifying(receiver, notify_delay_ms=1000) as api:
+        report(api, api.register(), threat(severity="high"))
+        advance(api, 2)
+        advance(api, 2)
+        until(lambda: api.journal("notification_failed"), "it is journalled")
+        error = api.journal("notification_failed")[0]["error"]
+        assert error.startswith(said) and error.isprintable()
+        advance(api, 100 if said == "503 No" else 0)
+        assert len(receiver.heard) == 1, "a date is obeyed, too"
 
 
 def test_a_receiver_that_hangs_delays_no_stop(tmp_path: Path) -> None:
@@ -7311,6 +7478,12 @@ def test_the_service_manager_is_told_and_the_watchdog_fed(tmp_path: Path) -> Non
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(LIMIT_S)
+        for unwatched in ({}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "200000", "WATCHDOG_PID": "1"}):
+            with Running(tmp_path / "data", MANAGER_TLS="off", NOTIFY_SOCKET=str(tmp_path / "notify"),
+                         **unwatched) as running:
+                assert systemd.recv(99) == b"READY=1"
+                assert running.end() == 0
+                assert systemd.recv(99) == b"STOPPING=1"
         with Running(tmp_path / "data", MANAGER_TLS="off", NOTIFY_SOCKET=str(tmp_path / "notify"),
                      WATCHDOG_USEC="200000") as running:
             heard = {systemd.recv(99), systemd.recv(99), systemd.recv(99)}
@@ -7828,9 +8001,8 @@ def test_a_command_whose_reader_leaves_ends(tmp_path: Path) -> None:
                                     env={**os.environ, "MANAGER_DATA_DIR": str(tmp_path / "data")})
         try:
             until(lambda: "_open 1\n" in scraped(server), "the follower is there")
-            for number in range(3):
-                server.manager.create_policy(f"p{number}", [RULE])
-            assert follower.wait(timeout=LIMIT_S) == 0
+            until(lambda: server.manager.create_policy("p", [RULE]) and follower.poll() is not None, "it has ended")
+            assert follower.returncode == 0
         finally:
             follower.kill()
             follower.communicate()
@@ -8191,6 +8363,32 @@ def test_the_manager_makes_backups_by_itself_and_keeps_the_latest(tmp_path: Path
         kept.write_text("a file in its place")
         until(lambda: re.search(r"backups_failed [1-9]", scraped(server)), "it fails")
     assert manager.unpack(sorted((tmp_path / "moved").iterdir())[-1], tmp_path)["schema"] == len(manager.MIGRATIONS)
+
+
+def test_backups_by_itself_leave_alone_what_is_not_theirs(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in ("panguard-1.2.0-before-upgrade.backup", "panguard-x.backup", "other"):
+        (kept / name).write_text("not the manager's")
+    (kept / "panguard-y.backup").symlink_to("nowhere")
+    (kept / "panguard-z.backup").mkdir()
+    future = kept / "panguard-20990101T000000Z.backup"
+    future.write_text("of a clock that was wrong")
+    os.utime(future, (time.time() + 10**9,) * 2)
+    left = kept / ".panguard-killed"
+    left.mkdir()
+    (left / "manager.db").write_text("a copy")
+    os.utime(left, (time.time() - 2 * 86_400,) * 2)
+    with Server(port=0, data_dir=tmp_path / "data", tls="off", backup_dir=kept, backup_every_ms=1000,
+                backup_keep=2) as server:
+        until(lambda: re.search(r"backup_proved_timestamp_seconds [1-9]", scraped(server)), "a backup is made")
+        until(lambda: not future.exists() or len(list(kept.glob("panguard-2*"))) >= 2, "another")
+        assert "backups_failed 0" in scraped(server)
+    assert {"panguard-1.2.0-before-upgrade.backup", "panguard-x.backup", "panguard-y.backup", "panguard-z.backup",
+            "other"} <= {path.name for path in kept.iterdir()}
+    assert not left.exists() and [path for path in kept.glob("panguard-2*") if path.stat().st_size > 1000]
+    with pytest.raises(manager.SettingError, match="must differ"):
+        Config(data_dir=tmp_path, backup_dir=tmp_path)
 
 
 def test_a_backup_within_traffic_has_all_that_was_acknowledged_before_it(tmp_path: Path, shell: Any) -> None:
