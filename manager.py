@@ -2326,6 +2326,9 @@ _SWEEP_STEP = 2000  # agents announced in one transaction: some 30 ms, so that n
 _SILENT = "announced != 'online'"  # repeats the partial index's predicate so that SQLite uses it
 _SWEEP_READ = 50 * _SWEEP_STEP
 _ENTRIES_PER_MINUTE = 30  # that one agent can cause in the journal
+_ROW_BYTES = 512  # of a threat event beside its details, its indexes included
+_LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that one agent may report in a minute; a hundredth of the database
+_LEAST_EXCESS_BYTES = 8 * 2**20  # by which the database may exceed its bound before reports are refused; or a tenth
 _AGENTS_COUNTED = 100_000  # for that bound, the latest
 _PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
 _LISTED = 100      # events that one event lists as correlated with it, at most
@@ -2385,6 +2388,7 @@ class Manager:
         self._problem: str | None = None  # why it could not write
         # By agent: the tick at which its minute began, entries since then, entries suppressed, worst severity reported
         self._entries: dict[str, tuple[int, int, int, int]] = {}
+        self._reported: dict[str, tuple[int, int]] = {}  # by agent: the same tick, bytes of events reported since then
         self.purged_for_space = 0  # threat events and entries removed because of MANAGER_MAX_DB_BYTES
         self._purged_for_space_ms: int | None = None  # on the clock's tick: when that last happened
         self._prune_due_ms = self.started.tick_ms + _HOUR_MS  # on the clock's tick
@@ -3093,9 +3097,10 @@ class Manager:
 
     def note_refusal(self, agent_id: str, reason: str, *, caller: Caller) -> None:
         """Journal that a request in the name of this agent was refused, if it is registered."""
-        with self.store.transaction(durable=False) as db:
+        with self.store.read() as db:
             row = db.execute("SELECT org_id, hostname FROM agents WHERE id = ?", (agent_id,)).fetchone()
-            if row:
+        if row:
+            with self.store.transaction(durable=False):
                 self.store.journal(self.now().wall_ms, "agent_refused", caller, agent_id, row["org_id"],
                                    {"hostname": row["hostname"], "reason": reason})
 
@@ -3109,10 +3114,13 @@ class Manager:
         reported before is not stored again and keeps its first event id. Raises NotFound.
         """
         now = self.now()
+        details = [to_json(event["details"]) for event in events]
+        if caller.role == "agent":
+            self._bound_report(now, agent_id, sum(map(len, details)) + _ROW_BYTES * len(details))
         ids, stored = [], []
         with self.store.transaction() as db:
             agent = self._row(db, now, agent_id)
-            for event in events:
+            for event, text in zip(events, details, strict=True):
                 known = event.get("id") and db.execute(
                     "SELECT key FROM threats WHERE agent_id = ? AND own_id = ?", (agent_id, event["id"])).fetchone()
                 if known:
@@ -3125,8 +3133,7 @@ class Manager:
                     (agent_id, agent["hostname"], agent["org_id"], event.get("id"), event["type"], event["severity"],
                      event.get("confidence"), event.get("sigma_rule_id") or event.get("rule_id"),
                      event.get("timestamp"), now.steady_ms,
-                     source_address(event["details"]), file_hash(event["details"]),
-                     to_json(event["details"]))).lastrowid
+                     source_address(event["details"]), file_hash(event["details"]), text)).lastrowid
                 ids.append(f"evt_{key:012x}")
                 stored.append(event)
             db.execute("UPDATE contacts SET heard = 1 WHERE agent = ? AND NOT heard", (agent["key"],))
@@ -3140,6 +3147,24 @@ class Manager:
                     for value in dict.fromkeys(filter(None, (extract(event["details"]) for event in stored))):
                         self._correlate(db, now, agent_id, agent["org_id"], name, value)
         return ids
+
+    def _bound_report(self, now: Moment, agent_id: str, more_bytes: int) -> None:
+        """Raises Throttled for an agent that would push out what others reported, Unavailable while the database is
+        larger than it may be by more than is removed in a moment."""
+        most = self.config.max_db_bytes
+        if self.store.used_bytes() - most > max(most // 10, _LEAST_EXCESS_BYTES):
+            raise Unavailable(_FULL, retry_after_s=5)
+        began_ms, reported_bytes = self._reported.pop(agent_id, (now.tick_ms, 0))
+        if now.tick_ms - began_ms >= 60_000:
+            began_ms, reported_bytes = now.tick_ms, 0
+        share_bytes = max(most // 100, _LEAST_SHARE_BYTES)
+        refused = reported_bytes + more_bytes > share_bytes
+        self._reported[agent_id] = began_ms, reported_bytes if refused else reported_bytes + more_bytes
+        if len(self._reported) > _AGENTS_COUNTED:
+            del self._reported[next(iter(self._reported))]
+        if refused:
+            raise Throttled(f"more than {share_bytes} bytes of threat events in a minute from one agent",
+                            retry_after_s=(began_ms + 60_000 - now.tick_ms) // 1000 + 1)
 
     def _correlate(self, db: sqlite3.Connection, now: Moment, agent_id: str, org_id: str | None, name: str,
                    value: str) -> None:
@@ -3486,6 +3511,8 @@ class Manager:
                 f"SELECT * FROM (SELECT 'threats' AS source, t.key, {_RECEIVED} AS at_ms FROM threats t ORDER BY t.key "
                 "LIMIT :step) UNION ALL SELECT * FROM (SELECT 'journal', seq, at_ms FROM journal ORDER BY seq "
                 "LIMIT :step) ORDER BY at_ms LIMIT :step", {"step": step}).fetchall()
+            db.execute("DELETE FROM sightings WHERE (org_id, indicator, agent_id) IN (SELECT org_id, indicator, "
+                       "agent_id FROM sightings ORDER BY at_ms LIMIT ?)", (step,))
             for table, key in (("threats", "key"), ("journal", "seq")):
                 removed += db.executemany(f"DELETE FROM {table} WHERE {key} = ?",
                                           [(row["key"],) for row in rows if row["source"] == table]).rowcount
@@ -3646,7 +3673,7 @@ def _scopes(org_id: str | None, agent_id: str | None) -> list[str]:
 
 ADMIN, VIEWER, ENROLLER, AGENT, ANYONE, NEWCOMER = "admin", "viewer", "enroller", "agent", "anyone", "newcomer"
 _MOST_BYTES = 2**20
-_FAILED_LOGINS_PER_MINUTE = 20
+FAILED_LOGINS_PER_MINUTE = 20
 _NEWCOMERS_PER_MINUTE = 120
 _REQUESTS_LEFT = "manager.requests_left"  # in a WSGI environ: how many the client may send within its minute
 _JSON_TYPE = ("Content-Type", "application/json")
@@ -3786,7 +3813,9 @@ class Throttle:
 def network_of(address: str) -> str:
     """The address, or its network of 2^64 for IPv6: whoever has one address there has all of them."""
     host = address.partition("%")[0]
-    return str(ipaddress.ip_network((host, 64), strict=False)) if ":" in host else host
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_network((host, 64), strict=False)) if ":" in host else host
+    return host
 
 
 class Refusals:
@@ -3798,7 +3827,7 @@ class Refusals:
         self._lock = threading.Lock()
         self.counts = Counter[str]()
         self._logged, self._logged_of_all = Throttle("", 1), Throttle("", 60)
-        self.of_agent, self.journaled = Throttle("", 1), Throttle("", _FAILED_LOGINS_PER_MINUTE)
+        self.of_agent, self.journaled = Throttle("", 1), Throttle("", FAILED_LOGINS_PER_MINUTE)
 
     def note(self, reason: str, address: str, tick_ms: int, what: str) -> None:
         """Count a refusal, one of REASONS, and log it unless one of this address was within the minute."""
@@ -3946,7 +3975,7 @@ class Api:
         self._admins = [digest(token) for token in auth_tokens]
         self._others = {digest(token): role for role, token in (
             (ENROLLER, config.enroll_token), (VIEWER, config.viewer_token)) if token}
-        self._failed_logins = Throttle("wrong tokens", _FAILED_LOGINS_PER_MINUTE)
+        self._failed_logins = Throttle("wrong tokens", FAILED_LOGINS_PER_MINUTE)
         self._requests = Throttle("requests", config.rate_limit) if config.rate_limit else None
         self._newcomers = Throttle("registrations without a token", _NEWCOMERS_PER_MINUTE)
         self.latencies, self.refusals = Latencies(), Refusals()
@@ -4049,19 +4078,25 @@ class Api:
         self.latencies.observe("-", "none", reply.status, 0.0)
         return reply
 
-    def may_send_body(self, path: str, authorization: str | None) -> bool:
-        """Whether a request's body is worth receiving: its credential is known, or it registers a newcomer."""
+    def body_owner(self, path: str, authorization: str | None, address: str) -> str | None:
+        """Whose body a request's is, if it is worth receiving: "" an admin's, else a credential's or a newcomer's
+        address; None if it is not, for no credential is known."""
         if authorization is None:
-            return self.manager.config.open_enrollment and path == "/api/agents/register"
+            newcomer = self.manager.config.open_enrollment and path == "/api/agents/register"
+            return network_of(address) if newcomer else None
         scheme, _, token = authorization.partition(" ")
         token_digest = digest(token.strip())
+        if scheme.lower() != "bearer":
+            return None
+        if any(hmac.compare_digest(each, token_digest) for each in self._admins):
+            return ""
         try:
-            return scheme.lower() == "bearer" and (
-                any(hmac.compare_digest(each, token_digest) for each in (*self._admins, *self._others))
-                or self.manager.knows_token(token_digest)
-                or self.manager.enroll_token_id(token_digest) is not None)
+            known = (any(hmac.compare_digest(each, token_digest) for each in self._others)
+                     or self.manager.knows_token(token_digest)
+                     or self.manager.enroll_token_id(token_digest) is not None)
         except Unavailable:
-            return True  # answered with 503 in the end
+            known = True  # answered with 503 in the end
+        return authorization if known else None
 
     def _admit(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str]) -> Caller:
         """Who calls, if they may. Where anyone may, a credential is not looked at."""
@@ -4105,7 +4140,7 @@ class Api:
                 self._failed_logins.count(address, self.manager.clock.now().tick_ms)
                 raise Unauthorized("the token is wrong, or its agent was deregistered")
             raise Unauthorized("a token is required: Authorization: Bearer …")
-        environ["manager.authenticated"] = True
+        environ["manager.authenticated"] = caller.agent.id if caller.agent else ""
         if caller.role not in route.allow:
             raise Forbidden(f"the {caller.role}'s token may not do this")
         if caller.agent and path.get("id", caller.agent.id) != caller.agent.id:
@@ -5102,6 +5137,26 @@ def _sentence(entry: Entry) -> str:
 # 8  Server ############################################################################################
 ########################################################################################################
 
+# What of waitress is overridden, and why a user would notice if it were not:
+#
+#   ChunkedReceiver   received                    time linear in what arrives; chunk lines and trailers are bounded
+#   HTTPRequestParser received, close             bodies are bounded in all; one request is read at a time
+#                     parse_header                linear time; forms that two readers may read differently are refused;
+#                                                 a body is not received without a known credential
+#   WSGITask          get_environment             a path keeps its slashes
+#                     service, finish             a stream keeps its connection and returns its worker
+#                     build_response_header       our headers are not normalised again, which takes five times as long
+#   ErrorTask         execute                     refusals are JSON, with the headers that all answers have
+#   HTTPChannel       readable, writable          idle connections and those that a worker serves cost the loop nothing
+#                     handle_read, received       TLS on the same port; heartbeats in the loop
+#                     handle_write, handle_close  the last answer arrives before the connection ends
+#                     recv, send                  never two threads in one SSL object
+#                     _flush_some                 a worker leaves to the loop what the client does not take yet
+#                     _flush_outbufs_below_…      no worker waits for a client
+#                     service                     the loop goes on with the next request
+#   TcpWSGIServer     handle_accept, add_task     connections are bounded per address; refusals need no worker
+#   ThreadedTask…     start_new_thread            workers give way to the loop
+
 
 def run_thread(name: str, target: Callable[[], None], end: Callable[[], None]) -> Callable[[], None]:
     """Run `target` in a thread; the function returned calls `end`, which must make it return, and waits for it."""
@@ -5328,7 +5383,7 @@ class SocketMap(dict[int, Any]):
                     flags &= ~READ
                 wasyncore.readwrite(channel, flags)
                 self.update_interest(channel)
-        while self._calls:
+        for _ in range(len(self._calls)):  # those that these ask for are made after the next look at the sockets
             call, args = self._calls.popleft()
             call(*args)
 
@@ -5445,6 +5500,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
     error: Error | None
     left_out_bytes = 0.0  # of a body that is not to be received
     counted_bytes = 0  # of its body, as part of what all bodies may have
+    counted_as = ""  # whose body it is, see Api.body_owner()
 
     def __init__(self, adj: Any, channel: Channel) -> None:
         super().__init__(adj)
@@ -5456,7 +5512,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
         site = self.channel.server.site
         if self.body_rcv is not None and self.error is None:
             arrived_bytes = len(self.body_rcv) - self.counted_bytes
-            if site.count_body_bytes(arrived_bytes):
+            if site.count_body_bytes(self.counted_as, arrived_bytes):
                 self.counted_bytes += arrived_bytes
             else:
                 self.close()  # its place is free for others at once
@@ -5470,7 +5526,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
         return len(data)
 
     def close(self) -> None:
-        self.channel.server.site.count_body_bytes(-self.counted_bytes)
+        self.channel.server.site.count_body_bytes(self.counted_as, -self.counted_bytes)
         self.counted_bytes = 0
         super().close()
 
@@ -5495,7 +5551,10 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             return
         if self.chunked:
             self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow))
-        if not self.channel.server.site.api.may_send_body(self.path, self.headers.get("AUTHORIZATION")):
+        owner = self.channel.server.site.api.body_owner(self.path, self.headers.get("AUTHORIZATION"),
+                                                        self.channel.addr[0])
+        self.counted_as = owner or ""
+        if owner is None:
             self.left_out_bytes = math.inf if self.chunked else self.content_length
             self.body_rcv, self.chunked, self.content_length, self.expect_continue = None, False, 0, False
             self.headers.pop("CONTENT_LENGTH", None)
@@ -5528,8 +5587,8 @@ class Task(WSGITask):  # type: ignore[misc]
         except Dropped:
             raise ClientDisconnected from None
         finally:
-            if not self.channel.authenticated and (self.environ or {}).get("manager.authenticated"):
-                self.channel.sockets.call_soon(self.channel.authenticate)
+            if not self.channel.authenticated and "manager.authenticated" in (self.environ or {}):
+                self.channel.sockets.call_soon(self.channel.authenticate, self.environ["manager.authenticated"])
             stream = (self.environ or {}).pop("manager.stream", None)
             if stream is not None:  # not handed over: an error, a HEAD, a client that left
                 stream.closed()
@@ -5586,6 +5645,18 @@ class ErrorReply(ErrorTask):  # type: ignore[misc]
 
 
 class Phase(enum.Enum):
+    """What a connection is doing.
+
+    from        to          when
+    FIRST_BYTE  HANDSHAKE   the first byte opens a TLS handshake
+    FIRST_BYTE  HTTP        it does not (where there is no certificate, a connection begins here)
+    HANDSHAKE   HTTP        the handshake is done
+    HTTP        STREAM      a request opened an event stream
+    HTTP        LINGER      the last answer was sent and the connection is to end
+    STREAM      LINGER      the stream was ended
+    any         closed      the client left, broke a rule or had its time
+    """
+
     FIRST_BYTE = enum.auto()  # TLS or plaintext?
     HANDSHAKE = enum.auto()
     HTTP = enum.auto()
@@ -5608,7 +5679,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     held, wanted = b"", 0  # what has arrived of the next request; for a heartbeat also how long it will be
     began_s, taken = 0.0, 0  # the request being received
     authenticated = False
-    counted_as = ""  # the address under which it counts as unauthenticated
+    counted_as = ""  # the address, later the agent, whose connection it is
 
     def __init__(self, server: Listener, sock: socket.socket, addr: Any, adj: Any, map: SocketMap) -> None:
         self.opened_s = self.active_s = time.monotonic()  # active: when something was last sent
@@ -5687,11 +5758,15 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def parser_class(self, adj: Any) -> Request:
         return Request(adj, self)
 
-    def authenticate(self) -> None:
-        """Its client has shown a credential: it may be idle for longer, and its address may have more of them."""
+    def authenticate(self, agent_id: str) -> None:
+        """Its client has shown a credential: it may be idle for longer, and counts as the agent's if it is one's."""
+        site = self.server.site
         self.authenticated = True
-        self.server.site.count_unauthenticated(self.counted_as, -1)
-        self.counted_as = ""
+        site.count_connection(self.counted_as, -1)
+        self.counted_as = agent_id
+        site.count_connection(agent_id, 1)
+        if site.connections_of[agent_id] > site.address_limit:
+            self.refusal = Overloaded("this agent has too many connections; close those not needed")
 
     def handle_write(self) -> None:
         if self.phase is Phase.HANDSHAKE:
@@ -5711,7 +5786,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.sending:
             stream, self.stream = self.stream, None
             super().handle_close()
-        self.server.site.count_unauthenticated(self.counted_as, -1)
+        self.server.site.count_connection(self.counted_as, -1)
         self.counted_as = ""
         if self.request is not None:
             self.request.close()
@@ -5943,8 +6018,8 @@ class HeartbeatBatch:
             self._api.latencies.observe(route.method, route.path, status, duration_s, count)
         date = http_date(int(time.time()))
         for (channel, environ), reply in zip(waiting, replies, strict=True):
-            if not channel.authenticated and environ.get("manager.authenticated"):
-                channel.authenticate()
+            if not channel.authenticated and "manager.authenticated" in environ:
+                channel.authenticate(environ["manager.authenticated"])
             closing = site.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
             lines = "".join([f"{name}: {value}\r\n" for name, value in reply.headers])
             channel.write_now(
@@ -6017,7 +6092,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 return
             counted_as = "" if self.site.api.is_proxy(address[0]) else network_of(address[0])
             crowd = max(len(self._map) - self.site.connection_limit,
-                        self.site.unauthenticated[counted_as] - self.site.address_limit)
+                        self.site.connections_of[counted_as] - self.site.address_limit)
             if crowd >= SPARE_DESCRIPTORS // 2:
                 connection.close()
                 continue
@@ -6028,7 +6103,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 connection.close()
                 continue
             channel.counted_as = counted_as
-            self.site.count_unauthenticated(counted_as, 1)
+            self.site.count_connection(counted_as, 1)
             if crowd >= 0:
                 channel.refusal = Overloaded("too many connections; close those not needed, or try again")
 
@@ -6084,9 +6159,10 @@ class WebServer:
         self.owner, self.application, self.api, self.streams = owner, application, api, streams
         self.tls_context, self.batch = tls_context, HeartbeatBatch(api)
         self.config = config
-        self.body_bytes = 0  # buffered, of all requests; counted in the loop and in workers
+        self.body_bytes: Counter[str] = Counter()  # buffered, by whose they are; counted in the loop and in workers
         self._body_bytes_lock = threading.Lock()
-        self.unauthenticated: Counter[str] = Counter()  # unauthenticated connections by address, counted in the loop
+        # By address while nobody has shown a credential on them, then by agent; counted in the loop.
+        self.connections_of: Counter[str] = Counter()
         self.settings = Adjustments(
             host=config.host, port=config.port, threads=config.threads, ident=None,
             clear_untrusted_proxy_headers=False, max_request_body_size=_MOST_BYTES + 1,
@@ -6101,7 +6177,7 @@ class WebServer:
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.connection_limit = max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
         self.address_limit = self.config.connections_per_address or max(self.connection_limit // 8, 1)
-        self.unauthenticated.clear()
+        self.connections_of.clear()
         self.stopping, self.error = False, None
         self.sockets = SocketMap()
         self.workers = Workers(self.settings.threads)
@@ -6137,20 +6213,27 @@ class WebServer:
         """Whether that peer may do without TLS where there is a certificate."""
         return self.config.tls != "require" and (_is_loopback(address) or self.api.is_proxy(address))
 
-    def count_body_bytes(self, more: int) -> bool:
-        """Count bytes of bodies that were buffered, or (negative) let go; false if there would be too many."""
+    def count_body_bytes(self, whose: str, more: int) -> bool:
+        """Count bytes of bodies that were buffered, or (negative) let go; false if there would be too many.
+
+        An agent's or enroller's credential, or a newcomer's address, may have a quarter: nobody stops the others.
+        """
+        most = self.config.max_buffered_bytes
+        share = max(most // 4, _MOST_BYTES) if whose else most
         with self._body_bytes_lock:
-            if more > 0 and self.body_bytes + more > self.config.max_buffered_bytes:
+            if more > 0 and (self.body_bytes.total() + more > most or self.body_bytes[whose] + more > share):
                 return False
-            self.body_bytes += more
+            self.body_bytes[whose] += more
+            if not self.body_bytes[whose]:
+                del self.body_bytes[whose]
             return True
 
-    def count_unauthenticated(self, address: str, more: int) -> None:
-        """Count an unauthenticated connection of an address, or one fewer."""
-        if address:
-            self.unauthenticated[address] += more
-            if not self.unauthenticated[address]:
-                del self.unauthenticated[address]
+    def count_connection(self, whose: str, more: int) -> None:
+        """Count a connection of an address or an agent, or one fewer."""
+        if whose:
+            self.connections_of[whose] += more
+            if not self.connections_of[whose]:
+                del self.connections_of[whose]
 
     def channels(self) -> list[Channel]:
         return [channel for listener in self.listeners for channel in listener.active_channels.values()]
@@ -7741,7 +7824,7 @@ nav a{padding:7px 9px 6px}main{padding:12px 12px 40px}.c-policy,.c-memory{displa
 .c-status .state+.soft{display:block;margin-left:17px}}
 p a{text-decoration:underline}"""
 
-_SCRIPT = r""""use strict";
+SCRIPT = r""""use strict";
 const root = document.documentElement;
 const MONTH_MS = 2592000000;
 let zh = (localStorage.lang || navigator.language).startsWith("zh");
@@ -8802,7 +8885,7 @@ def _shorter(script: str) -> str:
 
 
 _SENT = {"style": _STYLE.replace("\n", ""), "script": _shorter(_SPARE.sub(
-    lambda found: found[1] or found[2] or ("let" if found[3] else " " if found[0].isspace() else ""), _SCRIPT))}
+    lambda found: found[1] or found[2] or ("let" if found[3] else " " if found[0].isspace() else ""), SCRIPT))}
 
 
 def _source(name: str) -> str:

@@ -156,6 +156,7 @@ def until(true: Callable[[], Any], what: str, deadline_s: float = LIMIT_S) -> An
     end = time.monotonic() + deadline_s
     while not (found := true()):
         assert time.monotonic() < end, f"not within {deadline_s} s: {what}"
+        select.select([], [], [], 0.002)
     return found
 
 
@@ -1552,7 +1553,7 @@ def test_an_agent_that_registers_while_another_writes_is_as_new_as_its_entry(
     with ThreadPoolExecutor(1) as pool:
         with store.transaction():
             waiting = pool.submit(manager_.register, **AGENT)
-            eventually(lambda: len(store.write_lock) == 2, "nobody waits")
+            until(lambda: len(store.write_lock) == 2, "nobody waits")
             clock.advance(66)
         agent = waiting.result(LIMIT_S).agent
     assert agent.registered_ms == clock.now().wall_ms
@@ -2373,6 +2374,28 @@ def test_a_database_that_is_too_large_loses_its_oldest_threats_and_entries() -> 
         server.clock.advance(3600)
         assert "warning" not in api.get("/health", token=None)
         assert api.get(f"/api/agents/{agent['id']}")["id"] == agent["id"]
+
+
+def test_one_agent_pushes_out_nobodys_events_and_the_database_keeps_its_bound() -> None:
+    with fleet(max_db_bytes=16 * 2**20) as api:
+        victim, flooder = api.register(), api.register()
+        report(api, victim, threat(type="evidence"))
+        large = [{**THREAT, "details": {"sourceIp": f"{number}" + "x" * 200, "padding": "x" * 9000}}
+                 for number in range(100)]
+        statuses = Counter[int]()
+        for _ in range(30):
+            for _ in range(4):
+                answer = api.app.request(f"/api/agents/{flooder['id']}/events", method="POST", expect_errors=True,
+                                         body=json.dumps({"events": large}).encode(), headers={
+                                             "Authorization": f"Bearer {flooder['token']}",
+                                             "Content-Type": "application/json"})
+                statuses[answer.status_int] += 1
+                assert answer.status_int == 201 or 1 <= int(answer.headers["Retry-After"]) <= 60
+            advance(api, 1)
+            assert api.server.manager.store.used_bytes() < 26 * 2**20
+        assert statuses[201] and statuses[429]
+        assert "evidence" in {each["type"] for each in api.get(f"/api/threats?agent_id={victim['id']}")}
+        report(api, victim, threat(type="later"))
 
 
 TEN_YEARS_S = 10 * 365 * 86_400
@@ -4784,14 +4807,6 @@ STREAM = "/api/events/stream"
 LONG_TAGS = ["\N{GRINNING FACE}" * 62 + f"{number:02}" for number in range(64)]  # 16 KiB of UTF-8
 
 
-def eventually(condition: Callable[[], Any], what: str) -> None:
-    """Wait for something that another thread or process brings about."""
-    end_s = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end_s, what
-        select.select([], [], [], 0.005)
-
-
 def request(method: str, path: str, body: bytes = b"", *lines: str, token: str = "", version: str = "1.1") -> bytes:
     lines += (f"Authorization: Bearer {token}",) * bool(token) + (f"Content-Length: {len(body)}",) * bool(body)
     return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: x", *lines, "", ""]).encode() + body
@@ -5156,7 +5171,7 @@ def test_one_stream_too_many_is_told_to_come_back_and_finds_the_place_of_one_tha
     assert site.open_streams() == 2
     for leave in (readers[0].close, readers[1].reset):
         leave()
-        eventually(lambda: site.open_streams() == 1, "the reader that left is still counted")
+        until(lambda: site.open_streams() == 1, "the reader that left is still counted")
         site.stream()
         assert site.open_streams() == 2
 
@@ -5728,7 +5743,7 @@ def test_a_fault_strikes_the_heartbeats_that_come_after_it(launch: Launch) -> No
         who, wire, other = site.agent(), site.wire(), site.wire()
         with site.server.manager.store.transaction():  # meanwhile heartbeats wait in the loop
             wire.send(beat(who))
-            eventually(lambda: len(site.server.manager.store.write_lock) == 2, "the loop does not wait")
+            until(lambda: len(site.server.manager.store.write_lock) == 2, "the loop does not wait")
             site.server.faults.add(route=route, **fault)
         assert wire.answer().status == 200
         other.send(beat(who))
@@ -5744,7 +5759,7 @@ def test_requests_that_arrived_before_the_stop_are_answered(launch: Launch) -> N
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with site.server.manager.store.transaction():
             first.send(beat(who))
-            eventually(lambda: len(site.server.manager.store.write_lock) == 2, "the loop does not wait")
+            until(lambda: len(site.server.manager.store.write_lock) == 2, "the loop does not wait")
             for wire, data in zip(wires, (beat(who), request("GET", "/nowhere"), beat(who, b"{")), strict=True):
                 wire.send(data)
             stopping = pool.submit(site.server.stop)
@@ -6031,7 +6046,7 @@ def test_connections_beyond_the_limit_are_refused_at_once_until_others_close(lau
             return bool(site.get("/health"))
         except (AssertionError, OSError):
             return False
-    eventually(served, "connections are still refused after the others have closed")
+    until(served, "connections are still refused after the others have closed")
 
 
 @everywhere
@@ -6053,12 +6068,12 @@ def test_connections_of_an_address_without_a_credential_are_limited_and_others_a
     listing = request("GET", "/api/agents", token=site.server.token)
     for wire, data in zip(inside, (beat(who), big, listing), strict=True):
         assert wire.call(data).status == 200
-    eventually(lambda: site.wire().call(health).status == 200, "connections of agents still count")
+    until(lambda: site.wire().call(health).status == 200, "connections of agents still count")
     crowd = [site.wire() for _ in range(50)]
     assert {wire.call(beat(who)).status for wire in inside} == {200}
     for wire in [*crowd, late]:
         wire.close()
-    eventually(lambda: site.wire().call(health).status == 200, "connections that are closed still count")
+    until(lambda: site.wire().call(health).status == 200, "connections that are closed still count")
 
 
 def test_connections_of_a_trusted_proxy_are_not_limited(launch: Launch) -> None:
@@ -6141,7 +6156,62 @@ def test_bodies_being_received_are_bounded_together(launch: Launch) -> None:
                 wire.reset()
             elif wire is not refused:
                 assert wire.call(data[-1:]).status == 201
-    eventually(lambda: {site.wire().call(data).status for _ in range(2)} == {201}, "bodies that were given up count")
+    until(lambda: {site.wire().call(data).status for _ in range(2)} == {201}, "bodies that were given up count")
+
+
+def test_one_agents_unfinished_bodies_leave_room_for_those_of_others(launch: Launch) -> None:
+    site = launch(max_buffered_bytes=8 * MIB)
+    who, victim = site.agent(), site.agent()
+    path = f"/api/agents/{who.agent.id}/events"
+    data = request("POST", path, json.dumps({"events": [THREAT]}).encode().ljust(MIB), token=who.token)
+    held = [site.wire() for _ in range(12)]
+    for wire in held:
+        wire.send(data[:-1])
+    until(lambda: len(select.select([wire.sock for wire in held], [], [], 0.01)[0]) >= 10, "those beyond its share")
+    report_path = f"/api/agents/{victim.agent.id}/events"
+    large = request("POST", report_path, json.dumps({"events": [THREAT]}).encode().ljust(MIB), token=victim.token)
+    assert site.wire().call(large).status == 201
+
+
+def test_calls_that_ask_for_calls_do_not_keep_the_loop_from_its_sockets() -> None:
+    sockets, made = manager.SocketMap(), [0]
+
+    def again() -> None:
+        made[0] += 1
+        assert made[0] < 1000, "the loop never looks at its sockets"
+        sockets.call_soon(again)
+    sockets.call_soon(again)
+    for turns in range(1, 4):
+        sockets.run_once(60.0)
+        assert made == [turns]
+    sockets.close()
+
+
+def test_an_agents_token_takes_no_more_connections_than_an_address_may_have(launch: Launch) -> None:
+    site = launch(connections_per_address=5)
+    who, other = site.agent(), site.agent()
+    wires = []
+    for number in range(8):
+        wires.append(site.wire())
+        assert wires[-1].call(beat(who)).status == 200, number
+    assert [wire.call(beat(who)).status for wire in wires] == [200] * 5 + [503] * 3
+    assert site.wire().call(beat(other)).status == 200
+    for wire in wires[:3]:
+        wire.reset()
+
+    def has_room() -> bool:
+        fresh = site.wire()
+        found = [fresh.call(beat(who)).status for _ in range(2)] == [200, 200]
+        fresh.reset()
+        return found
+    until(has_room, "connections that are closed still count")
+
+
+def test_an_id_that_is_no_address_is_refused_as_any_other(api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    for odd in ("a:b", "::", "1:2:3", "%25a:b"):
+        api.refusal("GET", f"/api/agents/{odd}", token=None, status=401)
+        api.refusal("GET", f"/api/agents/{odd}", status=404)
+    assert not faults(caplog)
 
 
 @everywhere
@@ -6263,8 +6333,8 @@ def test_clients_that_leave_at_any_point_leave_nothing(launch: Launch) -> None:
                 wire = site.wire()
                 wire.send(data[:length])
                 leave(wire)
-    eventually(lambda: open_sockets() <= sockets, "connections of clients that left stay open")
-    eventually(lambda: site.open_streams() == 0, "streams of clients that left are still counted")
+    until(lambda: open_sockets() <= sockets, "connections of clients that left stay open")
+    until(lambda: site.open_streams() == 0, "streams of clients that left are still counted")
 
 
 @everywhere
@@ -6337,7 +6407,7 @@ def test_sighup_takes_a_renewed_pair_and_keeps_it_when_the_next_is_broken(tmp_pa
 
         def reload(then: str, count: int) -> None:
             process.send_signal(signal.SIGHUP)
-            eventually(lambda: log.read_text().count(then) == count, f"not {then!r} {count} times")
+            until(lambda: log.read_text().count(then) == count, f"not {then!r} {count} times")
         first = trusting(given["tls_cert"])
         old = connect(first)
         make_pair(tmp_path)
@@ -6680,7 +6750,7 @@ def test_a_stop_finishes_the_request_in_flight_and_takes_no_other(launch: Launch
     def refused() -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) != 0
-    eventually(refused, "the port still accepts")
+    until(refused, "the port still accepts")
     site.gate.set()
     answer = wire.answer()
     assert (answer.status, answer.headers["connection"]) == (200, "close") and json.loads(answer.body)["ok"]
@@ -6712,7 +6782,7 @@ def test_a_stop_takes_under_five_seconds_however_stuck_its_clients_are(
     assert stuck.ended()
     before = threading.active_count()
     site.gate.set()
-    eventually(lambda: threading.active_count() < before, "the worker that was stuck never ended")
+    until(lambda: threading.active_count() < before, "the worker that was stuck never ended")
     caplog.clear()
 
 
@@ -9191,7 +9261,7 @@ def test_readme_numbers(api: Client) -> None:
     assert f"more than {liveness.stale_after_ms // 1000} s ago" in text
     assert f"more than {liveness.offline_after_ms // 1000} s (five timeouts)" in text
     assert f"until the next: {beat.headers['X-Heartbeat-Interval']}, a third of the timeout of 60 s" in text
-    assert f"After {manager._FAILED_LOGINS_PER_MINUTE} wrong tokens in a minute" in section("API")
+    assert f"After {manager.FAILED_LOGINS_PER_MINUTE} wrong tokens in a minute" in section("API")
     assert {each.metadata["variable"].removeprefix("MANAGER_").lower() for each in fields(manager.Config)} == {
         each.name for each in fields(manager.Config)}
 
