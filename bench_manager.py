@@ -61,6 +61,7 @@ def serve(kind: str, folder: Path) -> None:
     began_s = time.perf_counter()
     with manager.Server(clock=clock, port=0, data_dir=folder, auth_token=TOKEN, max_agents=10**6,
                         heartbeat_timeout_ms=60_000 if kind == "manual" else 86_400_000,
+                        connections_per_address=10**6,  # the load comes from one
                         tls="auto" if kind == "tls" else "off") as server:
         print(server.url.rpartition(":")[2], f"{time.perf_counter() - began_s:.3f}", flush=True)
         sweep, swept_s = server.manager.sweep, 0.0

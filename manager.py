@@ -28,7 +28,6 @@ The file has ten sections. A section uses only the sections above it:
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import bisect
 import contextlib
@@ -6459,6 +6458,8 @@ class Server(Generic[_ClockT]):
     async def wait_for_async(self, *, type: str | None = None, agent_id: str | None = None, after: int | None = None,
                              timeout_s: float = 5.0) -> Entry:
         """As wait_for(), for a coroutine: others run meanwhile."""
+        import asyncio  # here, since a manager that serves does without it and its 2 MB
+
         return await asyncio.to_thread(self.wait_for, type=type, agent_id=agent_id, after=after, timeout_s=timeout_s)
 
     def reload_certificate(self) -> None:
