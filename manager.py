@@ -19,9 +19,9 @@ The file has ten sections. A section uses only the sections above it:
     4  Storage       migrations, the one writing connection, the readers
     5  Manager       the use cases, one method each: no HTTP, no threads, no sleep
     6  HTTP          the routes: who may call, what they take, what they answer
-    7  Event streams the journal as server-sent events; they hold connections, not threads
+    7  Followers     of the journal: event streams, which hold connections, not threads, and notifications
     8  Server        waitress on one loop: heartbeat batch, socket map, streams, TLS; clocks, start and stop
-    9  Command line  main()
+    9  Command line  main(): serve, and the commands that ask a manager or work on its data folder
     10 Dashboard     the page: HTML, style and script as constants, last because it is data
 """
 
@@ -4654,7 +4654,7 @@ def openapi() -> dict[str, Any]:
 
 
 ########################################################################################################
-# 7  Event streams #####################################################################################
+# 7  Followers #########################################################################################
 ########################################################################################################
 
 _KEEPALIVE_MS = 15_000
