@@ -2343,7 +2343,7 @@ _SILENT = "announced != 'online'"  # repeats the partial index's predicate so th
 _SWEEP_READ = 50 * _SWEEP_STEP
 _ENTRIES_PER_MINUTE = 30  # that one agent can cause in the journal
 _ROW_BYTES = 512  # of a threat event beside its details, its indexes included
-_LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that one agent may report in a minute; a hundredth of the database
+_LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that one agent may report in a minute; or a twentieth of the database
 _LEAST_EXCESS_BYTES = 8 * 2**20  # by which the database may exceed its bound before reports are refused; or a tenth
 _AGENTS_COUNTED = 100_000  # for that bound, the latest
 _PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
@@ -3173,7 +3173,7 @@ class Manager:
         began_ms, reported_bytes = self._reported.pop(agent_id, (now.tick_ms, 0))
         if now.tick_ms - began_ms >= 60_000:
             began_ms, reported_bytes = now.tick_ms, 0
-        share_bytes = max(most // 100, _LEAST_SHARE_BYTES)
+        share_bytes = max(most // 20, _LEAST_SHARE_BYTES)
         refused = reported_bytes + more_bytes > share_bytes
         self._reported[agent_id] = began_ms, reported_bytes if refused else reported_bytes + more_bytes
         if len(self._reported) > _AGENTS_COUNTED:
