@@ -496,7 +496,7 @@ def main() -> int:
              and name not in ("row", "duel")]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="one of " + ", ".join(names) + "; all if none given")
-    parser.add_argument("--quick", action="store_true", help="one short round on smaller files: under a minute")
+    parser.add_argument("--quick", action="store_true", help="one short round on smaller files")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:

@@ -2167,8 +2167,8 @@ def back_up(folder: Path, target: Path, progress: Callable[[float], None], *, db
             made.replace(target)
             sync_path(target.parent)
     except sqlite3.Error as error:
-        raise Unavailable(f"{folder / 'manager.db'} cannot be copied to {target} ({error}); make room, or check the "
-                          "disk") from None
+        raise Unavailable(f"{folder / 'manager.db'} cannot be copied to {target} ({error}); free some space, or "
+                          "check the disk") from None
     except OSError as error:
         raise Unavailable(f"the backup {target} cannot be written ({error.strerror}); check its folder and its disk"
                           ) from None
@@ -3529,9 +3529,11 @@ class Manager:
                 "LIMIT :step) ORDER BY at_ms LIMIT :step", {"step": step}).fetchall()
             db.execute("DELETE FROM sightings WHERE (org_id, indicator, agent_id) IN (SELECT org_id, indicator, "
                        "agent_id FROM sightings ORDER BY at_ms LIMIT ?)", (step,))
-            for table, key in (("threats", "key"), ("journal", "seq")):
-                removed += db.executemany(f"DELETE FROM {table} WHERE {key} = ?",
-                                          [(row["key"],) for row in rows if row["source"] == table]).rowcount
+            removed += db.executemany("DELETE FROM threats WHERE key = ?",
+                                      [(row["key"],) for row in rows if row["source"] == "threats"]).rowcount
+            # All up to the last, for some are stamped earlier than their number says, and the journal has no gaps.
+            last = max((row["key"] for row in rows if row["source"] == "journal"), default=0)
+            removed += db.execute("DELETE FROM journal WHERE seq <= ?", (last,)).rowcount
         if removed:
             if self.warning() is None:
                 log.warning("%s (%d)", _FULL, self.config.max_db_bytes)
@@ -3556,13 +3558,13 @@ class Manager:
             total = sum(counts.values())
             (pruned,) = db.execute("SELECT coalesce(sum(json_extract(data, '$.count')), 0) FROM journal "
                                    "WHERE type = 'agents_pruned' AND at_ms > ?", (now.wall_ms - _DAY_MS,)).fetchone()
-            room = max(1, total // 10) - pruned
-            if room <= 0 or 2 * counts[Status.ONLINE] < total:
+            allowed = max(1, total // 10) - pruned
+            if allowed <= 0 or 2 * counts[Status.ONLINE] < total:
                 return
             rows = db.execute(
                 f"SELECT a.*, c.seen_ms FROM contacts c JOIN agents a ON a.key = c.agent WHERE c.{_SILENT} "
                 "AND announced = 'offline' AND announced_steady_ms < ? ORDER BY announced_steady_ms LIMIT ?",
-                (self._cutoff_ms(now, self.config.prune_offline_ms), min(room, 1000))).fetchall()
+                (self._cutoff_ms(now, self.config.prune_offline_ms), min(allowed, 1000))).fetchall()
             for row in rows:
                 self._remove(db, now, row, THE_MANAGER)
             if rows:
@@ -6911,8 +6913,7 @@ def printable(value: Any) -> str:
     """A value as a terminal may show it: characters that control it are replaced."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(printable, value))
-    text = "-" if value is None else to_json(value) if isinstance(value, bool) else str(value)
-    return "".join("\ufffd" if unicodedata.category(each)[0] == "C" else each for each in text)
+    return _plain("-" if value is None else to_json(value) if isinstance(value, bool) else value)
 
 
 def display_width(text: str) -> int:

@@ -2376,6 +2376,22 @@ def test_a_database_that_is_too_large_loses_its_oldest_threats_and_entries() -> 
         assert api.get(f"/api/agents/{agent['id']}")["id"] == agent["id"]
 
 
+def test_purging_for_space_leaves_no_gap_in_the_journal(tmp_path: Path) -> None:
+    clock, store = ManualClock(), manager.Store(tmp_path)
+    with contextlib.closing(store):
+        small = Manager(Config(data_dir=tmp_path, max_db_bytes=2**20), clock, store)
+        agent = small.register("web-1", "linux", "1").agent.id
+        clock.advance(350)
+        small.report_events(agent, [threat(padding="x" * 10_000) for _ in range(110)])
+        clock.advance(50)
+        small.create_policy("p", [RULE])
+        small.heartbeat(agent)  # entries for the silence before the policy come after that of the policy
+        assert small.purge()
+        seqs = [entry.seq for entry in small.journal()]
+        assert seqs == list(range(seqs[0], seqs[-1] + 1)) and seqs[0] > 1
+    assert manager.examine(tmp_path / "manager.db")["agents"] == 1
+
+
 def test_one_agent_pushes_out_nobodys_events_and_the_database_keeps_its_bound() -> None:
     with fleet(max_db_bytes=16 * 2**20) as api:
         victim, flooder = api.register(), api.register()
