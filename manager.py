@@ -1583,6 +1583,17 @@ def lock_file(path: Path) -> int:
     return descriptor
 
 
+class Turn:
+    """A place in the queue of a FairLock. `joins`: its transaction may share a commit with others that join.
+
+    Its thread waits with wait(); with `on_grant`, that is called instead, by the thread that releases the lock.
+    """
+
+    def __init__(self, *, joins: bool = False, on_grant: Callable[[], object] | None = None) -> None:
+        granted = threading.Event()
+        self.joins, self.wait, self.grant = joins, granted.wait, on_grant or granted.set
+
+
 class FairLock:
     """A lock granted in the order of asking: whoever asks again and again delays each of the others by one turn.
 
@@ -1591,38 +1602,57 @@ class FairLock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queue: deque[threading.Lock] = deque()  # the first has the lock, the others wait for theirs
+        self._queue: deque[Turn] = deque()  # the first holds the lock
 
     def __len__(self) -> int:
         """How many hold it or wait for it."""
         return len(self._queue)
 
-    def _release(self, mine: threading.Lock) -> None:
+    def holds(self, turn: Turn) -> bool:
+        """Whether it is that turn."""
         with self._lock:
-            if mine in self._queue:
-                self._queue.remove(mine)
+            return bool(self._queue) and self._queue[0] is turn
+
+    def ask(self, turn: Turn) -> bool:
+        """Join the queue; whether the lock is granted at once. If not, `turn` is told when it is."""
+        with self._lock:
+            self._queue.append(turn)
+            return self._queue[0] is turn
+
+    def release(self, turn: Turn, *, if_joined: bool = False) -> bool:
+        """End a turn, or leave the queue, and grant the next; `if_joined`: only if both join. True if done."""
+        with self._lock:
+            if if_joined and not (turn.joins and len(self._queue) > 1 and self._queue[1].joins):
+                return False
+            if turn in self._queue:
+                self._queue.remove(turn)
             if self._queue:
-                with contextlib.suppress(RuntimeError):  # it was released already
-                    self._queue[0].release()
+                self._queue[0].grant()  # perhaps again, which does nothing
+            return True
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock."""
-        mine = threading.Lock()
-        mine.acquire()
+        turn = Turn()
         try:
-            with self._lock:
-                self._queue.append(mine)
-                first = self._queue[0] is mine
-            if not first:
-                mine.acquire()
+            self.ask(turn) or turn.wait()
             yield
         finally:
             try:
-                self._release(mine)
+                self.release(turn)
             except BaseException:
-                self._release(mine)
+                self.release(turn)
                 raise
+
+
+class Commit:
+    """A transaction of SQLite, which callers that wait for each other share: each has a part, undone by itself if it
+    fails, and is answered after the commit. `error` is why all of it failed."""
+
+    def __init__(self) -> None:
+        self.parts = 0
+        self.error: BaseException | None = None
+        self.done = threading.Event()
 
 
 class Within(contextlib.AbstractContextManager["sqlite3.Connection"]):
@@ -1633,6 +1663,7 @@ class Within(contextlib.AbstractContextManager["sqlite3.Connection"]):
         self._store = store
 
     def __enter__(self) -> sqlite3.Connection:
+        self._store.require_whole()
         return self._store.writer
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -1655,7 +1686,7 @@ class Store:
         self.write_lock = FairLock()
         self._owner: int | None = None  # the thread within a transaction
         self._within = Within(self)
-        self._broken: BaseException | None = None  # why the transaction as a whole must fail
+        self._commit: Commit | None = None  # the transaction of SQLite that is open
         self._on_commit: list[Callable[[], None]] = []
         self.journaled = False  # whether this transaction added entries, of which the listeners are told
         self._synchronous = ""
@@ -1795,7 +1826,8 @@ class Store:
             raise StartError(f"{self._path} lacks what this version needs, or has it in another form "
                              f"({', '.join(wrong)}); restore a backup")
         db.executescript(
-            f"PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; PRAGMA wal_autocheckpoint = 1000000; "
+            f"PRAGMA busy_timeout = 0; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; "
+            "PRAGMA wal_autocheckpoint = 1000000; "
             f"PRAGMA journal_size_limit = {self.log_limit_bytes}; "
             "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
 
@@ -1816,62 +1848,125 @@ class Store:
                              f"({error}); make room for {path}") from error
         log.info("%s is changed for this version; %s is a copy of what it was", self._path, path)
 
-    def transaction(self, *, durable: bool = True, savepoint: bool = True,
+    def transaction(self, *, durable: bool = True, savepoint: bool = True, turn: Turn | None = None,
                     ) -> contextlib.AbstractContextManager[sqlite3.Connection]:
-        """All or nothing; a durable one is on the disk when it returns, another one after the next that is.
+        """All or nothing. A durable one is on the disk when it returns, another one after the next that is.
 
-        Within a transaction of the same thread it is a part of that one: if it fails, only it is undone; if the
-        other fails, both are. Without a `savepoint` only a fault of the database undoes what it did, with all the rest.
+        Durable ones that wait for the lock share a commit. Within a transaction of the same thread it is a part of
+        that one: if the part fails, only it is undone; if the whole fails, so does the part. Without a `savepoint` a
+        part is undone only with the whole. With a `turn` that was granted, it does not wait for another program.
         Raises Unavailable, with nothing changed, when the file cannot be written.
         """
         if self._owner != threading.get_ident():
-            return self._transaction(durable)
-        return self._nested() if savepoint else self.read()
+            return self._transaction(durable, turn)
+        return self._part() if savepoint else self.read()
 
     @contextlib.contextmanager
-    def _nested(self) -> Iterator[sqlite3.Connection]:
+    def _part(self) -> Iterator[sqlite3.Connection]:
+        """A part of the open transaction, which is undone by itself if it fails."""
+        self.require_whole()
         db, kept = self.writer, len(self._on_commit)
         try:
-            db.execute("SAVEPOINT nested")
+            db.execute("SAVEPOINT part")
             yield db
-            db.execute("RELEASE nested")
+            db.execute("RELEASE part")
         except BaseException as error:
             del self._on_commit[kept:]
             try:
-                db.execute("ROLLBACK TO nested")
-                db.execute("RELEASE nested")
+                db.execute("ROLLBACK TO part")
+                db.execute("RELEASE part")
             except sqlite3.Error:  # SQLite undid the whole transaction
-                self._broken = error
+                self._fail(error)
             self._translate(error)
 
     @contextlib.contextmanager
-    def _transaction(self, durable: bool) -> Iterator[sqlite3.Connection]:
-        with self.write_lock.held():
+    def _transaction(self, durable: bool, turn: Turn | None) -> Iterator[sqlite3.Connection]:
+        mine = turn or Turn(joins=durable)
+        try:
+            if not turn and not self.write_lock.ask(mine):
+                mine.wait()
             self._require_usable()
-            db = self.writer
-            try:
-                if (synchronous := "FULL" if durable else "NORMAL") != self._synchronous:
-                    db.execute(f"PRAGMA synchronous = {synchronous}")
-                    self._synchronous = synchronous
-                db.execute("BEGIN IMMEDIATE")
-                self._owner = threading.get_ident()
+            commit = self._begin(durable, 0 if turn else _BUSY_MS)
+            self._owner = threading.get_ident()
+            with self._part() if commit.parts else self._within as db:
                 yield db
-                if self._broken:
-                    raise self._broken
-                db.execute("COMMIT")
-                done = self._on_commit + list(self.listeners) * self.journaled
-            except BaseException as error:
-                with contextlib.suppress(sqlite3.Error):
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                self._translate(error)
-            finally:
-                self._owner, self._broken, self._on_commit, self.journaled = None, None, [], False
+            commit.parts += 1
+            done = self._on_commit + list(self.listeners) * self.journaled
+        except BaseException as error:
+            self._translate(error)
+        finally:
+            self._owner, self._on_commit, self.journaled = None, [], False
+            try:
+                self._finish(mine)
+            except BaseException:  # a signal handler's
+                self._finish(mine)
+                raise
+        commit.done.wait()
+        if commit.error:
+            raise commit.error
         for call in done:
             call()
         if durable and self.log_bytes() > 4 * self.log_limit_bytes:  # whoever writes a lot helps to copy it
             with contextlib.suppress(Unavailable):
                 self.checkpoint()
+
+    def _begin(self, durable: bool, wait_ms: int) -> Commit:
+        """What the turn before has left open, or a new transaction of SQLite; another program is waited for."""
+        if self._commit:
+            return self._commit
+        self._commit = Commit()  # first: _finish() must end what a signal handler interrupts
+        deadline_s = time.monotonic() + wait_ms / 1000
+        while not self.writer.in_transaction:
+            try:
+                if (synchronous := "FULL" if durable else "NORMAL") != self._synchronous:
+                    self.writer.execute(f"PRAGMA synchronous = {synchronous}")
+                    self._synchronous = synchronous
+                self.writer.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() >= deadline_s:
+                    raise
+                time.sleep(0.005)
+        return self._commit
+
+    def blocked(self) -> bool:
+        """For whoever holds the lock: whether another program is writing. If not, its transaction has begun."""
+        try:
+            self._begin(durable=False, wait_ms=0)
+        except sqlite3.Error as error:  # any other is for transaction() to raise
+            self._commit = None
+            return "locked" in str(error)
+        return False
+
+    def _finish(self, turn: Turn) -> None:
+        """End a turn: leave its transaction open for the next one if that joins, else commit it. Idempotent."""
+        commit = self._commit
+        if commit and self.write_lock.holds(turn):
+            if commit.parts and not commit.error and self.write_lock.release(turn, if_joined=True):
+                return
+            try:
+                if self.writer.in_transaction:
+                    self.writer.execute("COMMIT" if commit.parts and not commit.error else "ROLLBACK")
+            except sqlite3.Error as error:
+                self._undo(commit, error)
+            self._commit = None
+            commit.done.set()
+        self.write_lock.release(turn)
+
+    def _undo(self, commit: Commit, error: sqlite3.Error) -> None:
+        """Undo a transaction whose commit failed, and tell those who share it."""
+        with contextlib.suppress(sqlite3.Error):
+            if self.writer.in_transaction:
+                self.writer.execute("ROLLBACK")
+        try:
+            self._translate(error)
+        except Exception as fault:
+            commit.error = commit.error or fault
+
+    def require_whole(self) -> None:
+        """Raise what this thread's transaction failed of: SQLite may have undone it, and would commit each further
+        statement by itself."""
+        if self._commit and self._commit.error:
+            raise self._commit.error
 
     def on_commit(self, call: Callable[[], None]) -> None:
         """Call it once this thread's transaction is committed, and never if it is undone; at once outside of one."""
@@ -1895,8 +1990,12 @@ class Store:
 
     def break_off(self, error: sqlite3.Error) -> NoReturn:
         """Raise a fault within this thread's transaction, and have all of it undone."""
-        self._broken = error
+        self._fail(error)
         self._translate(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._commit:
+            self._commit.error = error
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
@@ -2022,12 +2121,9 @@ class Store:
             if self._closed:
                 return
             try:
-                self.writer.execute("PRAGMA busy_timeout = 0")
                 self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             except sqlite3.Error as error:
                 self._translate(error)
-            finally:
-                self.writer.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
         long = self.log_bytes() > 8 * self.log_limit_bytes
         if long and not self._log_was_long:
             log.warning("%s has %d bytes: another program reads the database for long, such as a backup or a shell; "
@@ -2079,14 +2175,15 @@ class Store:
         sentence = "the database is not available: " + sentence
         if "is damaged" in sentence:
             self._damage = sentence  # until a restart: reads may have given wrong answers
-        if self._owner == threading.get_ident():
-            self._broken = error
         self._faults[sentence] += 1
         if (times := self._faults[sentence]) == 1:
             log.error("%s (%s)", sentence, error)
         elif str(times).strip("0") == "1":  # the tenth, hundredth, … time; probe() logs when the fault has ended
             log.error("repeated %d times: %s", times, sentence)
-        raise Unavailable(sentence, retry_after_s=5) from error
+        fault = Unavailable(sentence, retry_after_s=5)
+        if self._owner == threading.get_ident():
+            self._fail(fault)
+        raise fault from error
 
 
 # Backup, restore and check
@@ -2352,10 +2449,11 @@ _LOOKED_AT = 2000  # events of one indicator within the window that are looked a
 
 
 def _shared(column: str) -> str:
-    return f"""SELECT key FROM (
+    """The latest events of other agents that share an indicator with `t`: SQLite stops reading once it has enough."""
+    return f"""SELECT key FROM (SELECT key FROM (
         SELECT key, agent_id FROM threats WHERE {column} = t.{column} AND org_id IS t.org_id
             AND received_ms BETWEEN t.received_ms - :window_ms AND t.received_ms + :window_ms
-        ORDER BY received_ms DESC LIMIT {_LOOKED_AT}) WHERE agent_id != t.agent_id"""
+        ORDER BY received_ms DESC LIMIT {_LOOKED_AT}) WHERE agent_id != t.agent_id LIMIT {_LISTED})"""
 
 
 _RECEIVED = """(t.received_ms + (
@@ -3020,7 +3118,7 @@ class Manager:
             raise Invalid("addTags, removeTags, deregister: exactly one of them must be given")
 
         def matching(db: sqlite3.Connection, ids: Sequence[str] | None) -> list[sqlite3.Row]:
-            tables, where, given, _ = self._filter(db, self.clock.now(), **filters, ids=ids)
+            tables, where, given, _ = self._filter(db, self.now(), **filters, ids=ids)
             tables += "".join(each for each in "ac" if each not in tables)
             return db.execute(f"SELECT a.*, c.seen_ms FROM {_joined(tables)}{where} ORDER BY a.key", given).fetchall()
 
@@ -3031,7 +3129,7 @@ class Manager:
         changed = due if dry_run else []
         for first in range(0, 0 if dry_run else len(due), _BULK_STEP):
             with self.store.transaction() as db:
-                now = self.clock.now()
+                now = self.now()
                 changed += [row["id"] for row in matching(db, due[first:first + _BULK_STEP]) if (
                     self._remove(db, now, row, caller) if deregister else
                     self._write_tags(db, now, row, _edited_tags(row, add_tags, remove_tags), caller))]
@@ -3158,7 +3256,8 @@ class Manager:
                 self._journal_of_agent(now, "threats_reported", caller, agent_id, agent["org_id"], {
                     "hostname": agent["hostname"], "count": len(stored), "maxSeverity": worst},
                                        severity=SEVERITIES.index(worst))
-                self.events_reported.update(event["severity"] for event in stored)
+                severities = Counter(event["severity"] for event in stored)
+                self.store.on_commit(lambda: self.events_reported.update(severities))
                 for name, extract in (("sourceIp", source_address), ("fileHash", file_hash)):
                     for value in dict.fromkeys(filter(None, (extract(event["details"]) for event in stored))):
                         self._correlate(db, now, agent_id, agent["org_id"], name, value)
@@ -3189,10 +3288,14 @@ class Manager:
                  "since": now.steady_ms - self.config.correlation_window_ms}
         seen = "INSERT INTO sightings VALUES (:org, :indicator, {}, :at) ON CONFLICT DO UPDATE SET at_ms = :at"
         db.execute(seen.format(":agent"), given)
+        if db.execute("SELECT 1 FROM sightings WHERE org_id = :org AND indicator = :indicator AND agent_id = '' "
+                      "AND at_ms > :since", given).fetchone():
+            return
         agents = [row[0] for row in db.execute(
             "SELECT agent_id FROM sightings WHERE org_id = :org AND indicator = :indicator AND agent_id != '' "
             "AND at_ms >= :since ORDER BY agent_id", given)]
-        if len(agents) >= 3 and db.execute(seen.format("''") + " WHERE at_ms <= :since", given).rowcount:
+        if len(agents) >= 3:
+            db.execute(seen.format("''"), given)
             self.store.journal(now.wall_ms, "threats_correlated", THE_MANAGER, None, org_id, {
                 "indicator": {name: value}, "agentIds": agents[:_LISTED], "count": len(agents)})
 
@@ -5172,7 +5275,8 @@ def _sentence(entry: Entry) -> str:
 #                     _flush_some                 a worker leaves to the loop what the client does not take yet
 #                     _flush_outbufs_below_…      no worker waits for a client
 #                     service                     the loop goes on with the next request
-#   TcpWSGIServer     handle_accept, add_task     connections are bounded per address; refusals need no worker
+#   TcpWSGIServer     handle_accept, add_task     connections are bounded per address; refusals need no worker, nor does
+#                                                 what is answered from memory
 #   ThreadedTask…     start_new_thread            workers give way to the loop
 
 
@@ -5308,6 +5412,7 @@ HANDSHAKE_S = 15.0  # for the first byte and a TLS handshake
 REQUEST_S = 30.0  # for a request to arrive, and a second more for each
 SLOWEST_UPLOAD_BYTES_PER_S = 4 * KIB
 IDLE_S = 120.0
+BLOCKED_S = 0.25  # how long heartbeats wait for another program that writes
 UNAUTHENTICATED_IDLE_S = 15.0  # for connections on which nobody has shown a credential yet
 CLEANUP_S = 5.0  # between two looks at who has had their time
 GRACE_S = 4.0  # at the stop, for what is in flight
@@ -5319,6 +5424,7 @@ STREAM_BACKLOG = 1 * MIB  # a reader further behind than this is dropped
 LINGER_BYTES = 8 * MIB  # what a client may still send after its last answer
 SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that there are too many
 ACCEPTS_AT_ONCE = 128
+IN_MEMORY_AT_ONCE = 16  # calls of the loop, beyond which workers answer what is in memory, too
 LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 FRAMING = frozenset({"connection", "content-length", "server"})  # headers that waitress looks at itself
 BATCH_BYTES = 4 * KIB  # a longer request is a worker's to parse
@@ -5373,6 +5479,11 @@ class SocketMap(dict[int, Any]):
         with contextlib.suppress(OSError, KeyError):
             self._poller.unregister(fd)
 
+    @property
+    def calls_waiting(self) -> int:
+        """How many calls the loop has still to make."""
+        return len(self._calls)
+
     def call_soon(self, call: Callable[..., object], *args: Any) -> None:
         """Have the loop make a call; for every thread, the loop's own included."""
         self._calls.append((call, args))
@@ -5417,6 +5528,10 @@ class SocketMap(dict[int, Any]):
         if not wanted and channel.readable():
             wanted = READ
         self._watch(fd, wanted | WRITE if writes else wanted)
+
+    def reads(self, channel: Any) -> bool:
+        """Whether what arrives at the channel is looked at."""
+        return bool(self._interest.get(channel._fileno, READ) & READ)
 
     def _watch(self, fd: int, wanted: int) -> None:
         if wanted != self._interest[fd]:
@@ -5695,6 +5810,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     tolerance = 0  # bytes that may still be dropped
     scheme = "http"
     held, wanted = b"", 0  # what has arrived of the next request; for a heartbeat also how long it will be
+    in_batch = False  # whether a heartbeat waits for the database
     began_s, taken = 0.0, 0  # the request being received
     authenticated = False
     counted_as = ""  # the address, later the agent, whose connection it is
@@ -5711,7 +5827,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     # What the loop asks
 
     def readable(self) -> bool:
-        busy = self.requests or self.total_outbufs_len or self.close_when_flushed
+        busy = self.requests or self.in_batch or self.total_outbufs_len or self.close_when_flushed
         return not (self.will_close or (busy and self.phase is Phase.HTTP))
 
     def writable(self) -> bool:
@@ -5728,7 +5844,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return self.active_s + HANDSHAKE_S
         if self.phase is Phase.STREAM and not self.total_outbufs_len:
             return math.inf
-        if self.requests and self.total_outbufs_len < self.adj.send_bytes:
+        if self.in_batch or (self.requests and self.total_outbufs_len < self.adj.send_bytes):
             return math.inf  # it waits for us
         if (self.request is not None or self.held) and not self.requests and not self.total_outbufs_len:
             return self.began_s + REQUEST_S + self.taken / SLOWEST_UPLOAD_BYTES_PER_S
@@ -5769,7 +5885,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def read_next(self) -> None:
         """Read the request that came with the one before, if the client has taken all answers."""
-        busy = self.requests or self.total_outbufs_len or self.wanted
+        busy = self.requests or self.in_batch or self.total_outbufs_len or self.wanted
         if self.held and not busy and self.phase is Phase.HTTP and self.connected:
             self.received(b"")
 
@@ -5893,7 +6009,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             sent = self.send(data) if self.connected else len(data)
             if sent < len(data):
                 self.write_soon(data[sent:])
-            if closing or sent < len(data):
+            if closing or sent < len(data) or not self.sockets.reads(self):
                 self.close_when_flushed = closing
                 self.sockets.call_soon(self.sockets.update_interest, self)
 
@@ -5973,7 +6089,9 @@ class HeartbeatBatch:
 
     def __init__(self, api: Api) -> None:
         self._api = api
+        self._store = api.manager.store
         self._waiting: list[tuple[Channel, Environ]] = []
+        self._turn: Turn | None = None  # in the queue of those who write
 
     def take(self, channel: Channel, data: bytes) -> bool:
         """Take a request, or leave what has arrived of it in `channel.held`; false if it is left to a worker."""
@@ -6000,8 +6118,9 @@ class HeartbeatBatch:
         environ["wsgi.url_scheme"] = channel.scheme
         environ["wsgi.input"] = io.BytesIO(data[end + 4:])
         if not self._waiting:
-            channel.sockets.call_soon(self._serve)
+            channel.sockets.call_soon(self._ask, channel.sockets)
         self._waiting.append((channel, environ))
+        channel.in_batch = True
         return True
 
     @staticmethod
@@ -6018,12 +6137,34 @@ class HeartbeatBatch:
             environ[key] = value.strip(" ")
         return environ
 
-    def _serve(self) -> None:
+    def _ask(self, sockets: SocketMap) -> None:
+        """Ask for the lock of the database. If it is not free, whoever releases it calls the loop back."""
+        until_s = time.monotonic() + BLOCKED_S
+        turn = self._turn = Turn(on_grant=lambda: sockets.call_soon(self._granted, sockets, turn, until_s))
+        if self._store.write_lock.ask(turn):
+            self._granted(sockets, turn, until_s)
+
+    def _granted(self, sockets: SocketMap, turn: Turn, until_s: float) -> None:
+        if turn is not self._turn:  # called twice
+            return
+        if self._store.blocked() and time.monotonic() < until_s:
+            threading.Timer(0.01, sockets.call_soon, (self._granted, sockets, turn, until_s)).start()
+            return
+        self._turn = None
+        self._serve(turn)
+
+    def close(self) -> None:
+        """Give up what still waits."""
+        if self._turn:
+            self._store.write_lock.release(self._turn)
+            self._turn = None
+
+    def _serve(self, turn: Turn) -> None:
         waiting, self._waiting = self._waiting, []
         site, route = waiting[0][0].server.site, _HEARTBEAT_ROUTE
         began_s = time.perf_counter()
         try:
-            with self._api.manager.store.transaction(durable=False):
+            with self._store.transaction(durable=False, turn=turn):
                 replies = [self._api.answer(route, environ, {"id": environ["PATH_INFO"].split("/")[3]}, in_batch=True)
                            for _, environ in waiting]
         except Unavailable as error:
@@ -6036,6 +6177,7 @@ class HeartbeatBatch:
             self._api.latencies.observe(route.method, route.path, status, duration_s, count)
         date = http_date(int(time.time()))
         for (channel, environ), reply in zip(waiting, replies, strict=True):
+            channel.in_batch = False
             if not channel.authenticated and "manager.authenticated" in environ:
                 channel.authenticate(environ["manager.authenticated"])
             closing = site.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
@@ -6130,10 +6272,15 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
         if channel.refusal is not None:
             request.error = channel.refusal
         request.url_scheme = channel.scheme
-        if request.error is not None:
+        if request.error is not None or self._is_in_memory(channel.sockets, request):
             channel.sockets.call_soon(channel.service)
         else:
             self.task_dispatcher.add_task(channel)
+
+    def _is_in_memory(self, sockets: SocketMap, request: Request) -> bool:
+        """Whether the loop may answer: workers may all wait for the database. It does a few in each pass at most."""
+        return (request.command in ("GET", "HEAD") and request.path in self.site.in_memory and
+                sockets.calls_waiting < IN_MEMORY_AT_ONCE and not self.site.api.faults)
 
 
 def raise_descriptor_limit() -> int:
@@ -6177,6 +6324,8 @@ class WebServer:
         self.owner, self.application, self.api, self.streams = owner, application, api, streams
         self.tls_context, self.batch = tls_context, HeartbeatBatch(api)
         self.config = config
+        # What anyone may read touches no database.
+        self.in_memory = frozenset(each.path for each in ENDPOINTS if ANYONE in each.allow)
         self.body_bytes: Counter[str] = Counter()  # buffered, by whose they are; counted in the loop and in workers
         self._body_bytes_lock = threading.Lock()
         # By address while nobody has shown a credential on them, then by agent; counted in the loop.
@@ -6279,6 +6428,7 @@ class WebServer:
             self.owner.on_death()
         finally:
             self.stopping = True
+            self.batch.close()
             self.sockets.close()
 
     def _begin_stop(self) -> None:
@@ -6291,7 +6441,7 @@ class WebServer:
 
     def _in_flight(self) -> bool:
         return bool(self.workers.queue) or any(
-            channel.requests or channel.total_outbufs_len for channel in self.channels())
+            channel.requests or channel.in_batch or channel.total_outbufs_len for channel in self.channels())
 
 
 class Backups:
