@@ -17,6 +17,7 @@ import re
 import resource
 import selectors
 import shutil
+import signal
 import socket
 import sqlite3
 import statistics
@@ -44,6 +45,28 @@ for line in io.lines(os.getenv("BENCH_AGENTS")) do
 end
 math.randomseed(7)
 function request() return agents[math.random(#agents)] end
+"""
+# Reports of one attacker's address by all agents, `BENCH_BATCH` events each, and registrations.
+REPORT_LUA = """
+local event = [[{"type": "brute_force", "severity": "high", "sigmaRuleId": "ssh-1", "confidence": 0.9,
+  "details": {"sourceIp": "203.0.113.9", "port": 22, "user": "root", "attempts": 31}}]]
+local body = '{"events": [' .. string.rep(event .. ",", os.getenv("BENCH_BATCH") - 1) .. event .. "]}"
+local agents = {}
+for line in io.lines(os.getenv("BENCH_AGENTS")) do
+  local id, token = line:match("(%S+) (%S+)")
+  agents[#agents + 1] = {"/api/agents/" .. id .. "/events",
+    {["Host"] = "bench", ["Authorization"] = "Bearer " .. token, ["Content-Type"] = "application/json"}}
+end
+math.randomseed(7)
+function request()
+  local agent = agents[math.random(#agents)]
+  return wrk.format("POST", agent[1], agent[2], body)
+end
+"""
+REGISTER_LUA = f"""
+local headers = {{["Host"] = "bench", ["Authorization"] = "Bearer {TOKEN}", ["Content-Type"] = "application/json"}}
+function request() return wrk.format("POST", "/api/agents/register", headers,
+  [[{{"hostname": "web-1", "os": "linux", "version": "1.2.0", "tags": ["production"]}}]]) end
 """
 
 
@@ -136,7 +159,12 @@ class Contender:
 
     def beat(self, connections: int, seconds: float) -> tuple[float, float, float, str]:
         """Heartbeats for a while: rate, 99th percentile and maximum in ms, complaints."""
-        return self.wrk(connections, seconds, "-s", str(self.agents.with_name("beat.lua")))
+        return self.script("beat", connections, seconds)
+
+    def script(self, name: str, connections: int, seconds: float, batch: int = 1) -> tuple[float, float, float, str]:
+        """The same for what another script sends; `batch` events in a report."""
+        os.environ["BENCH_BATCH"] = str(batch)
+        return self.wrk(connections, seconds, "-s", str(self.agents.with_name(f"{name}.lua")))
 
     def wrk(self, connections: int, seconds: float, *options: str, path: str = "") -> tuple[float, float, float, str]:
         scheme = "https" if self.kind == "tls" else "http"
@@ -186,7 +214,8 @@ def fleet(folder: Path, agents: int, events: int = 0, age_ms: int = 0) -> Path:
                                     tags=["production", f"rack-{number // 10}"])
                      for number in range(start, min(start + 10_000, agents))]
     (folder / "agents.txt").write_text("".join(f"{each.agent.id} {each.token}\n" for each in made))
-    (folder / "beat.lua").write_text(LUA)
+    for name, text in (("beat", LUA), ("report", REPORT_LUA), ("register", REGISTER_LUA)):
+        (folder / f"{name}.lua").write_text(text)
     store.close()
     if events:
         now_ms = time.time_ns() // 1_000_000 - age_ms
@@ -198,6 +227,9 @@ def fleet(folder: Path, agents: int, events: int = 0, age_ms: int = 0) -> Path:
                 ((ids[number % len(ids)], f"type-{number % 20}", manager.SEVERITIES[number % 4],
                   now_ms - (events - number) * (30 * 86_400_000 // events),
                   f"203.0.{number * 7919 // 256 % 256}.{number * 7919 % 256}") for number in range(events)))
+            fill = re.search(r"INSERT INTO threat_totals.*?;", "".join(manager.MIGRATIONS), re.DOTALL)
+            assert fill
+            db.execute(fill[0])
             db.commit()
     return folder
 
@@ -418,6 +450,29 @@ class Bench:
             rate, p99_ms, _, complaint = ours.beat(8, self.seconds)
             self.row("heartbeats: rate, 99th percentile", f"{rate:.0f}/s", f"{p99_ms:.1f} ms", complaint)
 
+    def flood(self) -> None:
+        """300 agents report one address: intake, registrations, and what others meet meanwhile"""
+        folder = fleet(self.home / "flood", 300, 100_000 if self.quick else 1_000_000)
+        bare = bare_inserts(self.home / "bare.db", self.seconds)
+        with Contender("manager", folder) as ours:
+            for batch, connections in ((100, 4), (1, 64)):
+                rate, p99_ms, _, complaint = ours.script("report", connections, self.seconds, batch)
+                self.row(f"events/s in batches of {batch}, to sqlite3's in 100s", f"{rate * batch:.0f}/s",
+                         f"{bare:.0f}/s", f"{rate * batch / bare:.2f}", f"{p99_ms:.1f} ms", complaint)
+            rate, p99_ms, _, complaint = ours.script("register", 64, self.seconds)
+            self.row("registrations of 64 clients", f"{rate:.0f}/s", f"{p99_ms:.1f} ms", complaint)
+            with flooding(ours) as flood:
+                for name, path in (("heartbeats", ""), ("a page of threats", "/api/threats?limit=50"),
+                                   ("overview", "/api/overview"), ("/livez", "/livez")):
+                    times_ms = slowest_ms(ours, path, self.seconds)
+                    self.row(f"in the flood, p99 of {name}", f"{times_ms:.1f} ms")
+            self.row("the flood meanwhile", f"{flood():.0f}/s")
+            with contextlib.closing(sqlite3.connect(folder / "manager.db", isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                times_ms = slowest_ms(ours, "/livez", 1.0)
+                other.execute("ROLLBACK")
+            self.row("p99 of /livez while another program writes", f"{times_ms:.1f} ms")
+
     @staticmethod
     def _open(folder: Path) -> manager.Manager:
         return manager.Manager(manager.Config(max_agents=10**6), manager.SystemClock(), manager.Store(folder))
@@ -436,6 +491,56 @@ def held(contender: Contender, count: int) -> Iterator[list[socket.socket]]:
         for each in sockets:
             each.recv(4096)
         yield sockets
+
+
+def bare_inserts(path: Path, seconds: float) -> float:
+    """Events a second that a bare sqlite3 loop inserts: three indexes, synchronous=FULL, a commit for 100."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; CREATE TABLE threats (key INTEGER "
+                         "PRIMARY KEY, agent_id, hostname, type, severity, confidence, rule, received_ms, source_ip, "
+                         "details); CREATE INDEX a ON threats (received_ms); CREATE INDEX b ON threats (agent_id, "
+                         "received_ms); CREATE INDEX c ON threats (source_ip, received_ms)")
+        count, until_s = 0, time.perf_counter() + seconds
+        while time.perf_counter() < until_s:
+            db.execute("BEGIN")
+            for number in range(100):
+                db.execute("INSERT INTO threats VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (
+                    f"agent-{count // 100 % 300:08x}", "web-1", "brute_force", "high", 0.9, "ssh-1", count + number,
+                    "203.0.113.9", '{"sourceIp":"203.0.113.9","port":22,"user":"root","attempts":31}'))
+            db.execute("COMMIT")
+            count += 100
+    return count / seconds
+
+
+@contextlib.contextmanager
+def flooding(contender: Contender) -> Iterator[Callable[[], float]]:
+    """Reports of 100 events on four connections until the block ends; the function gives events a second."""
+    script = contender.agents.with_name("report.lua")
+    process = subprocess.Popen(
+        ["taskset", "-c", str(CORES[-1]), "wrk", "-t1", "-c4", "-d600s", "-s", str(script),
+         f"http://127.0.0.1:{contender.port}"], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "BENCH_AGENTS": str(contender.agents), "BENCH_BATCH": "100"})
+
+    def rate() -> float:
+        process.send_signal(signal.SIGINT)
+        return float(found(r"Requests/sec:\s+([\d.]+)", process.communicate()[0])) * 100
+    try:
+        yield rate
+    finally:
+        if process.poll() is None and sys.exc_info()[0]:
+            process.kill()
+
+
+def slowest_ms(contender: Contender, path: str, seconds: float) -> float:
+    """The 99th percentile, in ms, of one client that asks again and again; heartbeats if there is no path."""
+    agents = [line.split() for line in contender.agents.read_text().splitlines()]
+    times_ms, until_s = [], time.perf_counter() + seconds
+    while time.perf_counter() < until_s:
+        agent = agents[len(times_ms) % len(agents)][0]
+        began_s = time.perf_counter()
+        contender.ask(path or f"/api/agents/{agent}/heartbeat", None if path else BODY.encode())
+        times_ms.append((time.perf_counter() - began_s) * 1000)
+    return statistics.quantiles(times_ms, n=100)[98] if len(times_ms) > 1 else times_ms[0]
 
 
 @contextlib.contextmanager

@@ -790,9 +790,13 @@ def first_text(details: Mapping[str, Any], keys: Iterable[str]) -> str | None:
 
 def source_address(details: Mapping[str, Any]) -> str | None:
     """The address that an event came from, in canonical form if it is one."""
-    if (found := first_text(details, SOURCE_KEYS)) is None:
-        return None
-    return str(_as_ip(found) or found[:255])
+    found = first_text(details, SOURCE_KEYS)
+    return found and (_canonical(found) if len(found) < 64 else found[:255])
+
+
+@functools.lru_cache(maxsize=1024)  # an attack has few addresses, and parsing one takes long
+def _canonical(address: str) -> str:
+    return str(_as_ip(address) or address)
 
 
 def file_hash(details: Mapping[str, Any]) -> str | None:
@@ -1488,6 +1492,23 @@ MIGRATIONS = (
     -- When the announced status began, on the steady clock; of files made before not known.
     ALTER TABLE contacts ADD COLUMN announced_steady_ms INTEGER;
     """,
+    """
+    CREATE TABLE threat_totals (     -- how many events of an hour (received_ms / 3600000) have a value
+        kind TEXT NOT NULL,          -- severity, type, agent_id or source_ip, without false positives; false_positives
+        hour INTEGER NOT NULL, org_id TEXT NOT NULL, value TEXT NOT NULL, n INTEGER NOT NULL,
+        PRIMARY KEY (kind, hour, org_id, value)) WITHOUT ROWID;
+    INSERT INTO threat_totals SELECT kind, hour, org_id, value, count(*) FROM (
+        SELECT received_ms / 3600000 AS hour, coalesce(org_id, '') AS org_id, kind, CASE
+            WHEN (state = 'false_positive') != (kind = 'false_positives') THEN NULL
+            WHEN kind = 'severity' THEN severity WHEN kind = 'type' THEN type WHEN kind = 'agent_id' THEN agent_id
+            WHEN kind = 'source_ip' THEN source_ip ELSE '' END AS value
+        FROM threats, (SELECT 'severity' AS kind UNION SELECT 'type' UNION SELECT 'agent_id' UNION SELECT 'source_ip'
+            UNION SELECT 'false_positives')) WHERE value IS NOT NULL GROUP BY 1, 2, 3, 4;
+    DROP INDEX threats_time;
+    CREATE INDEX threats_time ON threats (received_ms, severity, state);
+    DROP INDEX threats_org;
+    CREATE INDEX threats_org ON threats (org_id, received_ms) WHERE org_id IS NOT NULL;
+    """,
 )
 
 _LEAST_SQLITE = (3, 35)
@@ -1891,7 +1912,7 @@ class Store:
             with self._part() if commit.parts else self._within as db:
                 yield db
             commit.parts += 1
-            done = self._on_commit + list(self.listeners) * self.journaled
+            calls, journaled = self._on_commit, self.journaled
         except BaseException as error:
             self._translate(error)
         finally:
@@ -1904,8 +1925,10 @@ class Store:
         commit.done.wait()
         if commit.error:
             raise commit.error
-        for call in done:
+        for call in calls:
             call()
+        for listener in tuple(self.listeners) if journaled else ():  # those of now: one may have come since
+            listener()
         if durable and self.log_bytes() > 4 * self.log_limit_bytes:  # whoever writes a lot helps to copy it
             with contextlib.suppress(Unavailable):
                 self.checkpoint()
@@ -2444,6 +2467,7 @@ _LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that one agent may report in 
 _LEAST_EXCESS_BYTES = 8 * 2**20  # by which the database may exceed its bound before reports are refused; or a tenth
 _AGENTS_COUNTED = 100_000  # for that bound, the latest
 _PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
+_COUNTED = "received_ms, org_id, severity, type, agent_id, source_ip, state"  # what threat_totals are made of
 _LISTED = 100      # events that one event lists as correlated with it, at most
 _LOOKED_AT = 2000  # events of one indicator within the window that are looked at, the latest first
 
@@ -3048,15 +3072,19 @@ class Manager:
         return tables or "a", f" WHERE {where}" if where else "", given, total
 
     @staticmethod
-    def _list(db: sqlite3.Connection, item: str, source: str, where: Sequence[str], order: str,
-              given: Mapping[str, Any], page: int | None, limit: int | None) -> tuple[bytes, int | None]:
-        """A JSON array of the items of `source`, and, if a page is asked for, how many there are in all."""
+    def _threats(db: sqlite3.Connection, where: Sequence[str], given: Mapping[str, Any], page: int | None,
+                 limit: int | None) -> tuple[bytes, int | None]:
+        """A JSON array of threat events, newest first, and, if a page is asked for, how many there are in all."""
         matching = "WHERE " + " AND ".join(where) if where else ""
         paged, window = _window(page, limit, 50)
-        total = db.execute(f"SELECT count(*) FROM {source} {matching}", given).fetchone()[0] if paged else None
-        (body,) = db.execute(
-            f"SELECT CAST(json_group_array(json(item)) AS BLOB) FROM (SELECT {item} AS item FROM {source} "
-            f"{matching} ORDER BY {order} LIMIT :size OFFSET :skip)", {**given, **window}).fetchone()
+        count = f"SELECT count(*) FROM threats t {matching}" if where else \
+            "SELECT coalesce(sum(n), 0) FROM threat_totals WHERE kind IN ('severity', 'false_positives')"
+        total = db.execute(count, given).fetchone()[0] if paged else None
+        order = "ORDER BY t.received_ms DESC, t.key DESC"
+        # Chosen by their keys first: SQLite would make the items of all events that were received together.
+        (body,) = db.execute(f"""SELECT CAST(json_group_array(json(item)) AS BLOB) FROM (
+            SELECT {_THREAT} AS item FROM (SELECT t.key FROM threats t {matching} {order} LIMIT :size OFFSET :skip)
+                AS chosen CROSS JOIN threats t ON t.key = chosen.key {order})""", {**given, **window}).fetchone()
         return body, total
 
     @checked(RETAG)
@@ -3229,12 +3257,13 @@ class Manager:
         """
         now = self.now()
         details = [to_json(event["details"]) for event in events]
+        indicators = [(source_address(event["details"]), file_hash(event["details"])) for event in events]
         if caller.role == "agent":
             self._bound_report(now, agent_id, sum(map(len, details)) + _ROW_BYTES * len(details))
         ids, stored = [], []
         with self.store.transaction() as db:
             agent = self._row(db, now, agent_id)
-            for event, text in zip(events, details, strict=True):
+            for event, text, (source_ip, hash) in zip(events, details, indicators, strict=True):
                 known = event.get("id") and db.execute(
                     "SELECT key FROM threats WHERE agent_id = ? AND own_id = ?", (agent_id, event["id"])).fetchone()
                 if known:
@@ -3246,20 +3275,21 @@ class Manager:
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (agent_id, agent["hostname"], agent["org_id"], event.get("id"), event["type"], event["severity"],
                      event.get("confidence"), event.get("sigma_rule_id") or event.get("rule_id"),
-                     event.get("timestamp"), now.steady_ms,
-                     source_address(event["details"]), file_hash(event["details"]), text)).lastrowid
+                     event.get("timestamp"), now.steady_ms, source_ip, hash, text)).lastrowid
                 ids.append(f"evt_{key:012x}")
-                stored.append(event)
+                stored.append((now.steady_ms, agent["org_id"], event["severity"], event["type"], agent_id, source_ip,
+                               "open", hash))
             db.execute("UPDATE contacts SET heard = 1 WHERE agent = ? AND NOT heard", (agent["key"],))
             if stored:
-                worst = min((event["severity"] for event in stored), key=SEVERITIES.index)
+                self._count_threats(db, stored)
+                severities = Counter(event[2] for event in stored)
+                worst = min(severities, key=SEVERITIES.index)
                 self._journal_of_agent(now, "threats_reported", caller, agent_id, agent["org_id"], {
                     "hostname": agent["hostname"], "count": len(stored), "maxSeverity": worst},
                                        severity=SEVERITIES.index(worst))
-                severities = Counter(event["severity"] for event in stored)
                 self.store.on_commit(lambda: self.events_reported.update(severities))
-                for name, extract in (("sourceIp", source_address), ("fileHash", file_hash)):
-                    for value in dict.fromkeys(filter(None, (extract(event["details"]) for event in stored))):
+                for name, column in (("sourceIp", 5), ("fileHash", 7)):
+                    for value in dict.fromkeys(filter(None, (event[column] for event in stored))):
                         self._correlate(db, now, agent_id, agent["org_id"], name, value)
         return ids
 
@@ -3327,7 +3357,7 @@ class Manager:
                 row = db.execute("SELECT received_ms FROM threats WHERE key = ?", (before,)).fetchone()
                 given["before_ms"] = row[0] if row else -1
                 where += ["t.received_ms <= :before_ms", "(t.received_ms < :before_ms OR t.key < :before)"]
-            return self._list(db, _THREAT, "threats t", where, "t.received_ms DESC, t.key DESC", given, page, limit)
+            return self._threats(db, where, given, page, limit)
 
     def triage(self, key: int, *, state: str | None = None, note: str | None = None, caller: Caller = LOCAL) -> bytes:
         """Set the state of a threat event, its note, or both; the event as JSON. Raises NotFound, Invalid."""
@@ -3342,48 +3372,73 @@ class Manager:
             changed = {name: {"from": before[name], "to": given[name]} for name in ("state", "note")
                        if given[name] not in (None, before[name])}
             if changed:
+                changing = f"SELECT {_COUNTED} FROM threats WHERE key = :key"
+                self._count_threats(db, db.execute(changing, given).fetchall(), -1)
                 db.execute("UPDATE threats SET state = coalesce(:state, state), note = coalesce(:note, note) "
                            "WHERE key = :key", given)
+                self._count_threats(db, db.execute(changing, given).fetchall())
                 self.store.journal(now.wall_ms, "threat_updated", caller, before["agent_id"], before["org_id"], {
                     "hostname": before["hostname"], "eventId": f"evt_{key:012x}", "threatType": before["type"],
                     **changed})
-            items, _ = self._list(db, _THREAT, "threats t", ["t.key = :key"], "t.key", given, None, None)
+            items, _ = self._threats(db, ["t.key = :key"], given, None, None)
         return items[1:-1]
 
     def threat_summary(self, *, period: str = "24h", org_id: str | None = None) -> dict[str, Any]:
         """How many events of which kinds, agents and sources were received within a period up to now."""
         with self.store.read() as db:
-            source, given, severities, false_positives = self._threats_since(db, self.now(), period, org_id)
+            count = functools.partial(self._threats_of, db, self.now(), period, org_id)
+            summary = self._summary(count)
+            severities = {severity: summary[severity] for severity in SEVERITIES}
+            agents, sources = count("agent_id", 10), count("source_ip", 10)
+            hostname = "SELECT hostname FROM threats WHERE agent_id = ? ORDER BY received_ms DESC LIMIT 1"
             return {
-                "period": period, "total": sum(severities.values()), "bySeverity": severities,
-                "byType": self._counted(db, "type", source, given),
-                "topAgents": [dict(row) for row in db.execute(
-                    f"SELECT agent_id AS agentId, (SELECT hostname FROM threats WHERE agent_id = counted.agent_id "
-                    f"ORDER BY received_ms DESC LIMIT 1) AS hostname, count FROM (SELECT agent_id, count(*) AS count "
-                    f"FROM {source} GROUP BY agent_id ORDER BY count DESC, agent_id LIMIT 10) counted", given)],
-                "topSourceIps": [{"ip": ip, "count": count} for ip, count in self._counted(
-                    db, "source_ip", source + " AND source_ip IS NOT NULL", given, 10).items()],
-                "falsePositives": false_positives}
-
-    def _threats_since(self, db: sqlite3.Connection, now: Moment, period: str,
-                       org_id: str | None) -> tuple[str, dict[str, Any], dict[str, int], int]:
-        """The threat events of a period but for false positives, as FROM and WHERE for SQL; its parameters; how many
-        there are of each severity; how many false positives are left out."""
-        # Left to choose, SQLite reads another index from end to end, for the order that GROUP BY wants.
-        index = "threats_org WHERE org_id = :org_id AND" if org_id else "threats_time WHERE"
-        source = f"threats INDEXED BY {index} received_ms >= :since AND state "
-        given = {"since": now.steady_ms - PERIODS_MS[period], "org_id": org_id}
-        (left_out,) = db.execute(f"SELECT count(*) FROM {source} = 'false_positive'", given).fetchone()
-        source += "!= 'false_positive'"
-        found = self._counted(db, "severity", source, given)
-        return source, given, {severity: found.get(severity, 0) for severity in SEVERITIES}, left_out
+                "period": period, "total": summary["total"], "bySeverity": severities, "byType": count("type"),
+                "topAgents": [{"agentId": agent, "hostname": db.execute(hostname, (agent,)).fetchone()[0], "count": n}
+                              for agent, n in agents.items()],
+                "topSourceIps": [{"ip": ip, "count": n} for ip, n in sources.items()],
+                "falsePositives": summary["falsePositives"]}
 
     @staticmethod
-    def _counted(db: sqlite3.Connection, column: str, source: str, given: Mapping[str, Any],
-                 most: int = -1) -> dict[str, int]:
-        return {row[0]: row[1] for row in db.execute(
-            f"SELECT {column}, count(*) FROM {source} GROUP BY {column} ORDER BY count(*) DESC, {column} LIMIT {most}",
-            given)}
+    def _summary(count: Callable[[str], dict[str, int]]) -> dict[str, int]:
+        found = count("severity")
+        return {"total": sum(found.values()), **{severity: found.get(severity, 0) for severity in SEVERITIES},
+                "falsePositives": sum(count("false_positives").values())}
+
+    @staticmethod
+    def _threats_of(db: sqlite3.Connection, now: Moment, period: str, org_id: str | None, kind: str,
+                    most: int = -1) -> dict[str, int]:
+        """How many threat events of a period have which value, the most frequent first.
+
+        Those of whole hours are in threat_totals; those of the hour in which the period began are counted.
+        """
+        since_ms = now.steady_ms - PERIODS_MS[period]
+        of_org = "AND org_id = :org_id" if org_id else ""
+        column, equals = ("''", "=") if kind == "false_positives" else (kind, "!=")
+        return dict(db.execute(f"""
+            SELECT value, sum(n) FROM (
+                SELECT value, n FROM threat_totals WHERE kind = :kind AND hour >= :hour {of_org} UNION ALL
+                SELECT {column}, count(*) FROM threats INDEXED BY threats_time WHERE received_ms >= :since_ms
+                    AND received_ms < :hour * {_HOUR_MS} AND state {equals} 'false_positive' {of_org} GROUP BY 1)
+            WHERE value IS NOT NULL GROUP BY value ORDER BY sum(n) DESC, value LIMIT :most""", {
+                "kind": kind, "hour": since_ms // _HOUR_MS + 1, "since_ms": since_ms, "org_id": org_id,
+                "most": most}).fetchall())
+
+    @staticmethod
+    def _count_threats(db: sqlite3.Connection, events: Iterable[Sequence[Any]], by: int = 1) -> None:
+        """Add events, rows that begin with _COUNTED, to the totals of their hours; or take them out, `by` -1."""
+        totals: Counter[tuple[str, int, str, str]] = Counter()
+        for received_ms, org_id, severity, type, agent_id, source_ip, state, *_ in events:
+            values = {"severity": severity, "type": type, "agent_id": agent_id, "source_ip": source_ip}
+            if state == "false_positive":
+                values = {"false_positives": ""}
+            for kind, value in values.items():
+                if value is not None:
+                    totals[kind, received_ms // _HOUR_MS, org_id or "", value] += by
+        db.executemany("INSERT INTO threat_totals VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
+                       ((*total, n) for total, n in totals.items()))
+        if by < 0:
+            db.executemany("DELETE FROM threat_totals WHERE (kind, hour, org_id, value) = (?, ?, ?, ?) AND n = 0",
+                           totals)
 
     # Policies
 
@@ -3504,20 +3559,18 @@ class Manager:
         of_org = "a.org_id = :org_id" if org_id else "TRUE"
         with self.store.read() as db:
             counts = self._counts(db, now, org_id)
-            summaries = {}
-            for period in ("7d", "24h"):
-                source, given, severities, left_out = self._threats_since(db, now, period, org_id)
-                summaries[f"last{period}"] = {"total": sum(severities.values()), **severities,
-                                              "falsePositives": left_out}
+            count = functools.partial(self._threats_of, db, now)
             in_force = [(policy.version, ()) for policy in self._in_force(db, _scopes(org_id, None))]
             return {
                 "totalAgents": sum(counts.values()),
                 **{f"{status}Agents": counts[status] for status in Status},
-                "threatSummary": {name: summaries[name] for name in ("last24h", "last7d")},
+                "threatSummary": {f"last{period}": self._summary(functools.partial(count, period, org_id))
+                                  for period in ("24h", "7d")},
                 "activePolicyVersion": version_text(resolve(in_force, 0).version),
-                "topThreats": [{"type": type, "count": count}
-                               for type, count in self._counted(db, "type", source, given, 10).items()],
-                "agentsByOs": self._counted(db, "os", f"agents a WHERE {of_org}", given),
+                "topThreats": [{"type": type, "count": n}
+                               for type, n in count("24h", org_id, "type", 10).items()],
+                "agentsByOs": dict(db.execute(f"SELECT os, count(*) FROM agents a WHERE {of_org} GROUP BY os "
+                                              "ORDER BY count(*) DESC, os", {"org_id": org_id}).fetchall()),
                 "updatedAt": iso(now.wall_ms)}
 
     @checked(TIMELINE)
@@ -3598,17 +3651,20 @@ class Manager:
         if now.steady_ms - self._stepped_ms < _HOUR_MS:
             return self._purge_for_space() > 0
         removed = 0
-        for table, key, column, before_ms in (
-                ("threats", "key", "received_ms", self._cutoff_ms(now, self.config.threat_retention_ms)),
-                ("sightings", "(org_id, indicator, agent_id)", "at_ms",
+        for table, key, column, counted, before_ms in (
+                ("threats", "key", "received_ms", _COUNTED, self._cutoff_ms(now, self.config.threat_retention_ms)),
+                ("sightings", "org_id, indicator, agent_id", "at_ms", "1",
                  now.steady_ms - self.config.correlation_window_ms - 1)):
-            old = (f"SELECT {key.strip('()')} FROM {table} WHERE {column} < ? ORDER BY {column} LIMIT {_PURGE_STEP}",
-                   (before_ms,))
+            old = f"SELECT {key} FROM {table} WHERE {column} < ? ORDER BY {column} LIMIT {_PURGE_STEP}"
             with self.store.read() as db:
-                if not db.execute(*old).fetchone():
+                if not db.execute(old, (before_ms,)).fetchone():
                     continue
             with self.store.transaction(durable=False) as db:
-                removed += db.execute(f"DELETE FROM {table} WHERE {key} IN ({old[0]})", old[1]).rowcount
+                gone = db.execute(f"DELETE FROM {table} WHERE ({key}) IN ({old}) RETURNING {counted}",
+                                  (before_ms,)).fetchall()
+                if table == "threats":
+                    self._count_threats(db, gone, -1)
+                removed += len(gone)
         before_ms = self._cutoff_ms(now, self.config.journal_retention_ms)
         with self.store.read() as db:
             rows = db.execute("SELECT seq, at_ms FROM journal WHERE seq > 0 ORDER BY seq LIMIT ?",
@@ -3632,8 +3688,11 @@ class Manager:
                 "LIMIT :step) ORDER BY at_ms LIMIT :step", {"step": step}).fetchall()
             db.execute("DELETE FROM sightings WHERE (org_id, indicator, agent_id) IN (SELECT org_id, indicator, "
                        "agent_id FROM sightings ORDER BY at_ms LIMIT ?)", (step,))
-            removed += db.executemany("DELETE FROM threats WHERE key = ?",
-                                      [(row["key"],) for row in rows if row["source"] == "threats"]).rowcount
+            keys = to_json([row["key"] for row in rows if row["source"] == "threats"])
+            gone = db.execute(f"DELETE FROM threats WHERE key IN (SELECT value FROM json_each(?)) RETURNING {_COUNTED}",
+                              (keys,)).fetchall()
+            self._count_threats(db, gone, -1)
+            removed += len(gone)
             # All up to the last, for some are stamped earlier than their number says, and the journal has no gaps.
             last = max((row["key"] for row in rows if row["source"] == "journal"), default=0)
             removed += db.execute("DELETE FROM journal WHERE seq <= ?", (last,)).rowcount
@@ -3742,7 +3801,8 @@ class Manager:
         """How much there is of everything."""
         now = self.now()
         with self.store.read() as db:
-            counted = db.execute("SELECT (SELECT count(*) FROM threats), (SELECT count(*) FROM policies)").fetchone()
+            counted = db.execute("SELECT (SELECT coalesce(sum(n), 0) FROM threat_totals WHERE kind IN ('severity', "
+                                 "'false_positives')), (SELECT count(*) FROM policies)").fetchone()
             return Census(self._counts(db, now), *counted)
 
     def _counts(self, db: sqlite3.Connection, now: Moment, org_id: str | None = None,

@@ -1212,8 +1212,8 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 # The digest of each migration. Whoever appends a migration appends its digest; a change of an older one is a mistake.
-RELEASED = ["ed1f0752610b6d27", "46291b0c3314ecff", "329c10660a3cdd14", "0953a1f929c78372",
-            "9f1faaeb4b6dcc08", "0773770dae394551", "f50b2a7887d16788", "6352923b7efbeaf5"]
+RELEASED = ["ed1f0752610b6d27", "46291b0c3314ecff", "329c10660a3cdd14", "0953a1f929c78372", "9f1faaeb4b6dcc08",
+            "0773770dae394551", "f50b2a7887d16788", "6352923b7efbeaf5", "dde6f8dd4c3c9628"]
 
 
 def test_released_migrations_never_change() -> None:
@@ -1555,6 +1555,17 @@ def test_writers_that_wait_share_a_commit_and_one_that_fails_undoes_only_itself(
         assert [entry.type for entry in server.manager.journal()] == [
             "agent_registered", "agent_registered", "agent_registered", "agent_updated", "agent_registered"]
         assert commits == ["COMMIT", "PRAGMA synchronous = FULL", "COMMIT"], "the test's own, and one for all others"
+
+
+def test_a_listener_that_comes_before_a_shared_commit_is_called(server: Server) -> None:
+    store, heard = server.manager.store, []
+
+    def listen() -> None:
+        with store.transaction():
+            store.listeners.append(lambda: heard.append(1))
+    with waiting_writers(server, lambda: server.manager.register(**AGENT), listen):
+        assert not heard
+    assert heard
 
 
 def test_a_fault_of_the_database_fails_those_who_share_the_transaction_and_nobody_after(server: Server) -> None:
@@ -2991,21 +3002,25 @@ def test_threats_are_filtered_newest_first(api: Client) -> None:
 
 HISTORY = st.lists(st.tuples(
     st.integers(0, 3), st.sampled_from(manager.SEVERITIES), st.sampled_from("xyz"),
-    st.sampled_from(["", "203.0.113.1", "203.0.113.2"]), st.sampled_from([0, 1, 3_599, 3_600, 21_600, 86_400,
-                                                                          302_400])),
+    st.sampled_from(["", "203.0.113.1", "203.0.113.2"]),
+    st.sampled_from([0, 1, 3_599, 3_600, 21_600, 86_400, 302_400]),
+    st.lists(st.sampled_from(["open", "acknowledged", "false_positive"]), max_size=2)),
     min_size=1, max_size=25)
 
 
 @settings(EXAMPLES, max_examples=15)
-@given(HISTORY)
-def test_summaries_equal_a_recount(history: list[tuple[int, str, str, str, int]]) -> None:
-    with fleet() as api:
+@given(HISTORY, st.sampled_from([24, 720]))
+def test_summaries_equal_a_recount(history: list[tuple[int, str, str, str, int, list[str]]], kept_h: int) -> None:
+    with fleet(threat_retention_ms=kept_h * 3_600_000) as api:
         orgs = ["o", "o", "p", None]
         agents = [api.register(hostname=f"h{n}", org_id=org) for n, org in enumerate(orgs)]
         now, rows = 0, []
-        for who, severity, type, address, delay in history:
-            report(api, agents[who], threat(type=type, severity=severity, **({"src_ip": address} if address else {})))
-            rows.append((now, who, severity, type, address))
+        for who, severity, type, address, delay, states in history:
+            made = report(api, agents[who], threat(type=type, severity=severity,
+                                                   **({"src_ip": address} if address else {})))[0]
+            for state in states:
+                api.call("PATCH", f"/api/threats/{made}", {"state": state})
+            rows.append((now, who, severity, type, address, states[-1:] == ["false_positive"]))
             advance(api, delay)
             now += delay
 
@@ -3013,11 +3028,14 @@ def test_summaries_equal_a_recount(history: list[tuple[int, str, str, str, int]]
             of_org = f"&org_id={org}" if org else ""
             totals = {}
             for period, hours in (("1h", 1), ("6h", 6), ("24h", 24), ("7d", 168), ("30d", 720)):
-                kept = [row for row in rows if now - row[0] <= hours * 3600 and (org is None or orgs[row[1]] == org)]
+                every = [row for row in rows if now - row[0] <= min(hours, kept_h) * 3600
+                         and (org is None or orgs[row[1]] == org)]
+                kept = [row for row in every if not row[5]]
                 totals[period] = {"total": len(kept), **{s: sum(row[2] == s for row in kept) for s
-                                                         in manager.SEVERITIES}}
+                                                         in manager.SEVERITIES},
+                                  "falsePositives": len(every) - len(kept)}
                 summary = api.get(f"/api/threats/summary?period={period}{of_org}")
-                assert summary["total"] == len(kept)
+                assert (summary["total"], summary["falsePositives"]) == (len(kept), len(every) - len(kept))
                 assert summary["bySeverity"] == {s: totals[period][s] for s in manager.SEVERITIES}
                 assert summary["byType"] == Counter(row[3] for row in kept)
                 assert {(each["agentId"], each["hostname"]): each["count"] for each in summary["topAgents"]} == \
@@ -3030,10 +3048,30 @@ def test_summaries_equal_a_recount(history: list[tuple[int, str, str, str, int]]
                 if period == "24h":
                     types = Counter(row[3] for row in kept)
             overview = api.get(f"/api/overview?{of_org[1:]}")
-            assert overview["threatSummary"] == {
-                "last24h": {**totals["24h"], "falsePositives": 0}, "last7d": {**totals["7d"], "falsePositives": 0}}
+            assert overview["threatSummary"] == {"last24h": totals["24h"], "last7d": totals["7d"]}
             assert {each["type"]: each["count"] for each in overview["topThreats"]} == types
             assert overview["totalAgents"] == sum(org is None or each == org for each in orgs)
+
+
+def test_an_upgrade_counts_the_events_that_are_there(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "manager.db")) as db:
+        db.executescript(f"{';'.join(manager.MIGRATIONS[:8])}; PRAGMA user_version = 8; "
+                         f"PRAGMA application_id = {0x50474D31}")
+        db.executemany(
+            "INSERT INTO threats (agent_id, hostname, org_id, type, severity, received_ms, source_ip, state, details) "
+            "VALUES ('agent-1', 'h', ?, 't', ?, ?, ?, ?, '{}')", [
+                (org, severity, START_MS - age_h * 3_600_000, "203.0.113.9" if age_h % 2 else None, state)
+                for age_h in range(20) for org, severity, state in (
+                    ("o", "high", "open"), (None, "low", "acknowledged"), (None, "low", "false_positive"))])
+        db.commit()
+    with fleet(data_dir=tmp_path) as api:
+        for org, severities in (("", {"critical": 0, "high": 20, "medium": 0, "low": 20}),
+                                ("&org_id=o", {"critical": 0, "high": 20, "medium": 0, "low": 0})):
+            summary = api.get(f"/api/threats/summary?period=24h{org}")
+            assert summary["bySeverity"] == severities and summary["falsePositives"] == (0 if org else 20)
+            total = sum(severities.values())
+            assert summary["byType"] == {"t": total} and summary["topAgents"][0]["count"] == total
+            assert summary["topSourceIps"] == [{"ip": "203.0.113.9", "count": total // 2}]
 
 
 def test_rankings_end_at_ten(api: Client) -> None:
