@@ -66,6 +66,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import typing
 import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,26 +76,34 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast, overload
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
-import bottle  # type: ignore[import-untyped]
-from waitress import wasyncore  # type: ignore[import-untyped]
-from waitress.adjustments import Adjustments  # type: ignore[import-untyped]
-from waitress.buffers import OverflowableBuffer  # type: ignore[import-untyped]
-from waitress.channel import ClientDisconnected, HTTPChannel  # type: ignore[import-untyped]
-from waitress.parser import HTTPRequestParser, ParsingError  # type: ignore[import-untyped]
-from waitress.receiver import ChunkedReceiver  # type: ignore[import-untyped]
-from waitress.server import TcpWSGIServer  # type: ignore[import-untyped]
-from waitress.task import (  # type: ignore[import-untyped]
-    ErrorTask,
-    ThreadedTaskDispatcher,
-    WSGITask,
-    rename_headers,
-)
-from waitress.utilities import BadRequest, Error, build_http_date  # type: ignore[import-untyped]
+try:
+    import bottle
+    from waitress import wasyncore
+    from waitress.adjustments import Adjustments
+    from waitress.buffers import OverflowableBuffer
+    from waitress.channel import ClientDisconnected, HTTPChannel
+    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.receiver import ChunkedReceiver
+    from waitress.server import TcpWSGIServer
+    from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask, rename_headers
+    from waitress.utilities import BadRequest, Error, build_http_date
+except ImportError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"manager.py needs bottle 0.13 and waitress 3.0 ({missing}); `uv run manager.py` brings them, "
+             "or install both with pip")
+
+if typing.TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __version__ = "1.2.0"
-__all__ = ["Agent", "Caller", "Clock", "Config", "Conflict", "Entry", "Fault", "Forbidden", "Invalid", "Manager",
-           "ManagerError", "ManualClock", "Moment", "NotFound", "Server", "SettingError", "StartError", "Status",
-           "Store", "SystemClock", "Throttled", "Unauthorized", "Unavailable", "create_app", "main"]
+__all__ = ["Agent", "Caller", "Clock", "Config", "Conflict", "Dropped", "Entry", "Exchange", "Fault", "Faults",
+           "Forbidden", "Invalid", "Manager", "ManagerError", "ManualClock", "Moment", "NotFound", "Registration",
+           "Server", "SettingError", "Settings", "StartError", "Status", "Store", "SystemClock", "Throttled",
+           "Unauthorized", "Unavailable", "create_app", "main"]
+
+if __name__ == "manager":  # one module by both names: an error raised by one is caught by the other
+    sys.modules.setdefault("panguard_manager", sys.modules[__name__])
 
 log = logging.getLogger("panguard")
 
@@ -206,6 +215,23 @@ def _setting(default: Any, variable: str, parser: Parser, help: str, *, option: 
     return field(default=default, metadata={
         "variable": variable, "parser": parser, "help": help, "option": option, "unit": unit,
         "shown": ("none" if default is None else str(default)) if shown is None else shown})
+
+
+_Path = str | Path | None
+_Texts = str | tuple[str, ...] | list[str]
+Settings = typing.TypedDict("Settings", {  # noqa: UP013 - a setting a line would be twice as long
+    "host": str, "port": int, "threads": int, "log_level": str, "log_format": str,
+    "data_dir": _Path, "backup_dir": _Path, "backup_every_ms": int, "backup_keep": int,
+    "auth_token": _Texts, "auth_token_file": _Path, "enroll_token": str | None, "viewer_token": str | None,
+    "heartbeat_timeout_ms": int, "heartbeat_grace_ms": int | None, "offline_timeout_ms": int | None,
+    "max_agents": int, "open_enrollment": bool, "open_enrollment_org": str | None, "reenroll": bool,
+    "trusted_proxy": str | Sequence[Any], "rate_limit": int, "cors_allowed_origins": _Texts,
+    "connections_per_address": int | None, "max_streams": int, "max_buffered_bytes": int,
+    "tls": str, "tls_cert": _Path, "tls_key": _Path, "tls_name": _Texts,
+    "threat_retention_ms": int, "journal_retention_ms": int, "max_db_bytes": int, "correlation_window_ms": int,
+    "notify_url": _Texts, "notify_secret": str | bytes | None, "notify_on": _Texts, "notify_delay_ms": int,
+    "notify_repeat_ms": int, "prune_offline_ms": int}, total=False)
+Settings.__doc__ = "The keywords of Config and Server, for type checkers; Config says what each means."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,9 +348,14 @@ class Config:
     log_format: str = _setting(
         "text", "MANAGER_LOG_FORMAT", _LOG_FORMAT, "how messages are written: text, or json with one object a line")
 
+    if typing.TYPE_CHECKING:
+        def __init__(self, **settings: Unpack[Settings]) -> None: ...
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
+            if value is None and each.default is not None and each.name != "data_dir":
+                raise SettingError(_refusal(each, "None"))
             if value is None or value == each.default == () or isinstance(value, bytes):
                 continue
             text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
@@ -447,11 +478,12 @@ class ManagerError(Exception):
     status = 500
 
     def __init__(self, text: str, *, status: int | None = None, retry_after_s: int | None = None,
-                 headers: Iterable[tuple[str, str]] = ()):
+                 headers: Iterable[tuple[str, str]] = (), body: bytes | None = None):
         super().__init__(text)
         self.status = status or self.status
         self.retry_after_s = retry_after_s
         self.headers = tuple(headers)
+        self.body = body  # of its answer, instead of an envelope
 
 
 class Invalid(ManagerError):
@@ -3958,7 +3990,8 @@ def failure(error: ManagerError) -> Reply:
         headers.append(("Retry-After", str(error.retry_after_s)))
     if error.status == 401:
         headers.append(("Www-Authenticate", "Bearer"))
-    return Reply(error.status, to_json({"ok": False, "error": str(error)}).encode("utf-8", "replace"), tuple(headers))
+    body = to_json({"ok": False, "error": str(error)}).encode("utf-8", "replace") if error.body is None else error.body
+    return Reply(error.status, body, tuple(headers))
 
 
 class Throttle:
@@ -4055,14 +4088,6 @@ class Latencies:
         yield "http_request_duration_seconds", "histogram", "Time from the parsed request to its answer.", samples
 
 
-class FaultAnswer(ManagerError):
-    """The answer that a fault asked for."""
-
-    def __init__(self, text: str, *, body: bytes | None, **rest: Any) -> None:
-        super().__init__(text, **rest)
-        self.body = body
-
-
 @dataclass
 class Fault:
     """What to do to the next `times` requests of a route (`POST /api/agents/register`; None is any) that name an
@@ -4073,7 +4098,7 @@ class Fault:
     agent_id: str | None = None
     status: int | None = None
     delay_s: float = 0.0
-    drop: str | None = None
+    drop: typing.Literal["before", "after"] | None = None
     times: int = 1
     retry_after_s: int | None = None
     body: bytes | None = None
@@ -4083,11 +4108,15 @@ class Fault:
         known = {f"{each.method} {each.path}" for each in ENDPOINTS}
         if self.route not in {None, *known}:
             raise ValueError(f"route is {self.route!r} and must be one of {', '.join(sorted(known))}")
+        if self.body is not None and not isinstance(self.body, bytes):
+            raise ValueError(f"body is {self.body!r} and must be bytes")
         if self.drop not in (None, "before", "after"):
             raise ValueError(f"drop is {self.drop!r} and must be 'before' or 'after'")
         if self.status is not None and not (200 if self.body is not None else 400) <= self.status <= 599:
             raise ValueError(f"status is {self.status} and must be from 400 to 599, or with a body from 200 to 599")
-        if (self.status is None and self.drop is None and self.delay_s <= 0) or self.delay_s < 0 or self.times < 1:
+        if not 0 <= self.delay_s <= threading.TIMEOUT_MAX:
+            raise ValueError(f"delay_s is {self.delay_s} and must be 0 or more")
+        if (self.status is None and self.drop is None and self.delay_s <= 0) or self.times < 1:
             raise ValueError("a fault must have a status, a drop or a delay_s above 0, and times of at least 1")
 
     def apply(self) -> None:
@@ -4097,8 +4126,8 @@ class Fault:
         if self.drop == "before":
             raise Dropped
         if self.status is not None:
-            raise FaultAnswer("a fault that was asked for", status=self.status, retry_after_s=self.retry_after_s,
-                              body=self.body)
+            raise ManagerError("a fault that was asked for", status=self.status, retry_after_s=self.retry_after_s,
+                               body=self.body)
 
 
 class Faults:
@@ -4115,8 +4144,8 @@ class Faults:
         return len(self._waiting)
 
     def add(self, *, route: str | None = None, agent_id: str | None = None, status: int | None = None,
-            delay_s: float = 0.0, drop: str | None = None, times: int = 1, retry_after_s: int | None = None,
-            body: bytes | None = None) -> Fault:
+            delay_s: float = 0.0, drop: typing.Literal["before", "after"] | None = None, times: int = 1,
+            retry_after_s: int | None = None, body: bytes | None = None) -> Fault:
         """Have the next requests that match suffer a fault. Raises ValueError for a fault that makes no sense."""
         added = Fault(route, agent_id, status, delay_s, drop, times, retry_after_s, body)
         with self._lock:
@@ -4139,6 +4168,35 @@ class Faults:
                         self._waiting.remove(fault)
                     return fault
         return None
+
+
+class Exchange(NamedTuple):
+    """A request that a Server under test was sent, and its answer.
+
+    `route` is `POST /api/agents/:id/heartbeat`, or "" where there is none; `path` has the query. `headers` are named
+    as in `Content-Type`; credentials are left out. `body` and `answer` are parsed JSON, or bytes if they are not JSON,
+    or None if they are empty, were not received or have more than 64 KiB. A dropped one has no `status`.
+    """
+
+    method: str
+    path: str
+    route: str
+    headers: Mapping[str, str]
+    body: Any
+    status: int | None
+    answer: Any
+
+
+_KEPT_BYTES = 2**16
+
+
+def _parsed_json(raw: bytes) -> Any:
+    if not raw or len(raw) > _KEPT_BYTES:
+        return None
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return raw
 
 
 class Api:
@@ -4165,12 +4223,27 @@ class Api:
         self.proved_s = 0.0  # when the manager made its last backup by itself, in s since 1970
         self.backups_failed = 0  # since then
         self.faults = Faults()
+        self.exchanges: deque[Exchange] | None = None  # whoever keeps them says otherwise
+
+    def note(self, route: Endpoint | None, environ: Mapping[str, Any], reply: Reply | None) -> None:
+        """Keep a request and its reply, if they are kept at all."""
+        if self.exchanges is None:
+            return
+        sent = environ.get("wsgi.input") or io.BytesIO()
+        sent.seek(0)
+        query = environ.get("QUERY_STRING")
+        headers = {name.removeprefix("HTTP_").replace("_", "-").title(): value for name, value in environ.items()
+                   if re.match("HTTP_|CONTENT_", name) and value and not re.search("AUTHORIZATION|COOKIE", name)}
+        self.exchanges.append(Exchange(
+            environ["REQUEST_METHOD"], environ["PATH_INFO"] + (f"?{query}" if query else ""),
+            f"{route.method} {route.path}" if route else "", headers, _parsed_json(sent.read(_KEPT_BYTES + 1)),
+            reply and reply.status, _parsed_json(reply.body if reply else b"")))
 
     def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str], *,
                in_batch: bool = False) -> Reply:
         """Serve a request to `route`, whatever happens. Raises Dropped only, for a fault.
 
-        In a batch no fault is applied, and its owner counts the answers once they are committed.
+        In a batch no fault is applied, and its owner counts and notes the answers once they are committed.
         """
         began_s = time.perf_counter()
         try:
@@ -4188,16 +4261,16 @@ class Api:
             if fault and fault.drop == "after":
                 raise Dropped
         except Dropped:
+            self.note(route, environ, None)
             raise
         except ManagerError as error:
             reply = failure(error)
-            if isinstance(error, FaultAnswer) and error.body is not None:
-                reply = reply._replace(body=error.body)
         except Exception:
             log.exception("request %s failed", request_id(environ))
             reply = failure(ManagerError("internal error; the log has its details under this request's id"))
         if not in_batch:
             self.latencies.observe(route.method, route.path, reply.status, time.perf_counter() - began_s)
+            self.note(route, environ, reply)
         return self.finish(reply, environ)
 
     def metrics(self) -> str:
@@ -4257,6 +4330,7 @@ class Api:
         reply = self.finish(failure(ManagerError(text, status=status, headers=headers)), environ)
         # One name for all of them: made-up paths must not become labels.
         self.latencies.observe("-", "none", reply.status, 0.0)
+        self.note(None, environ, reply)
         return reply
 
     def body_owner(self, path: str, authorization: str | None, address: str) -> str | None:
@@ -5436,7 +5510,7 @@ class ManualClock:
         return lambda: self._callbacks.remove(callback)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and do what fell due meanwhile before returning. Raises ValueError below 0."""
+        """Let time pass, and do what fell due meanwhile before returning. Raises ValueError below 0, for NaN too."""
         self._pass(seconds)
 
     def stall(self, seconds: float) -> None:
@@ -5826,6 +5900,7 @@ class ErrorReply(ErrorTask):  # type: ignore[misc]
             error.body = f"body: must be at most {_MOST_BYTES} bytes"
         reply = self.channel.server.site.api.refuse(error.code, error.body, {
             "wsgi.url_scheme": self.channel.scheme, "REMOTE_ADDR": self.channel.addr[0],
+            "REQUEST_METHOD": getattr(self.request, "command", ""), "PATH_INFO": getattr(self.request, "path", ""),
             **{f"HTTP_{name}": sent.get(name, "") for name in ("X_REQUEST_ID", "ORIGIN", "X_FORWARDED_PROTO")}})
         self.status = _STATUS_LINES[reply.status]
         self.response_headers = [*reply.headers, *getattr(error, "headers", ())]
@@ -6240,6 +6315,7 @@ class HeartbeatBatch:
             channel.in_batch = False
             if not channel.authenticated and "manager.authenticated" in environ:
                 channel.authenticate(environ["manager.authenticated"])
+            self._api.note(route, environ, reply)
             closing = site.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
             lines = "".join([f"{name}: {value}\r\n" for name, value in reply.headers])
             channel.write_now(
@@ -6557,8 +6633,8 @@ class Server(Generic[_ClockT]):
 
     Takes a Config, or its settings as keywords; without `data_dir` these use a temporary folder and plaintext.
     Once started it has `url`, `token` (an admin's), `manager`, `clock` and `faults`. It may be started again
-    after a stop. Raises SettingError and StartError. If the serving thread dies, `on_death` is called and what it
-    died of is raised by `stop()`.
+    after a stop. Raises TypeError for a keyword that is no setting, SettingError and StartError. If the serving
+    thread dies, `on_death` is called and what it died of is raised by `stop()`.
     """
 
     url: str
@@ -6568,10 +6644,11 @@ class Server(Generic[_ClockT]):
     faults: Faults
 
     @overload
-    def __init__(self: Server[SystemClock], config: Config | None = None, *, clock: None = None, **settings: Any): ...
+    def __init__(self: Server[SystemClock], config: Config | None = None, *, clock: None = None,
+                 **settings: Unpack[Settings]): ...
 
     @overload
-    def __init__(self, config: Config | None = None, *, clock: _ClockT, **settings: Any): ...
+    def __init__(self, config: Config | None = None, *, clock: _ClockT, **settings: Unpack[Settings]): ...
 
     def __init__(self, config: Config | None = None, *, clock: Any = None, **settings: Any) -> None:
         if config and settings:
@@ -6587,6 +6664,7 @@ class Server(Generic[_ClockT]):
         self._undo = contextlib.ExitStack()
         self._running = False
         self._waited_seq = 0
+        self._exchanges: deque[Exchange] = deque(maxlen=1000)
 
     def __enter__(self) -> Server[_ClockT]:
         self.start()
@@ -6617,6 +6695,8 @@ class Server(Generic[_ClockT]):
             app = create_app(self.manager, tokens)
             self._api: Api = app.api
             self.faults = self._api.faults
+            if self.config.data_dir is None or isinstance(self.clock, ManualClock):  # a test's, not an operator's
+                self._api.exchanges = self._exchanges
             self._streams = Streams(self.manager)
             self._api.streams_open = lambda: self._streams.count
             self._notifier = self._api.notifier = Notifier(self.manager)
@@ -6637,6 +6717,29 @@ class Server(Generic[_ClockT]):
         """Finish what is in flight, then let go of the port, the threads and the files."""
         self._running = False
         self._undo.close()
+
+    @property
+    def requests(self) -> list[Exchange]:
+        """The latest 1,000 requests that were answered or dropped, the oldest first; also those before a restart.
+
+        Kept without a `data_dir` or with a ManualClock; none otherwise.
+        """
+        return list(self._exchanges.copy())
+
+    def seed(self, agents: int = 100, *, threats: int = 0, tags: Sequence[str] = ()) -> list[Registration]:
+        """Register agents, and report threat events as theirs in turn, in one transaction.
+
+        The agents are host-1, host-2 and so on; what is given back has their tokens. Raises Conflict for more than
+        the fleet may have.
+        """
+        with self.manager.store.transaction(durable=False):
+            made = [self.manager.register(f"host-{number}", "linux", "1.0.0", tags=tags)
+                    for number in range(1, agents + 1)]
+            for number, each in enumerate(made[:threats]):
+                self.manager.report_events(each.agent.id, [
+                    {"type": "port_scan", "severity": SEVERITIES[index % len(SEVERITIES)], "details": {"port": index}}
+                    for index in range(number, threats, agents)])
+        return made
 
     def wait_for(self, *, type: str | None = None, agent_id: str | None = None, after: int | None = None,
                  timeout_s: float = 5.0) -> Entry:

@@ -1,0 +1,7 @@
+"""`python -m panguard_manager`."""
+
+import sys
+
+from panguard_manager import main
+
+sys.exit(main())
