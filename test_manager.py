@@ -9319,6 +9319,30 @@ SETUP = configparser.ConfigParser()
 SETUP.read(PROJECT / "setup.cfg", "utf-8")
 
 
+class Block(NamedTuple):
+    """A code block of the README."""
+
+    heading: str  # the nearest one above it
+    kind: str  # what its fence says: a language, and a word that says what runs it
+    text: str
+
+
+def code_blocks(text: str) -> list[Block]:
+    heading, found = "", []
+    for match in re.finditer(r"^#{2,3} (.+)$|^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
+        heading = match[1] or heading
+        if match[3] is not None:
+            found.append(Block(heading, match[2], match[3]))
+    return found
+
+
+BLOCKS = code_blocks(README)
+
+
+def of_kind(kind: str) -> list[Block]:
+    return [block for block in BLOCKS if block.kind == kind]
+
+
 def section(title: str) -> str:
     """The text of a README section."""
     return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
@@ -9326,13 +9350,13 @@ def section(title: str) -> str:
 
 def blocks(text: str, language: str) -> list[str]:
     """The code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block.text for block in code_blocks(text) if block.kind == language]
 
 
-def readme_line(needle: str) -> str:
-    """The one command of the README's first screen that contains `needle`."""
-    (line,) = (block.strip() for block in blocks(README.split("\n## ", 1)[0], "sh") if needle in block)
-    return line
+def readme_line(kind: str) -> str:
+    """The one command of the README's blocks of a kind."""
+    (block,) = of_kind(kind)
+    return block.text.strip()
 
 
 def environ(home: Path) -> dict[str, str]:
@@ -9360,62 +9384,251 @@ def newcomer(home: Path, *command: str, cwd: Path | None = None) -> Iterator[str
         assert process.returncode in (0, -signal.SIGTERM)
 
 
-# The README's first session
+# The README's code blocks: each kind is run, and by what
 
 
-NAMES = re.compile(r"agent-[0-9a-f]{8}|pga_[\w-]{32}")
+RUN_BY = {
+    "sh start": "test_readme_start_line", "sh test": "test_ci_runs_the_readme_test_line",
+    "sh serve": "test_readme_serve_lines", "sh env": "test_readme_settings_files",
+    "sh container": "test_readme_container", "sh service": "test_readme_service", "ini unit": "test_readme_unit",
+    "console": "test_readme_recipe", "console stopped": "test_readme_recipe",
+    "console stream": "test_readme_recipe", "python": "test_readme_embedding", "nginx": "test_readme_nginx",
+    "caddyfile": "test_readme_caddy", "yaml prometheus": "test_readme_prometheus", "text": ""}  # text is no code
+
+
+def test_every_block_of_the_readme_is_run() -> None:
+    assert {block.kind for block in BLOCKS} == set(RUN_BY), "a block of another kind needs a test that runs it"
+    assert all(name in globals() for name in RUN_BY.values() if name)
+
+
+NAMES = re.compile(r"agent-[0-9a-f]{8}|pg[ae]_[\w-]{32}|enr_[0-9a-f]{12}")
 
 
 def masked(answer: str) -> Any:
     """What must be equal in two answers: their JSON with its order, or their text; no names, no instants."""
     answer = NAMES.sub(lambda name: name[0][:4], answer.strip())
     answer = re.sub(r"(\d{4}-\d\d-\d\dT)?\d\d:\d\d:\d\d\.\d{3}Z", "INSTANT", answer)
+    answer = re.sub(r"\d+ (s|min|h) ago", "AGO", answer)
+    answer = re.sub(r"before-restore-\w+\.\w+Z", "before-restore", re.sub(" {2,}", "  ", answer))
     try:
         return json.loads(answer, object_pairs_hook=list)
     except ValueError:
         return answer
 
 
-def session_steps(text: str) -> list[tuple[str, str]]:
-    """The commands of console blocks, each with the output shown under it."""
+def session_steps(block: Block) -> list[tuple[str, str]]:
+    """The commands of a console block, each with the output shown under it."""
     steps = []
-    for block in blocks(text, "console"):
-        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command = re.match(r"(?:.*\\\n)*.*\n", step)
-            assert command
-            steps.append((command[0].strip(), step[command.end():]))
+    for step in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        command = re.match(r"(?:.*\\\n)*.*\n", step)
+        assert command
+        steps.append((command[0].strip(), step[command.end():]))
     return steps
 
 
-def test_readme_session(tmp_path: Path) -> None:
-    steps = session_steps(section("A first session"))
+# What a session calls beside the manager's commands. The other host has the same home folder, and is this machine.
+TOOLS = f"""
+panguard-manager() {{ {shlex.quote(sys.executable)} {shlex.quote(manager.__file__)} "$@"; }}
+ssh() {{ shift; (cd && "$@"); }}
+scp() {{ cp "$HOME/${{1#*:}}" "$2"; }}
+"""
+
+
+
+def furnish_recipes(running: Server[ManualClock]) -> None:
+    """The fleet of the recipes: two agents that are well, and one that sends a wrong token and is offline."""
+    *well, silent = (running.manager.register(hostname, "linux", "1.2.0", ip=ip).agent.id for hostname, ip in (
+        ("db-1", "10.0.3.9"), ("web-1", "10.0.3.10"), ("web-2", "10.0.3.11")))
+    Client(running, "10.0.3.11").refusal("POST", f"/api/agents/{silent}/heartbeat", {}, token="pga_" + 32 * "x",
+                                         status=401)
+    for _ in range(8):
+        running.clock.advance(45)
+        for agent in well:
+            running.manager.heartbeat(agent)
+
+
+class Session:
+    """The shell of somebody whose home folder is `home`. The README calls the manager's port 8443."""
+
+    def __init__(self, folder: Path, hooks: str = "") -> None:
+        self.home, self.folder, self.hooks = folder / "lin", folder / "work", hooks
+        self.home.mkdir()
+        self.folder.mkdir()
+        self.assignments: list[str] = []
+        self.names: dict[str, str] = {}  # of agents and tokens in the README, and the real ones
+
+    def run(self, kind: str, command: str, shown: str, url: str) -> None:
+        """Run a command of the README; what it writes must be what the README shows."""
+        line = NAMES.sub(lambda name: self.names[name[0]], command)
+        line = re.sub(r"[\w.]+:8443", here := f"localhost:{url.rpartition(':')[2]}", line)
+        if re.match(r"export |\w+=", line):
+            self.assignments.append(line)
+            return
+        shell = subprocess.Popen(["bash", "-c", "\n".join([TOOLS, *self.assignments, line])], env=environ(self.home),
+                                 cwd=self.folder, text=True, stdout=subprocess.PIPE, start_new_session=True)
+        assert shell.stdout
+        if kind == "console stream":  # which does not end by itself
+            wrote = "".join(itertools.islice(shell.stdout, shown.count("\n")))
+            os.killpg(shell.pid, signal.SIGKILL)
+            shell.communicate()
+        else:
+            wrote, _ = shell.communicate(timeout=LIMIT_S)
+            assert shell.returncode in (0, 3), command
+        host = re.search(r"[\w.]+(?=:8443)", shown)
+        answer = wrote.replace(here, f"{host[0] if host else 'localhost'}:8443").replace(str(self.home.parent), "/home")
+        answer = answer.replace(self.hooks or "none", "https://hooks.example.org")
+        assert masked(answer) == masked(shown), f"$ {command}\n{answer}"
+        self.names.update(zip(NAMES.findall(shown), NAMES.findall(wrote), strict=True))
+
+
+def test_readme_first_session(tmp_path: Path) -> None:
+    (block, *_), session = [each for each in BLOCKS if each.heading == "A first session"], Session(tmp_path)
+    steps = [step for each in of_kind("console") if each.heading == block.heading for step in session_steps(each)]
     assert sum(command.startswith("curl ") for command, _ in steps) == 5
-    ours: dict[str, str] = {}
-    assignments: list[str] = []
-    with newcomer(tmp_path, sys.executable, manager.__file__) as url:
-        port = url.rpartition(":")[2]
+    with newcomer(session.home, sys.executable, manager.__file__) as url:
         for command, shown in steps:
-            command = NAMES.sub(lambda name: ours[name[0]], command).replace("localhost:8443", f"localhost:{port}")
-            if not command.startswith("curl "):
-                assignments.append(command)
-                continue
-            done = subprocess.run(
-                ["bash", "-c", "\n".join([*assignments, command])], env=environ(tmp_path),
-                text=True, capture_output=True, timeout=LIMIT_S)
-            assert done.returncode == 0, done.stderr
-            assert masked(done.stdout) == masked(shown), f"$ {command}\n{done.stdout}"
-            ours.update(zip(NAMES.findall(shown), NAMES.findall(done.stdout), strict=True))
-    assert {path.name for path in tmp_path.iterdir()} == {".panguard-manager"}
+            session.run("console", command, shown, url)
+    assert {path.name for path in session.home.iterdir()} == {".panguard-manager"}
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+@pytest.mark.parametrize("heading", list(dict.fromkeys(
+    each.heading for each in BLOCKS if each.kind.startswith("console") and each.heading != "A first session")))
+def test_readme_recipe(heading: str, tmp_path: Path) -> None:
+    """The console blocks of a recipe, in order; a "stopped" one while no manager runs, after which one starts."""
+    with Receiving(*[b"HTTP/1.1 204 No Content\r\n\r\n"] * 9) as receiver:
+        session = Session(tmp_path, receiver.url.partition("/hook")[0])
+        session.assignments.append(
+            "export TOKEN=$(cat ~/.panguard-manager/token) CURL_CA_BUNDLE=~/.panguard-manager/cert.pem")
+        running = Server(port=0, data_dir=session.home / ".panguard-manager", notify_url=receiver.url,
+                         clock=ManualClock(time.time() - 360), tls_name="manager.example.org")
+        running.start()
+        try:
+            furnish_recipes(running)
+            for block in (each for each in BLOCKS if each.heading == heading and each.kind.startswith("console")):
+                if block.kind == "console stopped":
+                    running.stop()
+                for command, shown in session_steps(block):
+                    session.run(block.kind, command, shown, running.url)
+                if block.kind == "console stopped":
+                    running.start()
+        finally:
+            running.stop()
+
+
+def test_readme_serve_lines(tmp_path: Path) -> None:
+    for block in of_kind("sh serve"):
+        with newcomer(tmp_path, "bash", "-c", TOOLS + block.text):
+            names = subprocess.run(["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in",
+                                    tmp_path / ".panguard-manager" / "cert.pem"], capture_output=True, text=True)
+            assert "DNS:manager.example.org" in names.stdout
+
+
+def test_readme_settings_files() -> None:
+    for block in of_kind("sh env"):
+        variables = dict(line.split("=", 1) for line in block.text.splitlines())
+        assert set(variables) <= {each.metadata["variable"] for each in fields(Config)}
+        Config.load([], variables)
+
+
+def stub(path: Path, text: str) -> None:
+    path.write_text("#!/bin/bash -eu\n" + text)
+    path.chmod(0o755)
+
+
+def test_readme_service(tmp_path: Path) -> None:
+    """The service's lines in order, where the root folder is another: pip and systemd are stubs, the rest is real."""
+    def here(text: str) -> str:
+        return re.sub(r"(?<![\w.])/(opt|etc|usr|var)/", rf"{tmp_path}/\1/", text)
+
+    bins, home = tmp_path / "usr/local/bin", tmp_path / "home"
+    for folder in (bins, home, tmp_path / "etc/systemd/system", tmp_path / "opt", tmp_path / "var/lib"):
+        folder.mkdir(parents=True)
+    (unit,) = of_kind("ini unit")
+    (tmp_path / "etc/systemd/system/panguard-manager.service").write_text(here(unit.text))
+    stub(bins / "sudo", 'exec "$@"')
+    stub(bins / "pip", 'test "$*" = "install -q ."')
+    stub(bins / "program", f'exec {sys.executable} {manager.__file__} "$@"')
+    stub(bins / "python3", f"""
+        test "$1 $2" = "-m venv"; mkdir -p "$3/bin"; cp {bins}/pip "$3/bin/pip"
+        cp {bins}/program "$3/bin/panguard-manager" """)
+    stub(bins / "systemctl", here("""
+        unit=/etc/systemd/system/panguard-manager.service; data=/var/lib/panguard-manager; pid=/var/pid
+        case "$*" in
+        "enable --now panguard-manager"|"start panguard-manager")
+            mkdir -p -m 700 $data; rm -f $data/url
+            MANAGER_PORT=0 $(sed -n s/^ExecStart=//p $unit) >/var/log 2>&1 & echo $! >$pid
+            until [ -s $data/url ]; do sleep 0.05; done ;;
+        "stop panguard-manager") kill $(cat $pid); while kill -0 $(cat $pid); do sleep 0.05; done 2>/dev/null ;;
+        "reload panguard-manager") kill -HUP $(cat $pid) ;;
+        *) test "$*" = daemon-reload ;;
+        esac"""))
+    path = {**environ(home), "PATH": f"{bins}:{os.environ['PATH']}"}
+    try:
+        for block in of_kind("sh service"):
+            done = subprocess.run(["bash", "-euo", "pipefail", "-c", here(block.text)], env=path, cwd=home, text=True,
+                                  capture_output=True, timeout=LIMIT_S)
+            assert done.returncode == 0, block.text + done.stdout + done.stderr
+    finally:
+        os.kill(int((tmp_path / "var/pid").read_text()), signal.SIGTERM)
+
+
+def test_readme_container(tmp_path: Path) -> None:
+    """The words that podman gets fit each other and the Containerfile."""
+    stub(tmp_path / "podman", f'echo "$@" >>{tmp_path}/words; test "$1" != run || echo 0123456789ab')
+    (block,) = of_kind("sh container")
+    subprocess.run(["bash", "-euc", block.text], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True,
+                   cwd=PROJECT, capture_output=True)
+    build, run, *others = (line.split() for line in (tmp_path / "words").read_text().splitlines())
+    image, name = build[build.index("-t") + 1], run[run.index("--name") + 1]
+    told = (PROJECT / build[build.index("-f") + 1]).read_text()
+    assert run[-1] == image and (PROJECT / build[-1]).is_dir()
+    assert f"VOLUME {run[run.index('-v') + 1].split(':')[1]}\n" in told
+    assert f"EXPOSE {run[run.index('-p') + 1].split(':')[1]}\n" in told
+    assert {words[1].partition(":")[0] for words in others} == {name}
+    assert {words[2] for words in others if words[0] == "exec"} <= {"panguard-manager", "cat"}
+
+
 def test_readme_unit(tmp_path: Path) -> None:
-    (unit,) = blocks(section("Operating"), "ini")
-    assert "ExecStart=/opt/panguard-manager/bin/panguard-manager " in unit
+    (unit,) = of_kind("ini unit")
+    assert "ExecStart=/opt/panguard-manager/bin/panguard-manager " in unit.text
     path = tmp_path / "panguard-manager.service"
-    path.write_text(re.sub("ExecStart=[^ ]+", "ExecStart=/bin/true", unit))
-    done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False)
-    assert "panguard-manager" not in done.stdout + done.stderr and done.returncode == 0, done.stderr
+    path.write_text(re.sub("ExecStart=[^ ]+", "ExecStart=/bin/true", unit.text))
+    done = checked_by("systemd-analyze", "verify", path)
+    assert "panguard-manager" not in done
+
+
+def checked_by(program: str, *words: Any, **variables: str) -> str:
+    """What a program says that finds no fault; skipped where it is not installed."""
+    if not shutil.which(program):
+        pytest.skip(f"needs {program}; CI has it")
+    done = subprocess.run([program, *words], capture_output=True, text=True, check=False,
+                          env={**os.environ, **variables})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_readme_nginx(tmp_path: Path, pair: dict[str, Path]) -> None:
+    (site,) = of_kind("nginx")
+    text = site.text.replace("/etc/ssl/manager.pem", str(pair["tls_cert"])).replace(
+        "/etc/ssl/manager.key", str(pair["tls_key"])).replace("listen 443 ", f"listen unix:{tmp_path}/socket ")
+    folders = "".join(f"{name}_temp_path {tmp_path}/{name};\n" for name in (
+        "client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (tmp_path / "nginx.conf").write_text(f"events {{}}\nhttp {{\naccess_log off;\n{folders}{text}}}\n")
+    checked_by("nginx", "-t", "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-g",
+               f"pid {tmp_path}/pid; error_log stderr;")
+
+
+def test_readme_caddy(tmp_path: Path) -> None:
+    (site,) = of_kind("caddyfile")
+    (tmp_path / "Caddyfile").write_text(site.text)
+    checked_by("caddy", "validate", "--adapter", "caddyfile", "--config", tmp_path / "Caddyfile", HOME=str(tmp_path))
+
+
+def test_readme_prometheus(tmp_path: Path, pair: dict[str, Path]) -> None:
+    (config,) = of_kind("yaml prometheus")
+    text = re.sub(r"/etc/prometheus/\S+", str(pair["tls_cert"]), config.text)
+    (tmp_path / "prometheus.yml").write_text(text)
+    checked_by("promtool", "check", "config", tmp_path / "prometheus.yml")
 
 
 def test_the_containerfile_copies_what_the_package_needs() -> None:
@@ -9427,16 +9640,6 @@ def test_the_containerfile_copies_what_the_package_needs() -> None:
     assert set(re.findall(r"\b(MANAGER_\w+)=", text)) <= variables and "USER panguard" in text
 
 
-def test_readme_backup(tmp_path: Path) -> None:
-    backup, restore = (block.strip() for block in blocks(section("Operating"), "sh") if block.startswith("panguard-"))
-    for line in (backup, restore):
-        assert line.startswith("panguard-manager ")
-        with newcomer(tmp_path, sys.executable, manager.__file__) if line is backup else contextlib.nullcontext():
-            subprocess.run(["bash", "-c", line.replace("panguard-manager", f"{sys.executable} {manager.__file__}", 1)],
-                           cwd=tmp_path, env=environ(tmp_path), check=True, stdout=subprocess.DEVNULL)
-    with Server(port=0, data_dir=tmp_path / ".panguard-manager") as server:
-        types = [entry.type for entry in server.manager.journal()]
-    assert types == ["manager_started", "manager_started"], "the stop came after the backup"
 
 
 # The README's tables and numbers
@@ -9477,29 +9680,92 @@ def test_readme_commands() -> None:
     assert shown_table("Commands") == expected, f"the README's table of commands must be\n\n{expected}\n"
 
 
+def test_readme_journal(tmp_path: Path) -> None:
+    """The table of the journal has the types in order, and the fields that entries of each are seen with."""
+    rows = [re.findall(r"\(?`\w+`\)?", line) for line in shown_table("Journal").splitlines()[2:]]
+    told = {row[0].strip("`"): {name.strip("(`)"): name[0] != "(" for name in row[1:]} for row in rows}
+    assert tuple(told) == manager.ENTRY_TYPES
+    clock = ManualClock()
+    with Receiving(500) as receiver, Server(
+            port=0, clock=clock, data_dir=tmp_path / "data", notify_url=receiver.url, notify_delay_ms=1000,
+            open_enrollment=1, prune_offline_ms=3_600_000) as running:
+        api, fleet = Client(running), running.manager
+        agents = [api.register(hostname=f"web-{number}", machine_id=f"m-{number}") for number in range(3)]
+        api.beat(agents[0])
+        api.register(machine_id="m-0")  # while its agent is online: a clone
+        clock.advance(400)  # all but the two are offline from here on
+        issued = api.post("/api/enroll-tokens", {"tags": ["a"], "maxUses": 2}, status=201)
+        for status in (201, 200):  # a newcomer, and again: its answer was lost
+            api.post("/api/agents/register", {**AGENT, "machine_id": "new"}, token=issued["token"], status=status)
+        api.call("DELETE", f"/api/enroll-tokens/{issued['id']}")
+        api.post("/api/agents/register", {**AGENT, "machine_id": "claimed"}, token=None, status=201)
+        for number, agent in enumerate(agents):
+            api.post(f"/api/agents/{agent['id']}/events", {"events": [THREAT]}, token=agent["token"], status=201)
+            for version in range(40 if number == 0 else 1):  # the first one causes too many entries
+                api.beat(agent, version=f"2.{version}")
+        clock.advance(61)
+        again = api.post("/api/agents/register", AGENT, token=agents[0]["token"])
+        assert again["id"] == agents[0]["id"]
+        api.call("PATCH", f"/api/agents/{agents[1]['id']}", {"tags": ["b"]})
+        threat = api.get("/api/threats")[0]["id"]
+        api.call("PATCH", f"/api/threats/{threat}", {"state": "acknowledged", "note": "seen"})
+        api.post("/api/policy", {"name": "p", "rules": [RULE], "agent_id": agents[1]["id"]}, status=201)
+        api.call("DELETE", f"/api/policy/agent/{agents[1]['id']}")
+        api.refusal("POST", f"/api/agents/{agents[1]['id']}/heartbeat", {}, token="pga_" + 32 * "x", status=401)
+        clock.advance(3200)
+        clock.advance(3590)
+        for each in fleet.agents()[0]:
+            if each.id != agents[2]["id"]:
+                fleet.heartbeat(each.id)
+        clock.advance(20)  # an hour since all were silent: the one that still is, is pruned
+        clock.suspend(60)
+        clock.step(86400)
+        clock.advance(1)
+        until(lambda: api.journal("notification_failed"), "the receiver has failed")
+        entries = fleet.journal()
+    with Server(port=0, clock=clock, data_dir=tmp_path / "data") as running:
+        entries += running.manager.journal()
+    seen: dict[str, list[set[str]]] = {}
+    for entry in entries:
+        seen.setdefault(entry.type, []).append(set(entry.data) - {"suppressed"})
+    assert set(seen) == set(told) and any("suppressed" in entry.data for entry in entries)
+    for name, names in told.items():
+        assert set().union(*seen[name]) == set(names), name
+        assert set.intersection(*seen[name]) >= {field for field, always in names.items() if always}, name
+
+
 def test_the_chinese_readme_has_the_same_code_and_tables() -> None:
-    chinese = (PROJECT / "README.zh-Hant.md").read_text()
-    fenced = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL)
-    assert set(fenced.findall(chinese)) <= set(fenced.findall(README)), "each block of code stands in both"
-    assert len(fenced.findall(chinese)) >= 12
+    chinese = (PROJECT / "README.zh-Hant.md").read_text("utf-8")
+    assert [(each.kind, each.text) for each in code_blocks(chinese)] == [
+        (each.kind, each.text) for each in BLOCKS if each.heading != "In your tests" and each.kind != "text"]
+
+    def rows(text: str, heading: str) -> list[list[str]]:
+        part = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        return [line.strip("|").split(" | ") for line in part.splitlines() if line.startswith("|")][2:]
 
     def columns(text: str, heading: str, *wanted: int) -> list[list[str]]:
-        part = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-        rows = [line.strip("|").split(" | ") for line in part.splitlines() if line.startswith("|")][2:]
-        return [[row[column].strip() for column in wanted] for row in rows]
+        return [[row[column].strip() for column in wanted] for row in rows(text, heading)]
 
     for english, heading, wanted in (("Settings", "設定", (0, 1)), ("API", "API", (0, 1, 2)),
-                                     ("Commands", "指令", (0, 2))):
+                                     ("Commands", "指令", (0, 2)), ("Journal", "日誌", (0, 2))):
         assert columns(chinese, heading, *wanted) == columns(README, english, *wanted) != []
-    for title in re.findall(r"\]\(#([^)]+)\)", chinese):
-        assert re.search(rf"^## {title}$", chinese, re.MULTILINE | re.IGNORECASE), title
+    answers = [[re.findall("[0-9]{3}|`[^`]+`", row[2]) for row in rows(text, heading)]
+               for text, heading in ((chinese, "故障"), (README, "Faults"))]
+    assert answers[0] == answers[1] != []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-Hant.md"])
+def test_every_link_within_the_readmes_leads_to_a_heading(name: str) -> None:
+    for file, target in re.findall(r"\]\(([\w.-]*)#([^)]+)\)", (PROJECT / name).read_text("utf-8")):
+        headings = re.findall(r"^#+ (.+)$", (PROJECT / (file or name)).read_text("utf-8"), re.MULTILINE)
+        assert target in {re.sub(r"[^\w -]", "", each).strip().lower().replace(" ", "-") for each in headings}
 
 
 def test_readme_numbers(api: Client) -> None:
     liveness = manager.Liveness.of(manager.Config())
     agent = api.register()
     beat = api.call("POST", f"/api/agents/{agent['id']}/heartbeat")
-    text = " ".join(section("How liveness works").split())
+    text = " ".join(section("How it works").split())
     assert f"more than {liveness.stale_after_ms // 1000} s ago" in text
     assert f"more than {liveness.offline_after_ms // 1000} s (five timeouts)" in text
     assert f"until the next: {beat.headers['X-Heartbeat-Interval']}, a third of the timeout of 60 s" in text
@@ -9514,7 +9780,7 @@ def test_readme_metrics(api: Client) -> None:
     assert set(re.findall(r"`(panguard_\w+)`", README)) == told
 
 
-@pytest.mark.parametrize("example", blocks(section("Embedding"), "python"))
+@pytest.mark.parametrize("example", [each.text for each in of_kind("python") if each.heading != "In your tests"])
 def test_readme_embedding(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(example, "README.md", "exec"), {})
 
@@ -9526,7 +9792,7 @@ def test_readme_is_dated() -> None:
 
 def test_ci_runs_the_readme_test_line() -> None:
     (pattern,) = re.findall(r"grep -E '(.+)' README\.md", (PROJECT / ".ci" / "run").read_text("utf-8"))
-    assert re.findall(pattern, README, re.MULTILINE) == [readme_line("pytest")]
+    assert re.findall(pattern, README, re.MULTILINE) == [readme_line("sh test")]
 
 
 def test_readme_in_your_tests(tmp_path: Path) -> None:
@@ -9657,7 +9923,7 @@ def test_readme_start_line(tmp_path: Path) -> None:
     for name in ("LICENSE", "README.md", "manager.py", "pyproject.toml", "setup.cfg"):
         shutil.copy(PROJECT / name, clone)
     shutil.copytree(PROJECT / "src", clone / "src", symlinks=True, ignore=shutil.ignore_patterns("*.egg-info"))
-    with newcomer(home, "bash", "-c", readme_line("panguard-manager"), cwd=clone):
+    with newcomer(home, "bash", "-c", readme_line("sh start"), cwd=clone):
         assert (home / ".panguard-manager" / "token").stat().st_mode & 0o777 == 0o600
     elsewhere: Any = {"cwd": home, "env": environ(home), "text": True, "capture_output": True, "check": True}
     version = subprocess.run([clone / ".venv/bin/panguard-manager", "--version"], **elsewhere)
