@@ -9390,14 +9390,16 @@ def newcomer(home: Path, *command: str, cwd: Path | None = None) -> Iterator[str
 RUN_BY = {
     "sh start": "test_readme_start_line", "sh test": "test_ci_runs_the_readme_test_line",
     "sh serve": "test_readme_serve_lines", "sh env": "test_readme_settings_files",
-    "sh container": "test_readme_container", "sh service": "test_readme_service", "ini unit": "test_readme_unit",
+    "sh container": "test_readme_container", "sh service": "test_readme_service",
+    "ini unit": "test_readme_unit",
     "console": "test_readme_recipe", "console stopped": "test_readme_recipe",
     "console stream": "test_readme_recipe", "python": "test_readme_embedding", "nginx": "test_readme_nginx",
-    "caddyfile": "test_readme_caddy", "yaml prometheus": "test_readme_prometheus", "text": ""}  # text is no code
+    "caddyfile": "test_readme_caddy", "yaml prometheus": "test_readme_prometheus",
+    "text": ""}  # is no code
 
 
 def test_every_block_of_the_readme_is_run() -> None:
-    assert {block.kind for block in BLOCKS} == set(RUN_BY), "a block of another kind needs a test that runs it"
+    assert {block.kind for block in BLOCKS} == set(RUN_BY), "a new kind of block needs a test that runs it"
     assert all(name in globals() for name in RUN_BY.values() if name)
 
 
@@ -9408,7 +9410,7 @@ def masked(answer: str) -> Any:
     """What must be equal in two answers: their JSON with its order, or their text; no names, no instants."""
     answer = NAMES.sub(lambda name: name[0][:4], answer.strip())
     answer = re.sub(r"(\d{4}-\d\d-\d\dT)?\d\d:\d\d:\d\d\.\d{3}Z", "INSTANT", answer)
-    answer = re.sub(r"\d+ (s|min|h) ago", "AGO", answer)
+    answer = re.sub(r"\d+ (s|min|h) ago", "AGO", re.sub(r"schema +\d+", "schema", answer))
     answer = re.sub(r"before-restore-\w+\.\w+Z", "before-restore", re.sub(" {2,}", "  ", answer))
     try:
         return json.loads(answer, object_pairs_hook=list)
@@ -9426,7 +9428,7 @@ def session_steps(block: Block) -> list[tuple[str, str]]:
     return steps
 
 
-# What a session calls beside the manager's commands. The other host has the same home folder, and is this machine.
+# What a session calls beside the usual programs. The other host is this machine, with the same home folder.
 TOOLS = f"""
 panguard-manager() {{ {shlex.quote(sys.executable)} {shlex.quote(manager.__file__)} "$@"; }}
 ssh() {{ shift; (cd && "$@"); }}
@@ -9437,10 +9439,10 @@ scp() {{ cp "$HOME/${{1#*:}}" "$2"; }}
 
 def furnish_recipes(running: Server[ManualClock]) -> None:
     """The fleet of the recipes: two agents that are well, and one that sends a wrong token and is offline."""
-    *well, silent = (running.manager.register(hostname, "linux", "1.2.0", ip=ip).agent.id for hostname, ip in (
-        ("db-1", "10.0.3.9"), ("web-1", "10.0.3.10"), ("web-2", "10.0.3.11")))
-    Client(running, "10.0.3.11").refusal("POST", f"/api/agents/{silent}/heartbeat", {}, token="pga_" + 32 * "x",
-                                         status=401)
+    fleet = (("db-1", "10.0.3.9"), ("web-1", "10.0.3.10"), ("web-2", "10.0.3.11"))
+    *well, silent = (running.manager.register(name, "linux", "1.2.0", ip=ip).agent.id for name, ip in fleet)
+    Client(running, "10.0.3.11").refusal("POST", f"/api/agents/{silent}/heartbeat", {}, status=401,
+                                         token="pga_" + 32 * "x")
     for _ in range(8):
         running.clock.advance(45)
         for agent in well:
@@ -9464,8 +9466,9 @@ class Session:
         if re.match(r"export |\w+=", line):
             self.assignments.append(line)
             return
-        shell = subprocess.Popen(["bash", "-c", "\n".join([TOOLS, *self.assignments, line])], env=environ(self.home),
-                                 cwd=self.folder, text=True, stdout=subprocess.PIPE, start_new_session=True)
+        shell = subprocess.Popen(
+            ["bash", "-c", "\n".join([TOOLS, *self.assignments, line])], cwd=self.folder, text=True,
+            env=environ(self.home), stdout=subprocess.PIPE, start_new_session=True)
         assert shell.stdout
         if kind == "console stream":  # which does not end by itself
             wrote = "".join(itertools.islice(shell.stdout, shown.count("\n")))
@@ -9474,16 +9477,21 @@ class Session:
         else:
             wrote, _ = shell.communicate(timeout=LIMIT_S)
             assert shell.returncode in (0, 3), command
-        host = re.search(r"[\w.]+(?=:8443)", shown)
-        answer = wrote.replace(here, f"{host[0] if host else 'localhost'}:8443").replace(str(self.home.parent), "/home")
-        answer = answer.replace(self.hooks or "none", "https://hooks.example.org")
+        named = re.search(r"[\w.]+:8443", shown)
+        answer = wrote.replace(here, named[0] if named else "localhost:8443")
+        answer = answer.replace(str(self.home.parent), "/home").replace(
+            self.hooks or "none", "https://hooks.example.org")
         assert masked(answer) == masked(shown), f"$ {command}\n{answer}"
         self.names.update(zip(NAMES.findall(shown), NAMES.findall(wrote), strict=True))
 
 
+def consoles(heading: str) -> list[Block]:
+    return [each for each in BLOCKS if each.heading == heading and each.kind.startswith("console")]
+
+
 def test_readme_first_session(tmp_path: Path) -> None:
-    (block, *_), session = [each for each in BLOCKS if each.heading == "A first session"], Session(tmp_path)
-    steps = [step for each in of_kind("console") if each.heading == block.heading for step in session_steps(each)]
+    session = Session(tmp_path)
+    steps = [step for each in consoles("A first session") for step in session_steps(each)]
     assert sum(command.startswith("curl ") for command, _ in steps) == 5
     with newcomer(session.home, sys.executable, manager.__file__) as url:
         for command, shown in steps:
@@ -9491,10 +9499,12 @@ def test_readme_first_session(tmp_path: Path) -> None:
     assert {path.name for path in session.home.iterdir()} == {".panguard-manager"}
 
 
-@pytest.mark.parametrize("heading", list(dict.fromkeys(
-    each.heading for each in BLOCKS if each.kind.startswith("console") and each.heading != "A first session")))
+RECIPES = dict.fromkeys(each.heading for each in BLOCKS if each.kind.startswith("console"))
+
+
+@pytest.mark.parametrize("heading", [each for each in RECIPES if each != "A first session"])
 def test_readme_recipe(heading: str, tmp_path: Path) -> None:
-    """The console blocks of a recipe, in order; a "stopped" one while no manager runs, after which one starts."""
+    """The console blocks of a recipe, in order. While a "stopped" one runs, no manager does."""
     with Receiving(*[b"HTTP/1.1 204 No Content\r\n\r\n"] * 9) as receiver:
         session = Session(tmp_path, receiver.url.partition("/hook")[0])
         session.assignments.append(
@@ -9504,7 +9514,7 @@ def test_readme_recipe(heading: str, tmp_path: Path) -> None:
         running.start()
         try:
             furnish_recipes(running)
-            for block in (each for each in BLOCKS if each.heading == heading and each.kind.startswith("console")):
+            for block in consoles(heading):
                 if block.kind == "console stopped":
                     running.stop()
                 for command, shown in session_steps(block):
@@ -9518,8 +9528,9 @@ def test_readme_recipe(heading: str, tmp_path: Path) -> None:
 def test_readme_serve_lines(tmp_path: Path) -> None:
     for block in of_kind("sh serve"):
         with newcomer(tmp_path, "bash", "-c", TOOLS + block.text):
-            names = subprocess.run(["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in",
-                                    tmp_path / ".panguard-manager" / "cert.pem"], capture_output=True, text=True)
+            certificate = tmp_path / ".panguard-manager" / "cert.pem"
+            names = subprocess.run(["openssl", "x509", "-noout", "-ext", "subjectAltName",
+                                    "-in", certificate], capture_output=True, text=True)
             assert "DNS:manager.example.org" in names.stdout
 
 
@@ -9536,7 +9547,7 @@ def stub(path: Path, text: str) -> None:
 
 
 def test_readme_service(tmp_path: Path) -> None:
-    """The service's lines in order, where the root folder is another: pip and systemd are stubs, the rest is real."""
+    """The service's lines, in order and below another root folder. Only pip and systemd are stubs."""
     def here(text: str) -> str:
         return re.sub(r"(?<![\w.])/(opt|etc|usr|var)/", rf"{tmp_path}/\1/", text)
 
@@ -9558,15 +9569,16 @@ def test_readme_service(tmp_path: Path) -> None:
             mkdir -p -m 700 $data; rm -f $data/url
             MANAGER_PORT=0 $(sed -n s/^ExecStart=//p $unit) >/var/log 2>&1 & echo $! >$pid
             until [ -s $data/url ]; do sleep 0.05; done ;;
-        "stop panguard-manager") kill $(cat $pid); while kill -0 $(cat $pid); do sleep 0.05; done 2>/dev/null ;;
+        "stop panguard-manager")
+            kill $(cat $pid); while kill -0 $(cat $pid); do sleep 0.05; done 2>/dev/null ;;
         "reload panguard-manager") kill -HUP $(cat $pid) ;;
         *) test "$*" = daemon-reload ;;
         esac"""))
     path = {**environ(home), "PATH": f"{bins}:{os.environ['PATH']}"}
     try:
         for block in of_kind("sh service"):
-            done = subprocess.run(["bash", "-euo", "pipefail", "-c", here(block.text)], env=path, cwd=home, text=True,
-                                  capture_output=True, timeout=LIMIT_S)
+            done = subprocess.run(["bash", "-euo", "pipefail", "-c", here(block.text)], env=path, cwd=home,
+                                  text=True, capture_output=True, timeout=LIMIT_S)
             assert done.returncode == 0, block.text + done.stdout + done.stderr
     finally:
         os.kill(int((tmp_path / "var/pid").read_text()), signal.SIGTERM)
@@ -9609,8 +9621,9 @@ def checked_by(program: str, *words: Any, **variables: str) -> str:
 
 def test_readme_nginx(tmp_path: Path, pair: dict[str, Path]) -> None:
     (site,) = of_kind("nginx")
-    text = site.text.replace("/etc/ssl/manager.pem", str(pair["tls_cert"])).replace(
-        "/etc/ssl/manager.key", str(pair["tls_key"])).replace("listen 443 ", f"listen unix:{tmp_path}/socket ")
+    text = site.text.replace("listen 443 ", f"listen unix:{tmp_path}/socket ")
+    text = text.replace("/etc/ssl/manager.pem", str(pair["tls_cert"]))
+    text = text.replace("/etc/ssl/manager.key", str(pair["tls_key"]))
     folders = "".join(f"{name}_temp_path {tmp_path}/{name};\n" for name in (
         "client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (tmp_path / "nginx.conf").write_text(f"events {{}}\nhttp {{\naccess_log off;\n{folders}{text}}}\n")
@@ -9621,7 +9634,8 @@ def test_readme_nginx(tmp_path: Path, pair: dict[str, Path]) -> None:
 def test_readme_caddy(tmp_path: Path) -> None:
     (site,) = of_kind("caddyfile")
     (tmp_path / "Caddyfile").write_text(site.text)
-    checked_by("caddy", "validate", "--adapter", "caddyfile", "--config", tmp_path / "Caddyfile", HOME=str(tmp_path))
+    checked_by("caddy", "validate", "--adapter", "caddyfile", "--config", tmp_path / "Caddyfile",
+               HOME=str(tmp_path))
 
 
 def test_readme_prometheus(tmp_path: Path, pair: dict[str, Path]) -> None:
@@ -9696,11 +9710,13 @@ def test_readme_journal(tmp_path: Path) -> None:
         clock.advance(400)  # all but the two are offline from here on
         issued = api.post("/api/enroll-tokens", {"tags": ["a"], "maxUses": 2}, status=201)
         for status in (201, 200):  # a newcomer, and again: its answer was lost
-            api.post("/api/agents/register", {**AGENT, "machine_id": "new"}, token=issued["token"], status=status)
+            api.post("/api/agents/register", {**AGENT, "machine_id": "new"}, token=issued["token"],
+                     status=status)
         api.call("DELETE", f"/api/enroll-tokens/{issued['id']}")
         api.post("/api/agents/register", {**AGENT, "machine_id": "claimed"}, token=None, status=201)
         for number, agent in enumerate(agents):
-            api.post(f"/api/agents/{agent['id']}/events", {"events": [THREAT]}, token=agent["token"], status=201)
+            api.post(f"/api/agents/{agent['id']}/events", {"events": [THREAT]}, status=201,
+                     token=agent["token"])
             for version in range(40 if number == 0 else 1):  # the first one causes too many entries
                 api.beat(agent, version=f"2.{version}")
         clock.advance(61)
@@ -9711,7 +9727,8 @@ def test_readme_journal(tmp_path: Path) -> None:
         api.call("PATCH", f"/api/threats/{threat}", {"state": "acknowledged", "note": "seen"})
         api.post("/api/policy", {"name": "p", "rules": [RULE], "agent_id": agents[1]["id"]}, status=201)
         api.call("DELETE", f"/api/policy/agent/{agents[1]['id']}")
-        api.refusal("POST", f"/api/agents/{agents[1]['id']}/heartbeat", {}, token="pga_" + 32 * "x", status=401)
+        api.refusal("POST", f"/api/agents/{agents[1]['id']}/heartbeat", {}, status=401,
+                    token="pga_" + 32 * "x")
         clock.advance(3200)
         clock.advance(3590)
         for each in fleet.agents()[0]:
@@ -9761,6 +9778,14 @@ def test_every_link_within_the_readmes_leads_to_a_heading(name: str) -> None:
         assert target in {re.sub(r"[^\w -]", "", each).strip().lower().replace(" ", "-") for each in headings}
 
 
+def test_the_table_of_faults_has_the_texts_that_are_answered() -> None:
+    texts = [node.value for node in ast.walk(ast.parse(SOURCE))
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    for told in re.findall(r"(?:503|status 1,) `([^`]+)`", section("Faults")):
+        for part in re.split(r"[A-Z]{4,}|…", told):
+            assert len(part) < 9 or any(part.strip() in text for text in texts), part
+
+
 def test_readme_numbers(api: Client) -> None:
     liveness = manager.Liveness.of(manager.Config())
     agent = api.register()
@@ -9780,7 +9805,8 @@ def test_readme_metrics(api: Client) -> None:
     assert set(re.findall(r"`(panguard_\w+)`", README)) == told
 
 
-@pytest.mark.parametrize("example", [each.text for each in of_kind("python") if each.heading != "In your tests"])
+@pytest.mark.parametrize("example", [
+    each.text for each in of_kind("python") if each.heading != "In your tests"])
 def test_readme_embedding(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(example, "README.md", "exec"), {})
 
