@@ -34,7 +34,6 @@ import contextlib
 import email.utils
 import enum
 import errno
-import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -51,7 +50,6 @@ import mmap
 import os
 import random
 import re
-import resource
 import secrets
 import select
 import shlex
@@ -77,6 +75,9 @@ from typing import Any, BinaryIO, Generic, NamedTuple, NoReturn, Protocol, TypeV
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 try:
+    import fcntl
+    import resource
+
     import bottle
     from waitress import wasyncore
     from waitress.adjustments import Adjustments
@@ -90,6 +91,8 @@ try:
 except ImportError as missing:
     if __name__ != "__main__":
         raise
+    if missing.name in ("fcntl", "resource"):
+        sys.exit("manager.py needs Linux or macOS; on Windows run it in WSL 2 or in a container")
     sys.exit(f"manager.py needs bottle 0.13 and waitress 3.0 ({missing}); `uv run manager.py` brings them, "
              "or install both with pip")
 
@@ -1560,7 +1563,7 @@ _FAULTS = (
     ("locked", "another program holds {folder}/manager.db locked; end it"),
     ("readonly", "{folder}/manager.db cannot be written; give this user the right to write it"),
     ("malformed|Could not decode|not a database",
-     "{folder}/manager.db is damaged; stop the manager and restore a backup"),
+     "{folder}/manager.db is damaged; stop the manager and restore a backup: panguard-manager restore FILE"),
     ("disk I/O error", "the disk under {folder} fails to read or write; check it"),
     ("unable to open", "{folder}/manager.db cannot be opened; check that the folder is there and can be written"),
 )
@@ -1839,7 +1842,8 @@ class Store:
                 return
             with self._path.open("rb") as file:
                 if file.read(16) != b"SQLite format 3\0":
-                    raise StartError(f"{self._path} is damaged or is not a database; restore a backup")
+                    raise StartError(f"{self._path} is damaged or is not a database; restore a backup: "
+                                     "panguard-manager restore FILE")
         except OSError as error:
             raise StartError(f"{self._path} cannot be read ({error.strerror}); change its owner") from None
         # Where no log is waiting, not even the reader's own files need be made beside the database.
@@ -2399,6 +2403,8 @@ def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
                 shutil.copyfile(folder / name, work / name)
             if (work / name).exists():
                 (work / name).chmod(0o600)
+                if os.geteuid() == 0:  # for a service whose folder belongs to a user of its own
+                    os.chown(work / name, folder.stat().st_uid, folder.stat().st_gid)
                 sync_path(work / name)
         former = [folder / name for name in (*_KEPT, "manager.db-wal", "manager.db-shm") if (folder / name).exists()]
         kept = folder / f"before-restore-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"

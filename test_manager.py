@@ -8464,6 +8464,18 @@ def test_a_backup_is_restored_elsewhere_with_all_it_held(db_only: bool, furnishe
             assert held_by(server)[path] == held[path]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_root_restores_belongs_to_the_owner_of_the_folder(furnished: Client, shell: Any, tmp_path: Path) -> None:
+    assert shell("backup", "kept")[0] == 0
+    other = tmp_path / "other"
+    other.mkdir(mode=0o700)
+    os.chown(other, 12345, 12346)
+    assert shell("restore", "kept", "--data-dir", other, "--yes")[0] == 0
+    for name in ("manager.db", "token"):
+        found = (other / name).stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12345, 12346, 0o600)
+
+
 def test_restoring_keeps_what_it_replaces(tmp_path: Path, shell: Any) -> None:
     folder = tmp_path / "data"
     with Server(port=0, data_dir=folder, tls="off") as server:
@@ -9927,6 +9939,12 @@ def test_the_fixture_for_pytest_costs_nothing_until_a_test_asks_for_it(tmp_path:
 def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-I", "-S", manager.__file__], text=True, capture_output=True, check=False)
     assert done.returncode == 1 and re.fullmatch(r"manager\.py needs bottle .*'bottle'.*\n", done.stderr), done.stderr
+
+
+def test_a_system_without_posix_is_one_sentence() -> None:
+    start = f"import runpy, sys; sys.modules['fcntl'] = None; runpy.run_path({manager.__file__!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", start], text=True, capture_output=True, check=False)
+    assert done.returncode == 1 and re.fullmatch(r"manager\.py needs Linux or macOS; .*\n", done.stderr), done.stderr
 
 
 def test_file_alone_runs(tmp_path: Path) -> None:
