@@ -2077,7 +2077,10 @@ class Store:
             self._translate(error)
 
     def durable_seq(self) -> int:
-        """The number of the latest journal entry that a power cut cannot undo, having made it so."""
+        """Sync the log, and give the number of the latest journal entry, which no power cut can undo then.
+
+        Raises Unavailable.
+        """
         with self.read() as db:
             newest = int(db.execute(_LAST_SEQ).fetchone()[0])
         if newest > self._durable_seq:
@@ -2237,7 +2240,7 @@ class Store:
         self._faults[sentence] += 1
         if (times := self._faults[sentence]) == 1:
             log.error("%s (%s)", sentence, error)
-        elif str(times).strip("0") == "1":  # the tenth, hundredth, … time; probe() logs when the fault has ended
+        elif times == 10 ** (len(str(times)) - 1):  # a power of ten; probe() logs when the fault has ended
             log.error("repeated %d times: %s", times, sentence)
         fault = Unavailable(sentence, retry_after_s=5)
         if self._owner == threading.get_ident():
@@ -2572,7 +2575,7 @@ class Manager:
         self._stalled_ms, self._suspended_ms = clock.stalled_ms(), self.started.suspended_ms
         self._forgiven_ms = 0  # how far the tick that decides liveness is behind the clock's
         self._forgiven_at: deque[int] = deque(maxlen=_FORGIVEN_PER_HOUR)  # on the tick that decides liveness
-        # Less matters to no agent, and happens on any busy machine.
+        # Shorter stalls are ignored: they happen on any busy machine.
         self._least_forgiven_ms = max(500, config.heartbeat_timeout_ms // 20)
         self._to_journal: list[tuple[int, str, int]] = []  # what was forgiven: wall_ms, cause, duration in ms
         self._writable_ms = self.started.tick_ms  # when contacts could last be recorded, on the same tick
@@ -2675,7 +2678,7 @@ class Manager:
                                    (Status.OFFLINE, self.liveness.offline_after_ms + 1)):
                 db.execute("UPDATE contacts SET seen_ms = ?, heard = 0 WHERE announced = ?",
                            (now.tick_ms - age_ms, status))
-            # Of files made before that was recorded.
+            # NULL in rows of schema 8 and before.
             db.execute(f"UPDATE contacts SET announced_steady_ms = ? WHERE {_SILENT} AND announced = 'offline' "
                        "AND announced_steady_ms IS NULL", (now.steady_ms,))
         self._none_due_until_ms = now.tick_ms + self.liveness.stale_after_ms
@@ -2790,7 +2793,8 @@ class Manager:
         return step
 
     def _of_status(self, now: Moment, status: Status, *, hint: bool = True) -> str:
-        """The condition for SQL that an agent has a status; the announced one is a hint where to look, never more."""
+        """The condition for SQL that an agent has a status. What was announced may be late: with `hint` its index is
+        used while no online agent can be overdue."""
         if status is Status.ONLINE:
             return "c.announced = 'online' AND c.seen_ms >= :online_from"
         looked_in = f"c.{_SILENT} AND c.announced IN ('stale', 'offline') AND "
@@ -2964,7 +2968,7 @@ class Manager:
         Raises NotFound.
         """
         with self.store.transaction(durable=False, savepoint=False) as db:
-            now = self.now()  # here, as in register()
+            now = self.now()  # after waiting for the lock, as in register()
             agent = caller.agent
             if agent is None or agent.id != agent_id:
                 row = self._row(db, now, agent_id)
@@ -3711,7 +3715,8 @@ class Manager:
         if expired:
             with self.store.transaction(durable=False) as db:
                 removed += db.execute("DELETE FROM journal WHERE seq <= ?", (expired[-1]["seq"],)).rowcount
-        return removed + self._purge_for_space() > 0
+        removed += self._purge_for_space()
+        return removed > 0
 
     def _purge_for_space(self) -> int:
         """Remove some of the oldest threat events and entries if the database is larger than it may be; how many."""
@@ -3731,7 +3736,7 @@ class Manager:
                               (keys,)).fetchall()
             self._count_threats(db, gone, -1)
             removed += len(gone)
-            # All up to the last, for some are stamped earlier than their number says, and the journal has no gaps.
+            # By number: instants are not in the order of numbers, and the journal must have no gaps.
             last = max((row["key"] for row in rows if row["source"] == "journal"), default=0)
             removed += db.execute("DELETE FROM journal WHERE seq <= ?", (last,)).rowcount
         if removed:
@@ -5061,8 +5066,8 @@ class Notifier:
                 db.execute("INSERT OR IGNORE INTO receivers (digest, delivered) VALUES (?, ?)", (each, newest))
             known = [row[0] for row in db.execute("SELECT digest FROM receivers")]
             db.executemany("DELETE FROM receivers WHERE digest = ?", [(each,) for each in known if each not in digests])
-            gone = {row[0] for row in db.execute("SELECT digest FROM receivers WHERE state != 'works'")}
-        self.receivers = [Receiver(self, url, digest(url) in gone) for url in dict.fromkeys(config.notify_url)]
+            failing = {row[0] for row in db.execute("SELECT digest FROM receivers WHERE state != 'works'")}
+        self.receivers = [Receiver(self, url, digest(url) in failing) for url in dict.fromkeys(config.notify_url)]
         self._testing = threading.Lock()
 
     def _tick_ms(self) -> int:
@@ -5935,7 +5940,7 @@ class Phase(enum.Enum):
     HANDSHAKE = enum.auto()
     HTTP = enum.auto()
     STREAM = enum.auto()  # written to by publish(); what arrives is dropped
-    LINGER = enum.auto()  # all said; what arrives is dropped, lest a reset overtake the last answer
+    LINGER = enum.auto()  # half-closed; what arrives is dropped, since closing with unread data sends a reset
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
@@ -5961,7 +5966,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         super().__init__(server, sock, addr, adj, map=map)
         self.sockets = map
         self.sending = threading.RLock()
-        self.outbuf_lock = threading.Condition(self.sending)  # waitress' name for it, and a longer way there
+        self.outbuf_lock = threading.Condition(self.sending)  # what waitress locks
         if server.site.tls_context is not None:
             self.phase = Phase.FIRST_BYTE
 
@@ -5972,7 +5977,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return not (self.will_close or (busy and self.phase is Phase.HTTP))
 
     def writable(self) -> bool:
-        if self.requests:  # quiet: a worker is writing, and will say when it has finished
+        if self.requests:  # its worker calls update_interest() when it has finished
             return bool(self.will_close or self.total_outbufs_len >= self.adj.send_bytes)
         closing = self.will_close or self.close_when_flushed
         return bool(self.total_outbufs_len or closing or self.handshake_writes)
@@ -5986,7 +5991,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.phase is Phase.STREAM and not self.total_outbufs_len:
             return math.inf
         if self.in_batch or (self.requests and self.total_outbufs_len < self.adj.send_bytes):
-            return math.inf  # it waits for us
+            return math.inf  # no time limit while the answer is made
         if (self.request is not None or self.held) and not self.requests and not self.total_outbufs_len:
             return self.began_s + REQUEST_S + self.taken / SLOWEST_UPLOAD_BYTES_PER_S
         return self.active_s + (IDLE_S if self.authenticated else UNAUTHENTICATED_IDLE_S)
@@ -6001,7 +6006,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.phase is Phase.HTTP:
             if self.connected and (data := self.recv(self.adj.recv_bytes)):
                 self.received(data)
-        elif self.phase is not Phase.FIRST_BYTE and self.phase is not Phase.HANDSHAKE:
+        elif self.phase in (Phase.STREAM, Phase.LINGER):
             self.tolerance -= len(self.recv(self.adj.recv_bytes))
             if self.tolerance < 0:
                 self.handle_close()
@@ -6010,7 +6015,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Read one request; what has arrived of later ones waits in `held` until it has been answered."""
         data, self.held = self.held + data, b""
         if self.request is None:
-            data = data.lstrip()  # waitress ignores blanks before a request; they begin none and earn no time
+            data = data.lstrip()  # waitress skips blanks before a request; they do not start its time
             if not data:
                 return True
             if not self.wanted:
@@ -6292,7 +6297,7 @@ class HeartbeatBatch:
             threading.Timer(0.01, sockets.call_soon, (self._granted, sockets, turn, until_s)).start()
             return
         self._turn = None
-        self._serve(turn)
+        self._answer_all(turn)
 
     def close(self) -> None:
         """Give up what still waits."""
@@ -6300,7 +6305,7 @@ class HeartbeatBatch:
             self._store.write_lock.release(self._turn)
             self._turn = None
 
-    def _serve(self, turn: Turn) -> None:
+    def _answer_all(self, turn: Turn) -> None:
         waiting, self._waiting = self._waiting, []
         site, route = waiting[0][0].server.site, _HEARTBEAT_ROUTE
         began_s = time.perf_counter()
@@ -6331,7 +6336,7 @@ class HeartbeatBatch:
 
 @functools.lru_cache(maxsize=256)
 def _environ_key(name: str) -> str | None:
-    """What WSGI calls a header; None for one that may mean more than it says."""
+    """What WSGI calls a header; None for one that changes how the request is read."""
     key = name.upper().replace("-", "_")
     if not re.fullmatch("[0-9A-Za-z-]+", name) or key in ("TRANSFER_ENCODING", "EXPECT"):
         return None
@@ -6372,7 +6377,7 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]
 
 
 class Listener(TcpWSGIServer):  # type: ignore[misc]
-    """One listening socket: accepts connections, and says where their requests are served."""
+    """One listening socket: accepts connections, and gives each request to the loop or to a worker."""
 
     def __init__(self, site: WebServer, sockinfo: Any) -> None:
         self.site = site
@@ -6393,9 +6398,9 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                     time.sleep(0.01)  # the process is out of descriptors: do not spin on it
                 return
             counted_as = "" if self.site.api.is_proxy(address[0]) else network_of(address[0])
-            crowd = max(len(self._map) - self.site.connection_limit,
-                        self.site.connections_of[counted_as] - self.site.address_limit)
-            if crowd >= SPARE_DESCRIPTORS // 2:
+            too_many = max(len(self._map) - self.site.connection_limit,
+                           self.site.connections_of[counted_as] - self.site.address_limit) + 1
+            if too_many > SPARE_DESCRIPTORS // 2:  # a few too many are answered 503, more are closed
                 connection.close()
                 continue
             try:
@@ -6406,7 +6411,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 continue
             channel.counted_as = counted_as
             self.site.count_connection(counted_as, 1)
-            if crowd >= 0:
+            if too_many > 0:
                 channel.refusal = Overloaded("too many connections; close those not needed, or try again")
 
     def add_task(self, channel: Channel) -> None:
@@ -6525,7 +6530,7 @@ class WebServer:
     def count_body_bytes(self, whose: str, more: int) -> bool:
         """Count bytes of bodies that were buffered, or (negative) let go; false if there would be too many.
 
-        An agent's or enroller's credential, or a newcomer's address, may have a quarter: nobody stops the others.
+        An agent's or enroller's credential, or a newcomer's address, may have a quarter, so that none uses up all.
         """
         most = self.config.max_buffered_bytes
         share = max(most // 4, _MOST_BYTES) if whose else most
@@ -6709,7 +6714,7 @@ class Server(Generic[_ClockT]):
             for receiver in self._notifier.receivers:
                 undo.callback(run_thread("panguard-notify", receiver.run, receiver.stop))
             undo.callback(self._notifier.stop)  # all of them, before any is waited for
-            self._serve(app, folder, undo)
+            self._listen(app, folder, undo)
             interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
             undo.callback(self.clock.every(interval_s, self._tick))
             self._check_daily(store, undo)
@@ -6862,7 +6867,8 @@ class Server(Generic[_ClockT]):
         self.notes.append("token made")
         return token
 
-    def _serve(self, app: bottle.Bottle, folder: Path, undo: contextlib.ExitStack) -> None:
+    def _listen(self, app: bottle.Bottle, folder: Path, undo: contextlib.ExitStack) -> None:
+        """Serve streams and the port, each in a thread, until `undo` ends them, and publish the address."""
         config = self.config
         over = threading.Event()
 
