@@ -69,7 +69,7 @@ import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast, overload
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
@@ -480,13 +480,10 @@ class ManagerError(Exception):
 
     status = 500
 
-    def __init__(self, text: str, *, status: int | None = None, retry_after_s: int | None = None,
-                 headers: Iterable[tuple[str, str]] = (), body: bytes | None = None):
+    def __init__(self, text: str, *, status: int | None = None, retry_after_s: int | None = None):
         super().__init__(text)
         self.status = status or self.status
         self.retry_after_s = retry_after_s
-        self.headers = tuple(headers)
-        self.body = body  # of its answer, instead of an envelope
 
 
 class Invalid(ManagerError):
@@ -544,10 +541,10 @@ class Status(str, enum.Enum):
 
 
 class Moment(NamedTuple):
-    """One reading of a clock, in ms: `wall_ms` since 1970 is shown, `tick_ms` never steps and decides liveness.
+    """A reading of a clock in ms: `wall_ms` since 1970 is shown, `tick_ms` never steps and decides liveness.
 
-    `suspended_ms` is how long the machine has been suspended so far, if the tick stands still meanwhile. The manager
-    adds `steady_ms`: it never steps, goes on over restarts, and decides retention, windows and correlation.
+    `suspended_ms` is how long the machine has been suspended so far, if the tick stands still meanwhile. The
+    manager adds `steady_ms`: it never steps, goes on over restarts, and decides retention and correlation.
     """
 
     wall_ms: int
@@ -567,10 +564,10 @@ class Clock(Protocol):
         """One reading."""
 
     def stalled_ms(self) -> int:
-        """How long, so far, this process was not run although the tick went on: stopped, or given no CPU time."""
+        """How long, so far, this process did not run though the tick ran: stopped, or without CPU time."""
 
     def every(self, interval_s: float, callback: Callable[[], bool]) -> Callable[[], None]:
-        """Call `callback()` every interval, or at once while it is true, until the function returned is called."""
+        """Call `callback()` every interval, again while it is true, until the returned function is called."""
 
 
 class Liveness(NamedTuple):
@@ -595,8 +592,8 @@ class Liveness(NamedTuple):
                 announced_ms: int) -> dict[str, Any]:
         """The fields of Agent that say which status it has at `now`, since when and why.
 
-        `announced` is the status last written to the journal, `announced_ms` (since 1970) when that one began. A start
-        of the manager begins silence anew, so that `seen_ms` alone does not know when a silent agent fell silent.
+        `announced` is the status last written to the journal, `announced_ms` (since 1970) when it began. A
+        start of the manager begins silence anew, so `seen_ms` does not tell when a silent agent fell silent.
         """
         status = self.status(seen_ms, now.tick_ms)
         stale_ms, offline_ms = (now.wall_of(seen_ms + age_ms) for age_ms in self)
@@ -608,8 +605,9 @@ class Liveness(NamedTuple):
         instants = [iso(heartbeat_ms), iso(stale_ms)]
         if {each[:10] for each in instants} == {iso(now.wall_ms)[:10]}:
             instants = [each[11:] for each in instants]
-        return {"status": status, "status_since_ms": since_ms, "stale_at_ms": stale_ms, "offline_at_ms": offline_ms,
-                "status_reason": "last heartbeat {}, due by {}".format(*instants)}
+        reason = "last heartbeat {}, due by {}".format(*instants)
+        return {"status": status, "status_since_ms": since_ms, "stale_at_ms": stale_ms,
+                "offline_at_ms": offline_ms, "status_reason": reason}
 
     def cutoffs(self, tick_ms: int) -> dict[str, int]:
         """The same rule as two bounds for SQL: online is `seen_ms >= online_from`, stale `>= stale_from`."""
@@ -617,7 +615,7 @@ class Liveness(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A time in which the manager ran and the wall clock was not stepped, from and until in ms on the steady clock.
+    """A time in which the manager ran and nobody stepped the wall clock; `from_ms`, `until_ms` are steady.
 
     The wall clock showed `shift_ms` more. `first_threat` and `first_entry` are the first keys used in it.
     """
@@ -638,7 +636,7 @@ class Identity(NamedTuple):
 
 
 class Caller(NamedTuple):
-    """Who asks: `role` is admin, viewer, enroller, agent, anyone or manager; `address` the client's, if over HTTP.
+    """Who asks: `role` is admin, viewer, enroller, agent, anyone or manager; `address` its client's (HTTP).
     An enroller's `credential` is the id of an enrolment token, or None for MANAGER_ENROLL_TOKEN."""
 
     role: str
@@ -661,8 +659,8 @@ LOCAL = Caller("admin")
 class Agent:
     """An agent as of one instant. Instants in ms since 1970, `uptime` in s, `cpu` and `memory` in percent.
 
-    `acknowledged` is a policy version, 0 if none; `pending_policies` how many in force are newer. `stale_at_ms` and
-    `offline_at_ms` are when silence would make, or made, it so.
+    `acknowledged` is a policy version, 0 if none; `pending_policies` how many in force are newer.
+    `stale_at_ms` and `offline_at_ms` are when silence would make, or made, it so.
     """
 
     id: str
@@ -691,7 +689,7 @@ class Agent:
 
 @dataclass(frozen=True)
 class EnrollToken:
-    """A token that registers at most `max_uses` agents, until `expires_ms` (since 1970), with its org and tags.
+    """A token that registers up to `max_uses` agents, until `expires_ms` (since 1970), with its org and tags.
     `token` is the credential itself, given by the call that issued it only."""
 
     id: str
@@ -776,12 +774,12 @@ class Census(NamedTuple):
     policies: int
 
 
-ENTRY_TYPES = ("agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline",
-               "agent_updated", "agent_deregistered", "agents_pruned", "identity_conflict", "threats_reported",
-               "threats_correlated",
-               "threat_updated", "policy_created", "policy_dropped", "enroll_token_issued", "enroll_token_revoked",
-               "silence_forgiven", "clock_stepped", "agent_refused", "notification_failed", "manager_started",
-               "manager_stopped")
+ENTRY_TYPES = (
+    "agent_registered", "agent_reregistered", "agent_online", "agent_stale", "agent_offline", "agent_updated",
+    "agent_deregistered", "agents_pruned", "identity_conflict", "threats_reported", "threats_correlated",
+    "threat_updated", "policy_created", "policy_dropped", "enroll_token_issued", "enroll_token_revoked",
+    "silence_forgiven", "clock_stepped", "agent_refused", "notification_failed", "manager_started",
+    "manager_stopped")
 SEVERITIES = ("critical", "high", "medium", "low")
 THREAT_STATES = ("open", "acknowledged", "false_positive")
 RULE_TYPES = ("block_ip", "alert_threshold", "auto_respond", "custom")
@@ -820,7 +818,8 @@ def resolve(in_force: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], acknowl
 
 def first_text(details: Mapping[str, Any], keys: Iterable[str]) -> str | None:
     """The first text among the values of `keys`, in their order."""
-    return next((value.strip() for key in keys if isinstance(value := details.get(key), str) and value.strip()), None)
+    texts = (value.strip() for key in keys if isinstance(value := details.get(key), str))
+    return next(filter(None, texts), None)
 
 
 def source_address(details: Mapping[str, Any]) -> str | None:
@@ -862,87 +861,66 @@ class Param(NamedTuple):
 
 
 Table = Mapping[str, Param]
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_CONTROL_BUT_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+Translate = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def _check(accept: Callable[[Any], Any], must: str, schema: Mapping[str, Any]) -> Check:
-    """A check from a function that returns the clean value or raises ValueError or TypeError."""
+def _check(accept: Callable[[Any], Any], must: str, kind: type | tuple[type, ...],
+           schema: Mapping[str, Any]) -> Check:
+    """A check of a value of type `kind`, of which `accept` makes the clean value or raises ValueError."""
     def clean(value: Any, path: str, problems: list[str]) -> Any:
-        try:
-            return accept(value)
-        except (ValueError, TypeError, KeyError, OverflowError):
-            problems.append(f"{path}: must be {must}")
-            return None
+        with contextlib.suppress(ValueError, OverflowError):
+            if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+                return accept(value)
+        problems.append(f"{path}: must be {must}")
+        return None
     return Check(clean, schema)
 
 
 def text(longest: int, *, lines: bool = False) -> Check:
-    """Text of 1 to `longest` characters, not all blank, without control characters (but line ends, if `lines`)."""
-    control = _CONTROL_BUT_LINES if lines else _CONTROL
+    """Text of 1 to `longest` characters, not all blank, without control characters; `lines`: line ends may be."""
+    printable = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$" if lines else r"^[^\x00-\x1f\x7f-\x9f]*$"
+    is_printable = re.compile(printable.rstrip("$")).fullmatch
 
-    def accept(value: Any) -> str:
-        if not isinstance(value, str) or not 0 < len(value) <= longest or value.isspace() or control.search(value):
+    def accept(value: str) -> str:
+        if not 0 < len(value) <= longest or value.isspace() or not is_printable(value):
             raise ValueError
         return value
-    return _check(accept, f"text of 1 to {longest} characters without control characters", {
-        "type": "string", "minLength": 1, "maxLength": longest,
-        "pattern": f"^{control.pattern.replace('[', '[^')}*$"})
+    return _check(accept, f"text of 1 to {longest} characters without control characters", str, {
+        "type": "string", "minLength": 1, "maxLength": longest, "pattern": printable})
 
 
 def number(low: float, high: float, *, whole: bool = False) -> Check:
-    """A finite number from `low` to `high`, without a fraction if `whole`; `true` is none."""
-    def accept(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+    """A finite number from `low` to `high`, without a fraction if `whole`."""
+    def accept(value: float) -> float:
+        if not low <= value <= high:
             raise ValueError
         return value
-    return _check(accept, f"a {'whole ' * whole}number from {low} to {high}",
+    must = f"a {'whole number' if whole else 'number'} from {low} to {high}"
+    return _check(accept, must, int if whole else (int, float),
                   {"type": "integer" if whole else "number", "minimum": low, "maximum": high})
 
 
 def digits(low: int, high: int) -> Check:
     """A whole number, written in a query or given in Python."""
-    def accept(value: Any) -> int:
-        if not re.fullmatch(r"[0-9]{1,16}", str(value)) or not low <= int(value) <= high:
-            raise ValueError
-        return int(value)
-    return _check(accept, f"a whole number from {low} to {high}", {"type": "integer", "minimum": low, "maximum": high})
+    def clean(value: Any, path: str, problems: list[str]) -> Any:
+        written = isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value)
+        return checked_number.clean(int(value) if written else value, path, problems)
+    checked_number = number(low, high, whole=True)
+    return Check(clean, checked_number.schema)
 
 
 def one_of(*values: str) -> Check:
-    """One of a few words."""
-    return _check({str(value): value for value in values}.__getitem__, "one of " + ", ".join(values),
+    return _check(lambda value: values[values.index(value)], "one of " + ", ".join(values), str,
                   {"type": "string", "enum": list(values)})
 
 
-def address() -> Check:
-    """An IPv4 or IPv6 address, in its canonical form."""
-    def accept(value: Any) -> str:
-        if not isinstance(value, str) or "%" in value:
+def numbered(pattern: str, example: str, read: Callable[[str], int]) -> Check:
+    """Text of a pattern, as the number that `read` finds in it."""
+    def accept(value: str) -> int:
+        if not re.fullmatch(pattern, value):
             raise ValueError
-        return str(ipaddress.ip_address(value))
-    return _check(accept, "an IPv4 or IPv6 address",
-                  {"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]})
-
-
-def policy_version() -> Check:
-    """A policy version such as v2, as its number."""
-    def accept(value: Any) -> int:
-        if not isinstance(value, str) or not re.fullmatch(r"v[1-9][0-9]{0,14}", value):
-            raise ValueError
-        return int(value[1:])
-    return _check(accept, "a policy version such as v2", {"type": "string", "pattern": "^v[1-9][0-9]{0,14}$"})
-
-
-def event_id() -> Check:
-    """The id of a threat event such as evt_00000000002a, as its key."""
-    def accept(value: Any) -> int:
-        if not isinstance(value, str) or not re.fullmatch(r"evt_[0-9a-f]{12}", value):
-            raise ValueError
-        return int(value[4:], 16)
-    return _check(accept, "the id of a threat event such as evt_00000000002a",
-                  {"type": "string", "pattern": "^evt_[0-9a-f]{12}$"})
+        return read(value)
+    return _check(accept, example, str, {"type": "string", "pattern": f"^{pattern}$"})
 
 
 def list_of(item: Check, most: int, *, least: int = 0) -> Check:
@@ -955,58 +933,56 @@ def list_of(item: Check, most: int, *, least: int = 0) -> Check:
     return Check(clean, {"type": "array", "items": item.schema, "minItems": least, "maxItems": most})
 
 
-def flag() -> Check:
-    """true or false."""
-    def accept(value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    return _check(accept, "true or false", {"type": "boolean"})
+def _accept_address(value: str) -> str:
+    if "%" in value:
+        raise ValueError
+    return str(ipaddress.ip_address(value))
 
 
-def switch() -> Check:
-    """true or false, written in a query."""
-    return _check({"true": True, "false": False}.__getitem__, "true or false", {"type": "boolean"})
+def _accept_switch(value: str) -> bool:
+    return ("false", "true").index(value) == 1
 
 
-def anything() -> Check:
-    """A JSON object of any content that JSON can hold, nested at most 64 deep."""
-    def shallow(value: Any, left: int) -> None:
-        if not left:
-            raise ValueError
-        for each in value.values() if isinstance(value, dict) else value:
-            if isinstance(each, (dict, list)):
-                shallow(each, left - 1)
-
-    def accept(value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise ValueError
-        shallow(value, 64)
-        to_json(value)
-        return value
-    return _check(accept, "a JSON object nested at most 64 deep, with finite numbers", {"type": "object"})
+def _accept_object(value: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [value]
+    for _ in range(64):
+        inner = [each for one in level for each in (one.values() if isinstance(one, dict) else one)]
+        level = [each for each in inner if isinstance(each, (dict, list))]
+        if not level:
+            to_json(value)
+            return value
+    raise ValueError
 
 
 def instant_ms(value: str) -> int:
     """The ms since 1970 of an ISO 8601 instant. Raises ValueError."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(\.\d{1,9})?([Zz]|[+ -]\d\d:\d\d)", value, re.ASCII)
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(\.\d{1,9})?([Zz]|[+ -]\d\d:\d\d)", value,
+                         re.ASCII)
     if not match:
         raise ValueError
     day, second, fraction, zone = match.groups()
     # A '+' that nobody escaped arrives in a query as a blank.
     at = datetime.fromisoformat(f"{day}T{second}" + ("+00:00" if zone in "Zz" else zone.replace(" ", "+")))
-    return (at - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(seconds=1) * 1000 + int(
-        ((fraction or ".") + "000")[1:4])
+    return int(at.timestamp()) * 1000 + int(f"{fraction or '.'}000"[1:4])
 
 
-def instant(*, kept: bool = False) -> Check:
-    """An ISO 8601 instant: its ms since 1970, or the text itself if `kept`."""
-    def accept(value: Any) -> Any:
-        if not isinstance(value, str):
-            raise ValueError
-        at_ms = instant_ms(value)
-        return value if kept else at_ms
-    return _check(accept, "an instant such as 2026-03-07T12:00:00.000Z", {"type": "string", "format": "date-time"})
+def _accept_claim(value: str) -> str:
+    instant_ms(value)
+    return value
+
+
+_INSTANT = ("an instant such as 2026-03-07T12:00:00.000Z", str, {"type": "string", "format": "date-time"})
+INSTANT = _check(instant_ms, *_INSTANT)  # its ms since 1970
+CLAIMED_INSTANT = _check(_accept_claim, *_INSTANT)  # its text
+ADDRESS = _check(_accept_address, "an IPv4 or IPv6 address", str,
+                 {"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]})
+POLICY_VERSION = numbered("v[1-9][0-9]{0,14}", "a policy version such as v2", lambda found: int(found[1:]))
+EVENT_ID = numbered("evt_[0-9a-f]{12}", "the id of a threat event such as evt_00000000002a",
+                    lambda found: int(found[4:], 16))
+FLAG = _check(bool, "true or false", bool, {"type": "boolean"})
+SWITCH = _check(_accept_switch, "true or false", str, FLAG.schema)  # written in a query
+OBJECT = _check(_accept_object, "a JSON object nested at most 64 deep, with finite numbers", dict,
+                {"type": "object"})
 
 
 def record(table: Table, *, strict: bool = False) -> Check:
@@ -1021,14 +997,13 @@ def record(table: Table, *, strict: bool = False) -> Check:
 
 def table_schema(table: Table, *, strict: bool = False) -> dict[str, Any]:
     """The JSON Schema of an object with the fields of `table`, and if `strict` no others."""
+    properties = {name: param.check.schema if param.required else
+                  {"anyOf": [param.check.schema, {"type": "null"}]} for name, param in table.items()}
     return {"type": "object", **({"additionalProperties": False} if strict else {}),
-            "required": [name for name, param in table.items() if param.required],
-            "properties": {name: param.check.schema if param.required else
-                           {"anyOf": [param.check.schema, {"type": "null"}]} for name, param in table.items()}}
+            "required": [name for name, param in table.items() if param.required], "properties": properties}
 
 
 def need(check: Check) -> Param:
-    """A field that must be there."""
     return Param(check, required=True)
 
 
@@ -1045,21 +1020,18 @@ def snake(name: str) -> str:
 
 def clean_fields(table: Table, values: Mapping[str, Any], problems: list[str], prefix: str = "", *,
                  strict: bool = False) -> dict[str, Any]:
-    """The fields of `table` out of `values`, under their Python names; adds to `problems` what is wrong, and if
-    `strict` the names that are not in the table."""
+    """The fields of `table` out of `values`, under their Python names; adds to `problems` what is wrong, if
+    `strict` also the names that are not in the table."""
     cleaned = {}
     if strict:
         problems += [f"{prefix}{name[:64]!r}: is unknown, known are: {', '.join(table) or 'none'}"
                      for name in values if name not in table][:20]
     for name, param in table.items():
         value = values.get(name)
-        if value is None:
-            if param.required:
-                problems.append(f"{prefix}{name}: is required")
-            value = param.default
-        else:
-            value = param.check.clean(value, prefix + name, problems)
-        cleaned[snake(name)] = value
+        if value is None and param.required:
+            problems.append(f"{prefix}{name}: is required")
+        cleaned[snake(name)] = param.default if value is None else param.check.clean(
+            value, prefix + name, problems)
     return cleaned
 
 
@@ -1079,26 +1051,31 @@ def clean_query(table: Table, query: str, *, strict: bool = False) -> dict[str, 
     return _valid(clean_fields(table, values, problems, strict=strict), problems)
 
 
-def clean_body(table: Table, raw: bytes, translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None, *,
+def clean_body(table: Table, raw: bytes, translate: Translate | None = None, *,
                strict: bool = False) -> dict[str, Any]:
-    """The fields of `table` out of a JSON body, `translate`d before; an absent one counts as `{}`. Raises Invalid, if
-    `strict` for unknown fields too."""
+    """The fields of `table` out of a JSON body, `translate`d before; an absent one counts as `{}`. Raises
+    Invalid, if `strict` for unknown fields too."""
     problems: list[str] = []
     body = parse_object(raw) if raw else {}
-    return _valid(clean_fields(table, translate(body) if translate else body, problems, strict=strict), problems)
+    body = translate(body) if translate else body
+    return _valid(clean_fields(table, body, problems, strict=strict), problems)
 
 
 def clean_arguments(table: Table, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call from Python, by the rules that hold for the fields of `table` over HTTP. Raises Invalid.
+    """The arguments of a call from Python, by the rules for the fields of `table` over HTTP. Raises Invalid.
 
     Names are in Python's spelling, sequences may be tuples, and a policy version is a number.
     """
     names = {snake(name): name for name in table}
     problems: list[str] = []
-    return _valid(clean_fields(table, {
-        names.get(name, name): list(value) if isinstance(value, (tuple, set)) else
-        version_text(value) if name == "policy_version" and isinstance(value, int) else value
-        for name, value in arguments.items()}, problems, strict=True), problems)
+    values = {}
+    for name, value in arguments.items():
+        if isinstance(value, (tuple, set)):
+            value = list(value)
+        elif name == "policy_version" and isinstance(value, int):
+            value = version_text(value)
+        values[names.get(name, name)] = value
+    return _valid(clean_fields(table, values, problems, strict=True), problems)
 
 
 def _valid(cleaned: dict[str, Any], problems: Sequence[str]) -> dict[str, Any]:
@@ -1111,20 +1088,20 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def checked(table: Table) -> Callable[[_Method], _Method]:
-    """Decorates a method: a call from Python (whose `caller` is LOCAL) is checked by `table`, as HTTP has done for its
-    own calls. Arguments that `table` does not name are not checked. Raises Invalid."""
+    """Decorates a method: a call from Python (whose `caller` is LOCAL) is checked by `table`, as HTTP has
+    done for its own calls. Arguments that `table` does not name are not checked. Raises Invalid."""
     def decorate(method: _Method) -> _Method:
         signature = inspect.signature(method)
         names = {snake(name) for name in table}
 
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("caller", LOCAL) is LOCAL:
-                given = signature.bind_partial(*args, **kwargs).arguments
-                cleaned = clean_arguments(table, {name: value for name, value in given.items() if name in names})
-                taken = {name: value for name, value in cleaned.items() if name in signature.parameters}
-                args, kwargs = (given.pop("self"),), {**given, **taken}
-            return method(*args, **kwargs)
+            if kwargs.get("caller", LOCAL) is not LOCAL:
+                return method(*args, **kwargs)
+            given = signature.bind_partial(*args, **kwargs).arguments
+            cleaned = clean_arguments(table, {name: value for name, value in given.items() if name in names})
+            given.update((name, value) for name, value in cleaned.items() if name in signature.parameters)
+            return method(given.pop("self"), **given)
         return cast("_Method", call)
     return decorate
 
@@ -1134,8 +1111,6 @@ def _no_constant(name: str) -> Any:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
-
-
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
@@ -1167,30 +1142,31 @@ _TAGS = list_of(text(64), 64)
 _EXACT = 2**53 - 1
 
 REGISTER: Table = {
-    "hostname": need(_NAME), "os": need(_NAME), "version": need(_NAME), "ip": may(address()), "org_id": may(_KEY),
-    "tags": may(_TAGS), "arch": may(_NAME), "machine_id": may(_KEY)}
+    "hostname": need(_NAME), "os": need(_NAME), "version": need(_NAME), "ip": may(ADDRESS),
+    "org_id": may(_KEY), "tags": may(_TAGS), "arch": may(_NAME), "machine_id": may(_KEY)}
 HEARTBEAT: Table = {
     "uptime": may(number(0, _EXACT)), "cpu": may(number(0, 100)), "memory": may(number(0, 100)),
-    "version": may(_NAME), "policyVersion": may(policy_version())}
+    "version": may(_NAME), "policyVersion": may(POLICY_VERSION)}
 RETAG: Table = {"tags": may(_TAGS), "addTags": may(_TAGS), "removeTags": may(_TAGS)}
 EVENT: Table = {
-    "type": need(_NAME), "severity": need(one_of(*SEVERITIES)), "details": need(anything()),
-    "timestamp": may(instant(kept=True)), "sigmaRuleId": may(_NAME), "ruleId": may(_NAME),
+    "type": need(_NAME), "severity": need(one_of(*SEVERITIES)), "details": need(OBJECT),
+    "timestamp": may(CLAIMED_INSTANT), "sigmaRuleId": may(_NAME), "ruleId": may(_NAME),
     "confidence": may(number(0, 1)), "id": may(_NAME)}
 EVENTS: Table = {"events": need(list_of(record(EVENT), 1000, least=1))}
 RULE: Table = {
-    "type": need(one_of(*RULE_TYPES)), "config": need(anything()),
-    "enabled": may(flag(), True)}
+    "type": need(one_of(*RULE_TYPES)), "config": need(OBJECT),
+    "enabled": may(FLAG, True)}
 POLICY: Table = {
     "name": need(_NAME), "rules": need(list_of(record(RULE, strict=True), 500, least=1)),
     "description": may(text(4096, lines=True)), "org_id": may(_KEY), "agent_id": may(_KEY),
-    "dryRun": may(flag(), False)}
+    "dryRun": may(FLAG, False)}
 ENROLL_TOKEN: Table = {
-    "ttlMs": may(number(1, 90 * _DAY_MS, whole=True), _DAY_MS), "maxUses": may(number(1, 1_000_000, whole=True), 1),
-    "org_id": may(_KEY), "tags": may(_TAGS), "note": may(text(255))}
+    "ttlMs": may(number(1, 90 * _DAY_MS, whole=True), _DAY_MS),
+    "maxUses": may(number(1, 1_000_000, whole=True), 1), "org_id": may(_KEY), "tags": may(_TAGS),
+    "note": may(text(255))}
 # The Guard agent as shipped (contract, last section): its bodies, turned into ours before they are checked.
-_SHIPPED_SOURCE_KEYS = (*SOURCE_KEYS, "remoteAddr")
-_SHIPPED_HASH_KEYS = (*HASH_KEYS, "newHash", "currentChecksum")
+_SHIPPED_KEYS = {"sourceIp": (*SOURCE_KEYS, "remoteAddr"),
+                 "fileHash": (*HASH_KEYS, "newHash", "currentChecksum")}
 
 
 def shipped_heartbeat(body: dict[str, Any]) -> dict[str, Any]:
@@ -1215,31 +1191,32 @@ def shipped_event(body: dict[str, Any]) -> dict[str, Any]:
         confidence = confidence / 100 if abs(confidence) <= 100 else -1
     severity = event.get("severity")
     metadata = event["metadata"] if isinstance(event.get("metadata"), dict) else {}
-    found = {name: value for name, keys in (("sourceIp", _SHIPPED_SOURCE_KEYS), ("fileHash", _SHIPPED_HASH_KEYS))
-             if (value := first_text(event, keys) or first_text(metadata, keys))}
+    found = {name: first_text(event, keys) or first_text(metadata, keys)
+             for name, keys in _SHIPPED_KEYS.items()}
+    details = {name: value for name, value in found.items() if value} | {"event": event, "verdict": verdict}
     return {"events": [{
-        "type": event.get("category"), "severity": "low" if severity == "info" else severity, "confidence": confidence,
-        "timestamp": event.get("timestamp"), "id": event.get("id"),
-        "details": {**found, "event": event, "verdict": verdict}}]}
+        "type": event.get("category"), "severity": "low" if severity == "info" else severity,
+        "details": details, "confidence": confidence, "timestamp": event.get("timestamp"),
+        "id": event.get("id")}]}
 
 
 PAGE: Table = {"page": may(digits(1, 1_000_000)), "limit": may(digits(1, 200))}
 _SOME_AGENTS: Table = {
-    "status": may(one_of(*Status)), "org_id": may(_KEY), "tag": may(_TAGS), "os": may(_NAME), "version": may(_NAME),
-    "q": may(_NAME)}
+    "status": may(one_of(*Status)), "org_id": may(_KEY), "tag": may(_TAGS), "os": may(_NAME),
+    "version": may(_NAME), "q": may(_NAME)}
 SORTS = ("hostname", "lastHeartbeat", "status", "version", "recentThreats", "cpu", "memory")
 AGENT_FILTER: Table = {
     **_SOME_AGENTS, "silent_ms": may(digits(0, _EXACT)),
     "sort": may(one_of(*(sign + name for name in SORTS for sign in ("", "-")))), **PAGE}
-AGENT_LIST: Table = {**AGENT_FILTER, "detail": may(switch(), False)}
-BULK_FILTER: Table = {**_SOME_AGENTS, "silent_ms": may(number(0, _EXACT)), "all": may(flag())}
+AGENT_LIST: Table = {**AGENT_FILTER, "detail": may(SWITCH, False)}
+BULK_FILTER: Table = {**_SOME_AGENTS, "silent_ms": may(number(0, _EXACT)), "all": may(FLAG)}
 BULK: Table = {
     "ids": may(list_of(_KEY, 1000)), "filter": may(record(BULK_FILTER, strict=True)), "addTags": may(_TAGS),
-    "removeTags": may(_TAGS), "deregister": may(flag()), "dryRun": may(flag(), False)}
+    "removeTags": may(_TAGS), "deregister": may(FLAG), "dryRun": may(FLAG, False)}
 THREAT_FILTER: Table = {
-    "since": may(instant()), "until": may(instant()), "org_id": may(_KEY), "agent_id": may(_KEY),
-    "severity": may(one_of(*SEVERITIES)), "type": may(_NAME), "source_ip": may(_NAME), "file_hash": may(_NAME),
-    "state": may(one_of(*THREAT_STATES)), "before": may(event_id()), **PAGE}
+    "since": may(INSTANT), "until": may(INSTANT), "org_id": may(_KEY), "agent_id": may(_KEY),
+    "severity": may(one_of(*SEVERITIES)), "type": may(_NAME), "source_ip": may(_NAME),
+    "file_hash": may(_NAME), "state": may(one_of(*THREAT_STATES)), "before": may(EVENT_ID), **PAGE}
 TRIAGE: Table = {"state": may(one_of(*THREAT_STATES)), "note": may(text(4096, lines=True))}
 OF_ORG: Table = {"org_id": may(_KEY)}
 SUMMARY: Table = {"period": may(one_of(*PERIODS_MS), "24h"), **OF_ORG}
@@ -1247,44 +1224,48 @@ STREAM_FILTER: Table = {
     "type": may(list_of(one_of(*ENTRY_TYPES), len(ENTRY_TYPES))), "agent_id": may(_KEY), "org_id": may(_KEY)}
 ENTRY_FILTER: Table = {
     "after": may(digits(0, _EXACT), 0), "limit": may(digits(1, 200), 50), **STREAM_FILTER,
-    "since": may(instant()), "until": may(instant()), "order": may(one_of("asc", "desc"), "asc")}
+    "since": may(INSTANT), "until": may(INSTANT), "order": may(one_of("asc", "desc"), "asc")}
 TIMELINE: Table = {"agent_id": may(_KEY), "hours": may(digits(1, 168), 24)}
 MEANINGS = {
-    "id": "Id of the agent, the threat event or the enrolment token", "page": "Page, from 1; asks for `pagination`",
-    "limit": "Most items to answer", "status": "Status now", "tag": "A tag; an agent must carry all of those given",
-    "os": "Operating system, exactly", "q": "Text in hostname, id, address or a tag, in any case",
-    "version": "Version of the agent, exactly", "silent_ms": "Silent for at least so many ms",
-    "sort": "Field to sort by, `-` before it reverses", "detail": "Whether to show each agent as its detail does",
-    "org_id": "Id of an organization", "agent_id": "Id of an agent", "since": "Not before this instant",
-    "until": "Before this instant", "severity": "Severity, exactly", "source_ip": "Address that the events came from",
+    "id": "Id of the agent, the threat event or the enrolment token",
+    "page": "Page, from 1; asks for `pagination`", "limit": "Most items to answer", "status": "Status now",
+    "tag": "A tag; an agent must carry all of those given", "os": "Operating system, exactly",
+    "q": "Text in hostname, id, address or a tag, in any case", "version": "Version of the agent, exactly",
+    "silent_ms": "Silent for at least so many ms", "sort": "Field to sort by, `-` before it reverses",
+    "detail": "Whether to show each agent as its detail does", "org_id": "Id of an organization",
+    "agent_id": "Id of an agent", "since": "Not before this instant", "until": "Before this instant",
+    "severity": "Severity, exactly", "source_ip": "Address that the events came from",
     "type": "Type of the events or entries; of entries it may be given several times",
-    "file_hash": "Hash of the file that the events are about", "state": "State that an operator gave the events",
+    "file_hash": "Hash of the file that the events are about",
+    "state": "State that an operator gave the events",
     "before": "Id of the last event read; the list goes on with the next older one",
-    "after": "Number of the last entry read; the list goes on with the next one", "order": "`desc`: the latest first",
-    "period": "Time up to now", "hours": "Hours up to now", "ack": "Whether this request acknowledges the policy",
+    "after": "Number of the last entry read; the list goes on with the next one",
+    "order": "`desc`: the latest first", "period": "Time up to now", "hours": "Hours up to now",
+    "ack": "Whether this request acknowledges the policy",
     "Last-Event-ID": "Number of the last entry read; the stream goes on with the next one",
     "If-None-Match": "The `ETag` of what the caller has", "ETag": "Name of this version of the answer",
     "Retry-After": "Seconds to wait before the next try", "X-Caller": "Role of the caller",
     "X-Heartbeat-Interval": "Seconds to wait before the next heartbeat"}
 """What query parameters and headers mean, for OpenAPI."""
 
-# What is answered: an object per row, a field per word, written `name:type`. Without a type it is text. `?` allows
-# null. `*` before the name: the field may be absent. `[…]` is a list, `{…}` an object of such values; a capital names
-# another row. `=` names the attribute of the record that has the value, where it is not the name in Python's spelling.
+# What is answered: an object per row, a field per word, written `name:type`. Without a type it is text. `?`
+# allows null. `*` before the name: the field may be absent. `[…]` is a list, `{…}` an object of such values;
+# a capital names another row. `=` names the record's attribute, if that is not the name in Python's spelling.
 ANSWERS = {
-    "AgentItem": "id hostname os version ip status:Status tags:[text] lastHeartbeat:instant registeredAt:instant",
+    "AgentItem": "id hostname os version ip status:Status tags:[text] lastHeartbeat:instant "
+                 "registeredAt:instant",
     "Agent": "id hostname os version ip status:Status tags:[text] cpu:number? memory:number? uptime:number? "
              "lastHeartbeat:instant registeredAt=registered_ms:instant recentThreats:int "
              "activePolicyVersion=acknowledged:version? pendingPolicies:int org_id? machine_id? arch? "
              "statusSince:instant statusReason staleAt:instant offlineAt:instant",
-    "Registered": "id hostname os version ip tags:[text] status:Status registeredAt=registered_ms:instant *org_id "
-                  "*machine_id token",
+    "Registered": "id hostname os version ip tags:[text] status:Status registeredAt=registered_ms:instant "
+                  "*org_id *machine_id token",
     "Beat": "id status:Status lastHeartbeat:instant pendingPolicies:int",
     "EnrollToken": "id *token expiresAt=expires_ms:instant maxUses:int uses:int org_id? tags:[text] note?",
     "Bulk": "matched:int changed:int ids:[text]", "Message": "message", "Dropped": "message version:version",
     "Received": "received:int eventIds:[text]",
-    "Threat": "id agentId hostname type severity:Severity confidence:number? details:object sigmaRuleId? timestamp? "
-              "receivedAt:instant correlatedWith:[text] state:ThreatState note?",
+    "Threat": "id agentId hostname type severity:Severity confidence:number? details:object sigmaRuleId? "
+              "timestamp? receivedAt:instant correlatedWith:[text] state:ThreatState note?",
     "ThreatSummary": "period total:int bySeverity:Severities byType:{int} topAgents:[AgentCount] "
                      "topSourceIps:[IpCount] falsePositives:int",
     "Severities": "critical:int high:int medium:int low:int", "AgentCount": "agentId hostname count:int",
@@ -1304,11 +1285,11 @@ ANSWERS = {
     "Entry": "seq:int at=at_ms:instant type:EntryType agentId? org_id? actor:Actor",
     "Actor": "role *address *agent_id *credential", "Alive": "status",
     "Health": "status version uptime:int *agents:Totals *warning", "Totals": "total:int online:int",
-    "Pagination": "total:int page:int limit:int pages:int", "TestedReceiver": "receiver delivered:bool answer"}
+    "Pagination": "total:int page:int limit:int pages:int",
+    "TestedReceiver": "receiver delivered:bool answer"}
 _TYPES: Mapping[str, Mapping[str, Any]] = {
-    "text": {"type": "string"}, "int": {"type": "integer"}, "number": {"type": "number"}, "bool": {"type": "boolean"},
-    "object": {"type": "object"}, "instant": {"type": "string", "format": "date-time"},
-    "version": policy_version().schema}
+    "text": {"type": "string"}, "int": {"type": "integer"}, "number": {"type": "number"},
+    "bool": FLAG.schema, "object": OBJECT.schema, "instant": INSTANT.schema, "version": POLICY_VERSION.schema}
 _WORDS = {"Status": tuple(map(str, Status)), "Severity": SEVERITIES, "ThreatState": THREAT_STATES,
           "RuleType": RULE_TYPES, "EntryType": ENTRY_TYPES}
 
@@ -1347,6 +1328,13 @@ def shape(answer: str, record: Any, **more: Any) -> dict[str, Any]:
     values = ((each, each.shown(more[each.name] if each.name in more else getattr(record, each.attribute)))
               for each in answer_fields(answer))
     return {each.name: value for each, value in values if value is not None or not each.optional}
+
+
+def present(kind: str, data: Any) -> Any:
+    """Data as a type of ANSWERS shows it: records as objects; what has that form already stays as it is."""
+    if isinstance(data, list):
+        return [present(kind[1:-1], each) for each in data]
+    return data if data is None or isinstance(data, (dict, bytes)) else shape(kind.rstrip("?"), data)
 
 
 def answer_schema(kind: str) -> Mapping[str, Any]:
@@ -3895,25 +3883,45 @@ def _scopes(org_id: str | None, agent_id: str | None) -> list[str]:
 # 6  HTTP ##############################################################################################
 ########################################################################################################
 
-ADMIN, VIEWER, ENROLLER, AGENT, ANYONE, NEWCOMER = "admin", "viewer", "enroller", "agent", "anyone", "newcomer"
+ADMIN, VIEWER, ENROLLER, AGENT = "admin", "viewer", "enroller", "agent"
+ANYONE, NEWCOMER = "anyone", "newcomer"
 _MOST_BYTES = 2**20
 FAILED_LOGINS_PER_MINUTE = 20
 _NEWCOMERS_PER_MINUTE = 120
-_REQUESTS_LEFT = "manager.requests_left"  # in a WSGI environ: how many the client may send within its minute
+_NOTHING: Table = {}
 _JSON_TYPE = ("Content-Type", "application/json")
 _COMMON_HEADERS = (
     ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
     ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"), ("Cache-Control", "no-store"))
 _CORS_HEADERS = (
     ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE"),
-    ("Access-Control-Allow-Headers", "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-Id"),
-    ("Access-Control-Expose-Headers", "ETag, Retry-After, X-Heartbeat-Interval, "
-     "X-RateLimit-Limit, X-RateLimit-Remaining, X-Request-Id"),
+    ("Access-Control-Allow-Headers",
+     "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-Id"),
+    ("Access-Control-Expose-Headers",
+     "ETag, Retry-After, X-Heartbeat-Interval, X-RateLimit-Limit, X-RateLimit-Remaining, X-Request-Id"),
     ("Access-Control-Max-Age", "600"))
 
 
+class RequestState:
+    """What the server and the API tell each other of one request; see request_state()."""
+
+    streams: Streams | None = None  # from the server: who opens event streams; None if it has none
+    stream: EventStream | None = None  # from the API: the stream that is to get the connection
+    authenticated: str | None = None  # from the API: whose credential was right, "" if no agent's
+    requests_left: int | None = None  # how many the client may send within its minute; None: not counted yet
+    request_id = ""  # once one was made
+
+
+def request_state(environ: dict[str, Any]) -> RequestState:
+    """The RequestState of a request, kept in its WSGI environ."""
+    found: RequestState | None = environ.get("manager.request_state")
+    if found is None:
+        found = environ["manager.request_state"] = RequestState()
+    return found
+
+
 class Reply(NamedTuple):
-    """An answer: its status, its body, its headers (named in bottle's capitals) but for those that all have."""
+    """An answer. `headers` (named in bottle's capitals) are its own, `common` those that all answers have."""
 
     status: int
     body: bytes
@@ -3934,18 +3942,16 @@ class Call(NamedTuple):
     environ: dict[str, Any]
 
 
-_NOTHING: Table = {}
-
-
 class Endpoint(NamedTuple):
     """One row of the API: what bottle routes, what OpenAPI and the README's table say.
 
-    It answers the JSON envelope around `answer`, a type of ANSWERS, with fields like `beside` at its top level, unless
-    `media` names another type; `also` is another success of status 200. It answers 304 if it has an `etag`.
-    `headers` are those that it sends or, with `:` before the name, takes. `translate` turns the shipped agent's body
-    into ours."""
+    `serve` gives a Reply, or the data of a success: a record that `answer`, a type of ANSWERS, describes, or
+    what has that form already; of a list, with how many match in all if it is paged. It goes into the JSON
+    envelope, with fields like `beside` at its top level, unless `media` names another type. `also` is another
+    success, of status 200. `headers` are those that it sends or, with `:` before the name, takes. `translate`
+    turns the shipped agent's body into ours."""
 
-    serve: Callable[[Call], Reply]
+    serve: Callable[[Call], Any]
     method: str
     path: str
     summary: str
@@ -3958,50 +3964,52 @@ class Endpoint(NamedTuple):
     also: tuple[str, str] | None = None
     headers: tuple[str, ...] = ()
     media: str = ""
-    etag: bool = False
-    translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    translate: Translate | None = None
 
 
 ENDPOINTS: list[Endpoint] = []
 
 
 def endpoint(method: str, path: str, summary: str, *, allow: Iterable[str] = (), public: bool = False,
-             **rest: Any) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
-    """Add a route. It is the admin's alone, and a viewer's if it is a GET, unless `allow` names others or it is
-    `public`; `NEWCOMER` there stands for anyone while enrolment is open."""
-    def add(serve: Callable[[Call], Reply]) -> Callable[[Call], Reply]:
-        allowed = {ADMIN, *allow, *((ENROLLER, AGENT, ANYONE) if public else ())}
-        if method == "GET":
-            allowed.add(VIEWER)
-        ENDPOINTS.append(Endpoint(serve, method, path, summary, frozenset(allowed), **rest))
+             **rest: Any) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
+    """Add a route: the admin's, and a viewer's if it is a GET; `allow` names others, `public` allows all.
+    `NEWCOMER` in `allow` stands for anyone while enrolment is open."""
+    def add(serve: Callable[[Call], Any]) -> Callable[[Call], Any]:
+        readers = (VIEWER,) if method == "GET" else ()
+        everyone = (ENROLLER, AGENT, ANYONE) if public else ()
+        allowed = frozenset((ADMIN, *allow, *readers, *everyone))
+        ENDPOINTS.append(Endpoint(serve, method, path, summary, allowed, **rest))
         return serve
     return add
 
 
-def success(data: Any, status: int = 200, headers: Iterable[tuple[str, str]] = (),
-            beside: Mapping[str, Any] | None = None) -> Reply:
-    """The envelope of a success; `beside` are further fields at its top level."""
-    return Reply(status, to_json({"ok": True, "data": data, **(beside or {})}).encode(), (_JSON_TYPE, *headers))
+def forward(method: str, path: str, summary: str, use: Callable[..., Any], message: str = "",
+            **rest: Any) -> None:
+    """Add a route that hands all it is given to a method of Manager, and the caller unless it is a GET. It
+    answers what the method gives, or `message` with what the path names."""
+    def serve(call: Call) -> Any:
+        given = call.query if method == "GET" else {**call.body, "caller": call.caller}
+        found = getattr(call.manager, use.__name__)(*call.path.values(), **given)
+        return {"message": message.format(**call.path)} if message else found
+    serve.__name__ = use.__name__.removesuffix("_json")
+    endpoint(method, path, summary, **rest)(serve)
 
 
-def success_list(items: bytes, query: Mapping[str, Any], total: int | None) -> Reply:
-    """The envelope of a list, with its pagination if the caller asked for a page."""
-    tail = b"}"
-    if total is not None:
-        limit = query["limit"] or 50
-        tail = b',"pagination":' + to_json({"total": total, "page": query["page"] or 1, "limit": limit,
-                                            "pages": math.ceil(total / limit)}).encode() + b"}"
-    return Reply(200, b'{"ok":true,"data":' + items + tail)
+def success(data: Any, status: int = 200, headers: Iterable[tuple[str, str]] = (), **beside: Any) -> Reply:
+    """The envelope of a success; bytes are JSON already. `beside` are further fields at its top level."""
+    raw = data if isinstance(data, bytes) else to_json(data).encode()
+    end = f",{to_json(beside)[1:]}" if beside else "}"
+    return Reply(status, b'{"ok":true,"data":' + raw + end.encode(), (_JSON_TYPE, *headers))
 
 
-def failure(error: ManagerError) -> Reply:
-    """The envelope of a failure."""
-    headers = [_JSON_TYPE, *error.headers]
+def failure(error: ManagerError, **beside: Any) -> Reply:
+    """The envelope of a failure; `beside` are further fields at its top level."""
+    headers = [_JSON_TYPE]
     if error.retry_after_s is not None:
         headers.append(("Retry-After", str(error.retry_after_s)))
     if error.status == 401:
         headers.append(("Www-Authenticate", "Bearer"))
-    body = to_json({"ok": False, "error": str(error)}).encode("utf-8", "replace") if error.body is None else error.body
+    body = to_json({"ok": False, "error": str(error), **beside}).encode("utf-8", "replace")
     return Reply(error.status, body, tuple(headers))
 
 
@@ -4017,8 +4025,7 @@ class Throttle:
         self._windows: dict[str, tuple[int, int]] = {}
 
     def count(self, address: str, tick_ms: int) -> int:
-        """Note that `address` does it once more; how often it still may. Raises Throttled when it has used up its
-        minute."""
+        """Note that `address` does it once more; how often it still may in this minute. Raises Throttled."""
         key = network_of(address)
         with self._lock:
             began, count = self._windows.get(key, (tick_ms, 0))
@@ -4064,6 +4071,11 @@ class Refusals:
             log.info("refused %s: %s, %s; more of this minute are counted only", address, reason, what)
 
 
+def _by(label: str, counts: Mapping[Any, float]) -> dict[str, float]:
+    """Samples of a Prometheus family, one for each value of a label."""
+    return {f'{{{label}="{value}"}}': count for value, count in counts.items()}
+
+
 class Latencies:
     """Requests by route and status class, and how long they took, as a Prometheus histogram."""
 
@@ -4071,9 +4083,9 @@ class Latencies:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: defaultdict[tuple[str, str, int], int] = defaultdict(int)
-        self._buckets: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(self.BOUNDS_S) + 1))
-        self._sums_s: defaultdict[str, float] = defaultdict(float)
+        self._counts = Counter[tuple[str, str, int]]()
+        self._buckets = defaultdict[str, list[int]](lambda: [0] * (len(self.BOUNDS_S) + 1))
+        self._sums_s = defaultdict[str, float](float)
 
     def observe(self, method: str, route: str, status: int, duration_s: float, count: int = 1) -> None:
         """Count requests that were answered together."""
@@ -4082,28 +4094,30 @@ class Latencies:
             self._buckets[route][bisect.bisect_left(self.BOUNDS_S, duration_s)] += count
             self._sums_s[route] += count * duration_s
 
-    def families(self) -> Iterator[tuple[str, str, str, list[tuple[str, float]]]]:
+    def families(self) -> Iterator[tuple[str, str, str, dict[str, float]]]:
         """The counts as rows for `Api.metrics()`."""
         with self._lock:
-            counts, sums_s = dict(self._counts), dict(self._sums_s)
-            buckets = {route: list(row) for route, row in self._buckets.items()}
-        yield "http_requests_total", "counter", "Requests answered.", [
-            (f'{{method="{method}",route="{route}",status="{hundreds}xx"}}', count)
-            for (method, route, hundreds), count in sorted(counts.items())]
-        samples: list[tuple[str, float]] = []
-        for route, row in sorted(buckets.items()):
-            upper = [f"{bound:g}" for bound in self.BOUNDS_S] + ["+Inf"]
-            samples += [(f'_bucket{{route="{route}",le="{le}"}}', count)
-                        for le, count in zip(upper, itertools.accumulate(row), strict=True)]
-            samples += [(f'_sum{{route="{route}"}}', sums_s[route]), (f'_count{{route="{route}"}}', sum(row))]
-        yield "http_request_duration_seconds", "histogram", "Time from the parsed request to its answer.", samples
+            counts, sums_s = sorted(self._counts.items()), dict(self._sums_s)
+            buckets = sorted((route, list(row)) for route, row in self._buckets.items())
+        yield "http_requests_total", "counter", "Requests answered.", {
+            f'{{method="{method}",route="{route}",status="{hundreds}xx"}}': count
+            for (method, route, hundreds), count in counts}
+        samples: dict[str, float] = {}
+        upper = [f"{bound:g}" for bound in self.BOUNDS_S] + ["+Inf"]
+        for route, row in buckets:
+            for le, count in zip(upper, itertools.accumulate(row), strict=True):
+                samples[f'_bucket{{route="{route}",le="{le}"}}'] = count
+            samples[f'_sum{{route="{route}"}}'] = sums_s[route]
+            samples[f'_count{{route="{route}"}}'] = sum(row)
+        yield ("http_request_duration_seconds", "histogram", "Time from the parsed request to its answer.",
+               samples)
 
 
 @dataclass
 class Fault:
-    """What to do to the next `times` requests of a route (`POST /api/agents/register`; None is any) that name an
-    agent (None is any): wait `delay_s` (real seconds), then answer `status`, with `body` (else an error's) and
-    `Retry-After`, or drop the connection `before` or `after` the change is committed. `hits` counts them."""
+    """What to do to the next `times` requests of a route (`POST /api/agents/register`; None is any) that name
+    an agent (None is any): wait `delay_s` (real seconds), then answer `status`, with `body` (else an error's)
+    and `Retry-After`, or drop the connection `before` or `after` the commit. `hits` counts them."""
 
     route: str | None = None
     agent_id: str | None = None
@@ -4123,60 +4137,56 @@ class Fault:
             raise ValueError(f"body is {self.body!r} and must be bytes")
         if self.drop not in (None, "before", "after"):
             raise ValueError(f"drop is {self.drop!r} and must be 'before' or 'after'")
-        if self.status is not None and not (200 if self.body is not None else 400) <= self.status <= 599:
-            raise ValueError(f"status is {self.status} and must be from 400 to 599, or with a body from 200 to 599")
+        if self.status is not None and not (400 if self.body is None else 200) <= self.status <= 599:
+            raise ValueError(
+                f"status is {self.status} and must be from 400 to 599, or with a body from 200 to 599")
         if not 0 <= self.delay_s <= threading.TIMEOUT_MAX:
             raise ValueError(f"delay_s is {self.delay_s} and must be 0 or more")
         if (self.status is None and self.drop is None and self.delay_s <= 0) or self.times < 1:
-            raise ValueError("a fault must have a status, a drop or a delay_s above 0, and times of at least 1")
+            raise ValueError(
+                "a fault must have a status, a drop or a delay_s above 0, and times of at least 1")
 
-    def apply(self) -> None:
-        """Do what comes before the request is served. Raises Dropped, ManagerError."""
+    def apply(self) -> Reply | None:
+        """Do what comes before the request is served; the answer, if the fault gives one. Raises Dropped."""
         if self.delay_s:
             time.sleep(self.delay_s)
         if self.drop == "before":
             raise Dropped
-        if self.status is not None:
-            raise ManagerError("a fault that was asked for", status=self.status, retry_after_s=self.retry_after_s,
-                               body=self.body)
+        if self.status is None:
+            return None
+        reply = failure(ManagerError("a fault that was asked for", status=self.status,
+                                     retry_after_s=self.retry_after_s))
+        return reply if self.body is None else reply._replace(body=self.body)
 
 
-class Faults:
-    """Faults on demand, for testing agents: `server.faults.add(route="POST /api/agents/register", drop="after")`.
+class Faults(list[Fault]):
+    """Faults on demand, for testing agents: `server.faults.add(route="GET /api/agents", status=503)`.
 
-    Nothing reachable over HTTP adds one. The fields of Fault are the keywords of `add()`.
+    The list has those still waiting. Nothing reachable over HTTP adds one. `add()` takes the fields of Fault.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._lock = threading.Lock()
-        self._waiting: list[Fault] = []
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     def add(self, *, route: str | None = None, agent_id: str | None = None, status: int | None = None,
             delay_s: float = 0.0, drop: typing.Literal["before", "after"] | None = None, times: int = 1,
             retry_after_s: int | None = None, body: bytes | None = None) -> Fault:
-        """Have the next requests that match suffer a fault. Raises ValueError for a fault that makes no sense."""
+        """Have the next requests that match suffer a fault. Raises ValueError for one that makes no sense."""
         added = Fault(route, agent_id, status, delay_s, drop, times, retry_after_s, body)
-        with self._lock:
-            self._waiting.append(added)
+        self.append(added)
         return added
-
-    def clear(self) -> None:
-        """Forget the faults still waiting."""
-        with self._lock:
-            self._waiting.clear()
 
     def take(self, route: Endpoint, agent_id: str | None) -> Fault | None:
         """The fault that a request is to suffer, counted down."""
+        name = f"{route.method} {route.path}"
         with self._lock:
-            for fault in self._waiting:
-                if fault.route in (None, f"{route.method} {route.path}") and fault.agent_id in (None, agent_id):
+            for fault in self:
+                if fault.route in (None, name) and fault.agent_id in (None, agent_id):
                     fault.times -= 1
                     fault.hits += 1
                     if not fault.times:
-                        self._waiting.remove(fault)
+                        self.remove(fault)
                     return fault
         return None
 
@@ -4184,9 +4194,10 @@ class Faults:
 class Exchange(NamedTuple):
     """A request that a Server under test was sent, and its answer.
 
-    `route` is `POST /api/agents/:id/heartbeat`, or "" where there is none; `path` has the query. `headers` are named
-    as in `Content-Type`; credentials are left out. `body` and `answer` are parsed JSON, or bytes if they are not JSON,
-    or None if they are empty, were not received or have more than 64 KiB. A dropped one has no `status`.
+    `route` is `POST /api/agents/:id/heartbeat`, or "" where there is none; `path` has the query. `headers`
+    are named as in `Content-Type`; credentials are left out. `body` and `answer` are parsed JSON, or bytes if they
+    are not JSON, or None if they are empty, were not received or have more than 64 KiB. A dropped one
+    has no `status`.
     """
 
     method: str
@@ -4219,12 +4230,12 @@ class Api:
 
     def __init__(self, manager: Manager, auth_tokens: Sequence[str]) -> None:
         self.manager = manager
-        self.hsts = manager.config.tls_cert is not None  # a self-signed one must never be insisted on
         config = manager.config
-        self.beat_headers = (("X-Heartbeat-Interval", f"{round(config.heartbeat_timeout_ms / 3000, 3):.12g}"),)
-        self._admins = [digest(token) for token in auth_tokens]
-        self._others = {digest(token): role for role, token in (
-            (ENROLLER, config.enroll_token), (VIEWER, config.viewer_token)) if token}
+        interval_s = round(config.heartbeat_timeout_ms / 3000, 3)
+        self.beat_headers = (("X-Heartbeat-Interval", f"{interval_s:.12g}"),)
+        roles = [*((token, ADMIN) for token in auth_tokens), (config.enroll_token, ENROLLER),
+                 (config.viewer_token, VIEWER)]
+        self._roles = [(digest(token), role) for token, role in roles if token]
         self._failed_logins = Throttle("wrong tokens", FAILED_LOGINS_PER_MINUTE)
         self._requests = Throttle("requests", config.rate_limit) if config.rate_limit else None
         self._newcomers = Throttle("registrations without a token", _NEWCOMERS_PER_MINUTE)
@@ -4243,12 +4254,14 @@ class Api:
         sent = environ.get("wsgi.input") or io.BytesIO()
         sent.seek(0)
         query = environ.get("QUERY_STRING")
-        headers = {name.removeprefix("HTTP_").replace("_", "-").title(): value for name, value in environ.items()
-                   if re.match("HTTP_|CONTENT_", name) and value and not re.search("AUTHORIZATION|COOKIE", name)}
+        shown = {name: value for name, value in environ.items()
+                 if re.match("HTTP_|CONTENT_", name) and value and not re.search("AUTHORIZATION|COOKIE", name)}
+        headers = {name.removeprefix("HTTP_").replace("_", "-").title(): value for name, value in shown.items()}
+        name = f"{route.method} {route.path}" if route else ""
         self.exchanges.append(Exchange(
-            environ["REQUEST_METHOD"], environ["PATH_INFO"] + (f"?{query}" if query else ""),
-            f"{route.method} {route.path}" if route else "", headers, _parsed_json(sent.read(_KEPT_BYTES + 1)),
-            reply and reply.status, _parsed_json(reply.body if reply else b"")))
+            environ["REQUEST_METHOD"], environ["PATH_INFO"] + (f"?{query}" if query else ""), name, headers,
+            _parsed_json(sent.read(_KEPT_BYTES + 1)), reply and reply.status,
+            _parsed_json(reply.body if reply else b"")))
 
     def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str], *,
                in_batch: bool = False) -> Reply:
@@ -4260,15 +4273,7 @@ class Api:
         try:
             caller = self._admit(route, environ, path)
             fault = None if in_batch or not self.faults else self.faults.take(route, path.get("id"))
-            if fault:
-                fault.apply()
-            translate = route.translate if self.manager.config.open_enrollment else None
-            body = {} if route.body is None else clean_body(
-                route.body, self._read(environ), translate, strict=AGENT not in route.allow)
-            given = environ.get("QUERY_STRING", "")
-            query = {} if not (given or route.query) else clean_query(
-                route.query, given, strict=caller.role in (ADMIN, VIEWER))
-            reply = route.serve(Call(self.manager, self, route, caller, path, query, body, environ))
+            reply = (fault and fault.apply()) or self._serve(route, environ, path, caller)
             if fault and fault.drop == "after":
                 raise Dropped
         except Dropped:
@@ -4284,94 +4289,124 @@ class Api:
             self.note(route, environ, reply)
         return self.finish(reply, environ)
 
+    def _serve(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str],
+               caller: Caller) -> Reply:
+        body: dict[str, Any] = {}
+        query: dict[str, Any] = {}
+        paging: dict[str, Any] = {}
+        if route.body is not None:
+            translate = route.translate if self.manager.config.open_enrollment else None
+            body = clean_body(route.body, self._read(environ), translate, strict=AGENT not in route.allow)
+        given = environ.get("QUERY_STRING", "")
+        if given or route.query:
+            query = clean_query(route.query, given, strict=caller.role in (ADMIN, VIEWER))
+        data = route.serve(Call(self.manager, self, route, caller, path, query, body, environ))
+        if isinstance(data, Reply):
+            return data
+        if route.media:
+            return Reply(200, data, (("Content-Type", route.media),))
+        if isinstance(data, tuple):
+            data, total = data
+            if total is not None:  # a page was asked for
+                limit = query["limit"] or 50
+                paging["pagination"] = {"total": total, "page": query["page"] or 1, "limit": limit,
+                                        "pages": math.ceil(total / limit)}
+        return success(present(route.answer, data), route.status, **paging)
+
     def metrics(self) -> str:
         """The Prometheus text exposition: https://prometheus.io/docs/instrumenting/exposition_formats/."""
-        manager = self.manager
+        manager, notifier = self.manager, self.notifier
         census = manager.census()
-        families: list[tuple[str, str, str, list[tuple[str, float]]]] = [
-            ("agents", "gauge", "Registered agents by status.",
-             [(f'{{status="{status}"}}', census.agents[status]) for status in Status]),
-            ("heartbeats_total", "counter", "Heartbeats accepted since the start.", [("", manager.heartbeats)]),
+        reported = {severity: manager.events_reported[severity] for severity in SEVERITIES}
+        refused = {reason: self.refusals.counts[reason] for reason in Refusals.REASONS}
+        families: list[tuple[str, str, str, float | Mapping[str, float]]] = [
+            ("agents", "gauge", "Registered agents by status.", _by("status", census.agents)),
+            ("heartbeats_total", "counter", "Heartbeats accepted since the start.", manager.heartbeats),
             ("threat_events_total", "counter", "Threat events stored since the start, by severity.",
-             [(f'{{severity="{severity}"}}', manager.events_reported[severity]) for severity in SEVERITIES]),
-            ("threat_events_stored", "gauge", "Threat events kept.", [("", census.threats)]),
-            ("policies", "gauge", "Policies issued, superseded ones included.", [("", census.policies)]),
-            ("journal_sequence", "gauge", "Sequence number of the latest journal entry.", [("", manager.last_seq())]),
+             _by("severity", reported)),
+            ("threat_events_stored", "gauge", "Threat events kept.", census.threats),
+            ("policies", "gauge", "Policies issued, superseded ones included.", census.policies),
+            ("journal_sequence", "gauge", "Sequence number of the latest journal entry.", manager.last_seq()),
             ("database_size_bytes", "gauge", "Size of the database and its write-ahead log.",
-             [("", manager.store.size_bytes())]),
-            ("purged_for_space_total", "counter", "Threat events and entries removed because of MANAGER_MAX_DB_BYTES.",
-             [("", manager.purged_for_space)]),
-            ("write_ahead_log_bytes", "gauge", "Size of the write-ahead log.", [("", manager.store.log_bytes())]),
-            ("event_streams_open", "gauge", "Event streams open.", [("", self.streams_open())]),
-            ("notifications_delivered_total", "counter", "Notifications that a receiver took, since the start.",
-             [("", self.notifier.delivered if self.notifier else 0)]),
-            ("notification_receivers_failing", "gauge", "Receivers that did not take the last notification.",
-             [("", self.notifier.failing() if self.notifier else 0)]),
-            ("backup_proved_timestamp_seconds", "gauge", "When the manager itself last made a backup, 0 if never.",
-             [("", self.proved_s)]),
-            ("backups_failed", "gauge", "Backups that have failed since the last one.", [("", self.backups_failed)]),
-            ("refusals_total", "counter", "Requests and TLS handshakes refused for want of a right credential.",
-             [(f'{{reason="{reason}"}}', self.refusals.counts[reason]) for reason in Refusals.REASONS]),
+             manager.store.size_bytes()),
+            ("purged_for_space_total", "counter",
+             "Threat events and entries removed because of MANAGER_MAX_DB_BYTES.", manager.purged_for_space),
+            ("write_ahead_log_bytes", "gauge", "Size of the write-ahead log.", manager.store.log_bytes()),
+            ("event_streams_open", "gauge", "Event streams open.", self.streams_open()),
+            ("notifications_delivered_total", "counter",
+             "Notifications that a receiver took, since the start.", notifier.delivered if notifier else 0),
+            ("notification_receivers_failing", "gauge",
+             "Receivers that did not take the last notification.", notifier.failing() if notifier else 0),
+            ("backup_proved_timestamp_seconds", "gauge",
+             "When the manager itself last made a backup, 0 if never.", self.proved_s),
+            ("backups_failed", "gauge", "Backups that have failed since the last one.", self.backups_failed),
+            ("refusals_total", "counter",
+             "Requests and TLS handshakes refused for want of a right credential.", _by("reason", refused)),
             *self.latencies.families()]
         lines = []
         for name, kind, help_text, samples in families:
             lines += [f"# HELP panguard_{name} {help_text}", f"# TYPE panguard_{name} {kind}"]
-            lines += [f"panguard_{name}{label} {value:.17g}" for label, value in samples]
+            lines += [f"panguard_{name}{label} {value:.17g}" for label, value in (
+                samples if isinstance(samples, Mapping) else {"": samples}).items()]
         return "\n".join(lines) + "\n"
 
     def finish(self, reply: Reply, environ: dict[str, Any]) -> Reply:
         """Add the headers that every answer has, having counted its request if that is not done."""
-        if self._requests and _REQUESTS_LEFT not in environ:
-            try:
-                self._limit(environ)
-            except Throttled as error:
-                reply = failure(error)
+        config = self.manager.config
+        try:
+            self._limit(environ)
+        except Throttled as error:
+            reply = failure(error)
         headers = (*reply.headers, ("X-Request-Id", request_id(environ)), *reply.common)
-        if (origin := environ.get("HTTP_ORIGIN")) and origin in self.manager.config.cors_allowed_origins:
+        if (origin := environ.get("HTTP_ORIGIN")) and origin in config.cors_allowed_origins:
             headers += (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), *_CORS_HEADERS)
-        if self.hsts and self._is_https(environ):
+        if config.tls_cert and self._is_https(environ):  # a self-signed one must never be insisted on
             headers += (("Strict-Transport-Security", "max-age=31536000"),)
         if self._requests:
             headers += (("X-Ratelimit-Limit", str(self._requests.per_minute)),
-                        ("X-Ratelimit-Remaining", str(environ[_REQUESTS_LEFT])))
+                        ("X-Ratelimit-Remaining", str(request_state(environ).requests_left)))
         return Reply(reply.status, reply.body, headers)
 
-    def refuse(self, status: int, text: str, environ: dict[str, Any], headers: Iterable[tuple[str, str]] = ()) -> Reply:
+    def refuse(self, status: int, text: str, environ: dict[str, Any], *headers: tuple[str, str]) -> Reply:
         """Word a refusal of what has no route, or never became a request."""
-        reply = self.finish(failure(ManagerError(text, status=status, headers=headers)), environ)
+        refusal = failure(ManagerError(text, status=status))
+        reply = self.finish(refusal._replace(headers=(*headers, *refusal.headers)), environ)
         # One name for all of them: made-up paths must not become labels.
         self.latencies.observe("-", "none", reply.status, 0.0)
         self.note(None, environ, reply)
         return reply
 
     def body_owner(self, path: str, authorization: str | None, address: str) -> str | None:
-        """Whose body a request's is, if it is worth receiving: "" an admin's, else a credential's or a newcomer's
-        address; None if it is not, for no credential is known."""
+        """Whose body a request's is, if it is worth receiving: "" an admin's, else a credential or the
+        address of a newcomer; None if it is not, for no credential is known."""
         if authorization is None:
             newcomer = self.manager.config.open_enrollment and path == "/api/agents/register"
             return network_of(address) if newcomer else None
         scheme, _, token = authorization.partition(" ")
-        token_digest = digest(token.strip())
         if scheme.lower() != "bearer":
             return None
-        if any(hmac.compare_digest(each, token_digest) for each in self._admins):
-            return ""
+        token_digest = digest(token.strip())
+        role = self._role(token_digest)
         try:
-            known = (any(hmac.compare_digest(each, token_digest) for each in self._others)
-                     or self.manager.knows_token(token_digest)
-                     or self.manager.enroll_token_id(token_digest) is not None)
+            known = (role or self.manager.knows_token(token_digest)
+                     or self.manager.enroll_token_id(token_digest))
         except Unavailable:
             known = True  # answered with 503 in the end
-        return authorization if known else None
+        return "" if role == ADMIN else authorization if known else None
+
+    def _role(self, token_digest: bytes) -> str | None:
+        """The role whose token an operator has set to the one of this digest."""
+        return next((role for known, role in self._roles if hmac.compare_digest(known, token_digest)), None)
 
     def _admit(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str]) -> Caller:
         """Who calls, if they may. Where anyone may, a credential is not looked at."""
-        address = self._limit(environ)
-        newcomer = (NEWCOMER in route.allow and self.manager.config.open_enrollment
-                    and "HTTP_AUTHORIZATION" not in environ)
+        address = self.client_address(environ)
+        self._limit(environ)
+        config = self.manager.config
+        newcomer = NEWCOMER in route.allow and config.open_enrollment and "HTTP_AUTHORIZATION" not in environ
         if newcomer:
-            # Any web page may have a browser send a form here; it cannot send JSON unless its origin is allowed.
-            if environ.get("HTTP_ORIGIN", "") not in ("", *self.manager.config.cors_allowed_origins):
+            # Any web page may have a browser send a form here, but JSON only if its origin is allowed.
+            if environ.get("HTTP_ORIGIN", "") not in ("", *config.cors_allowed_origins):
                 raise Forbidden("Origin: is not among CORS_ALLOWED_ORIGINS")
             if "json" not in environ.get("CONTENT_TYPE", "").lower():
                 raise ManagerError("Content-Type: must be application/json", status=415)
@@ -4384,8 +4419,8 @@ class Api:
             self._note_refusal(route, environ, path, address, error)
             raise
 
-    def _note_refusal(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str], address: str,
-                      error: ManagerError) -> None:
+    def _note_refusal(self, route: Endpoint, environ: Mapping[str, Any], path: Mapping[str, str],
+                      address: str, error: ManagerError) -> None:
         tick_ms = self.manager.clock.now().tick_ms
         reason = {403: "forbidden", 429: "throttled"}.get(
             error.status, "wrong_token" if "HTTP_AUTHORIZATION" in environ else "no_token")
@@ -4400,13 +4435,13 @@ class Api:
                       address: str) -> Caller:
         scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         token = token.strip()
-        caller = self._identify(token, address) if scheme.lower() == "bearer" and token else None
-        if caller is None:
-            if token:
-                self._failed_logins.count(address, self.manager.clock.now().tick_ms)
-                raise Unauthorized("the token is wrong, or its agent was deregistered")
+        if not token:
             raise Unauthorized("a token is required: Authorization: Bearer …")
-        environ["manager.authenticated"] = caller.agent.id if caller.agent else ""
+        caller = self._identify(token, address) if scheme.lower() == "bearer" else None
+        if caller is None:
+            self._failed_logins.count(address, self.manager.clock.now().tick_ms)
+            raise Unauthorized("the token is wrong, or its agent was deregistered")
+        request_state(environ).authenticated = caller.agent.id if caller.agent else ""
         if caller.role not in route.allow:
             raise Forbidden(f"the {caller.role}'s token may not do this")
         if caller.agent and path.get("id", caller.agent.id) != caller.agent.id:
@@ -4415,35 +4450,29 @@ class Api:
 
     def _identify(self, token: str, address: str) -> Caller | None:
         token_digest = digest(token)
-        for known in self._admins:
-            if hmac.compare_digest(known, token_digest):
-                return Caller(ADMIN, address, credential=known.hex()[:8])
-        for known, role in self._others.items():
-            if hmac.compare_digest(known, token_digest):
-                return Caller(role, address)
+        if role := self._role(token_digest):
+            return Caller(role, address, credential=token_digest.hex()[:8] if role == ADMIN else None)
         if agent := self.manager.holder(token_digest):
             return Caller(AGENT, address, agent)
         enroll_token = self.manager.enroll_token_id(token_digest)
         return Caller(ENROLLER, address, credential=enroll_token) if enroll_token else None
 
-    def _limit(self, environ: dict[str, Any]) -> str:
-        """The client's address, having counted its request. Raises Throttled."""
-        address = self.client_address(environ)
-        if self._requests:
-            environ[_REQUESTS_LEFT] = 0
-            environ[_REQUESTS_LEFT] = self._requests.count(address, self.manager.clock.now().tick_ms)
-        return address
+    def _limit(self, environ: dict[str, Any]) -> None:
+        """Count a request of the client's, once. Raises Throttled."""
+        if self._requests and (state := request_state(environ)).requests_left is None:
+            state.requests_left = 0
+            tick_ms = self.manager.clock.now().tick_ms
+            state.requests_left = self._requests.count(self.client_address(environ), tick_ms)
 
     def client_address(self, environ: Mapping[str, Any]) -> str:
         """The address of the client, taken from X-Forwarded-For as far back as trusted proxies wrote it."""
         address: str = environ.get("REMOTE_ADDR") or "127.0.0.1"
         if self.manager.config.trusted_proxy:
             for hop in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
-                if not self.is_proxy(address):
+                known = _as_address(hop)
+                if not self.is_proxy(address) or not known or "%" in hop:  # "%": it holds on one link only
                     break
-                if "%" in hop or not (hop := _as_address(hop)):  # an address of one link means nothing here
-                    break
-                address = hop
+                address = known
         return address
 
     def is_proxy(self, address: str) -> bool:
@@ -4453,7 +4482,8 @@ class Api:
 
     def _is_https(self, environ: Mapping[str, Any]) -> bool:
         return environ.get("wsgi.url_scheme") == "https" or (
-            environ.get("HTTP_X_FORWARDED_PROTO") == "https" and self.is_proxy(environ.get("REMOTE_ADDR", "127.0.0.1")))
+            environ.get("HTTP_X_FORWARDED_PROTO") == "https"
+            and self.is_proxy(environ.get("REMOTE_ADDR", "127.0.0.1")))
 
     @staticmethod
     def _read(environ: Mapping[str, Any]) -> bytes:
@@ -4472,6 +4502,8 @@ class Api:
 
 _JSON_KIND = re.compile(r"\s*(application/([a-z0-9.-]+\+)?json\s*)?(;.*)?", re.IGNORECASE).fullmatch
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._:-]{1,128}").fullmatch
+# Of a slash, or of what RFC 3986 (2.3) leaves unescaped.
+_NEEDLESS_ESCAPE = re.compile(r"[^?]*%(?:2[DEF]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5F|7E)", re.IGNORECASE).match
 
 
 def _as_address(text: str) -> str:
@@ -4480,38 +4512,16 @@ def _as_address(text: str) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address or "")
 
 
-def request_id(environ: Mapping[str, Any]) -> str:
+def request_id(environ: dict[str, Any]) -> str:
     """The caller's X-Request-Id, if it is a sane one, else one made for this request."""
     given: str = environ.get("HTTP_X_REQUEST_ID", "")
     if given and _REQUEST_ID(given):
         return given
-    if "manager.request_id" not in environ:
-        environ["manager.request_id"] = _uuid4()  # type: ignore[index]
-    made: str = environ["manager.request_id"]
-    return made
-
-
-_UUID_4 = 4 << 76 | 2 << 62  # version and variant: RFC 9562, 5.4
-_UUID_RANDOM = ~(15 << 76 | 3 << 62)
-
-
-def _uuid4() -> str:
-    """What str(uuid.uuid4()) gives, without an object in between: every heartbeat makes one."""
-    text = f"{random.getrandbits(128) & _UUID_RANDOM | _UUID_4:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-
-
-_NEEDLESS_ESCAPE = re.compile(r"[^?]*%(?:2[DEF]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5F|7E)", re.IGNORECASE).match
-
-
-def _is_plain_path(path: str, target: str) -> bool:
-    """Whether a path is written as a proxy's rules expect it: one slash at a time, escapes that are UTF-8, and no
-    escape for a slash or for what RFC 3986 (2.3) leaves unescaped. `path` is WSGI's, `target` the request's own."""
-    try:
-        path.encode("latin-1").decode()
-    except ValueError:
-        return False
-    return "//" not in path and not _NEEDLESS_ESCAPE(target)
+    request = request_state(environ)
+    if not request.request_id:  # a UUID of version 4 (RFC 9562), made in a third of uuid's time
+        made = f"{random.getrandbits(128):032x}"
+        request.request_id = f"{made[:8]}-{made[8:12]}-4{made[13:16]}-a{made[17:20]}-{made[20:]}"
+    return request.request_id
 
 
 def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bottle:
@@ -4527,30 +4537,35 @@ def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bott
     def as_response(reply: Reply) -> bottle.HTTPResponse:
         return bottle.HTTPResponse(reply.body, reply.status, headers=list(reply.headers))
 
-    def route(each: Endpoint) -> Callable[..., bottle.HTTPResponse]:
-        return lambda **path: as_response(api.answer(each, bottle.request.environ, path))
+    def serve(**path: str) -> bottle.HTTPResponse:
+        return as_response(api.answer(bottle.request.route.config["endpoint"], bottle.request.environ, path))
 
     @app.hook("before_request")  # type: ignore[untyped-decorator]
     def preflight() -> None:
         environ = bottle.request.environ
-        if not _is_plain_path(environ["bottle.raw_path"], environ.get("REQUEST_URI", "")):
+        path = environ["bottle.raw_path"]
+        # A proxy's rules expect one slash at a time, escapes that are UTF-8, and none without need.
+        try:
+            path.encode("latin-1").decode()
+        except ValueError:
+            raise bottle.HTTPError(404) from None
+        if "//" in path or _NEEDLESS_ESCAPE(environ.get("REQUEST_URI", "")):
             raise bottle.HTTPError(404)
         if bottle.request.method == "OPTIONS":
-            raise as_response(api.finish(Reply(204, b"", ()), bottle.request.environ))
+            raise as_response(api.finish(Reply(204, b"", ()), environ))
 
     def refuse(error: bottle.HTTPError) -> str:
-        wording = {404: "there is nothing at this path", 405: "this path does not take that method"}
-        allow = [("Allow", re.sub(r"\bGET\b", "GET,HEAD", error.headers["Allow"]))] if "Allow" in error.headers else []
-        reply = api.refuse(error.status_code, wording.get(error.status_code, "the request is malformed"),
-                           bottle.request.environ, allow)
-        bottle.response.status = reply.status
-        for name, value in reply.headers:
-            bottle.response.set_header(name, value)
+        texts = {404: "there is nothing at this path", 405: "this path does not take that method"}
+        text = texts.get(error.status_code, "the request is malformed")
+        allow = re.sub(r"\bGET\b", "GET,HEAD", error.headers.get("Allow", ""))
+        headers = [("Allow", allow)] if allow else []
+        reply = api.refuse(error.status_code, text, bottle.request.environ, *headers)
+        as_response(reply).apply(bottle.response)
         return reply.body.decode()
 
     app.default_error_handler = refuse
     for each in ENDPOINTS:
-        app.route(re.sub(r":(\w+)", r"<\1>", each.path), each.method, route(each), name=each.path)
+        app.route(re.sub(r":(\w+)", r"<\1>", each.path), each.method, serve, endpoint=each)
     return app
 
 
@@ -4563,33 +4578,24 @@ def entry_shape(entry: Entry) -> dict[str, Any]:
     return {**common, **entry.data, **common}
 
 
-@endpoint("POST", "/api/agents/register", "Register an agent", allow=(ENROLLER, AGENT, NEWCOMER), body=REGISTER,
-          status=201, answer="Registered", beside="*agentId *token",
+@endpoint("POST", "/api/agents/register", "Register an agent", allow=(ENROLLER, AGENT, NEWCOMER),
+          body=REGISTER, status=201, answer="Registered", beside="*agentId *token",
           also=("Success, of an agent known before", "Registered"))
 def _register(call: Call) -> Reply:
     made = call.manager.register(**call.body, caller=call.caller)
     # The shipped agent looks for its identity beside `data`.
-    beside = {"agentId": made.agent.id, "token": made.token} if call.caller.role == ANYONE else {}
-    return success(shape("Registered", made.agent, token=made.token), 201 if made.created else 200, beside=beside)
+    beside: dict[str, Any] = {}
+    if call.caller.role == ANYONE:
+        beside = {"agentId": made.agent.id, "token": made.token}
+    return success(shape("Registered", made.agent, token=made.token), 201 if made.created else 200, **beside)
 
 
-@endpoint("POST", "/api/enroll-tokens", "Issue a token that registers agents, into an org and with tags",
-          body=ENROLL_TOKEN, status=201, answer="EnrollToken")
-def _issue_enroll_token(call: Call) -> Reply:
-    return success(shape("EnrollToken", call.manager.issue_enroll_token(**call.body, caller=call.caller)), 201)
-
-
-@endpoint("GET", "/api/enroll-tokens", "List the enrolment tokens, without the tokens themselves",
-          answer="[EnrollToken]")
-def _enroll_tokens(call: Call) -> Reply:
-    return success([shape("EnrollToken", each) for each in call.manager.enroll_tokens()])
-
-
-@endpoint("DELETE", "/api/enroll-tokens/:id", "Revoke an enrolment token; the agents it registered stay",
-          answer="Message")
-def _revoke_enroll_token(call: Call) -> Reply:
-    call.manager.revoke_enroll_token(call.path["id"], caller=call.caller)
-    return success({"message": f"Enrolment token {call.path['id']} revoked successfully"})
+forward("POST", "/api/enroll-tokens", "Issue a token that registers agents, into an org and with tags",
+        Manager.issue_enroll_token, body=ENROLL_TOKEN, status=201, answer="EnrollToken")
+forward("GET", "/api/enroll-tokens", "List the enrolment tokens, without the tokens themselves",
+        Manager.enroll_tokens, answer="[EnrollToken]")
+forward("DELETE", "/api/enroll-tokens/:id", "Revoke an enrolment token; the agents it registered stay",
+        Manager.revoke_enroll_token, "Enrolment token {id} revoked successfully", answer="Message")
 
 
 @endpoint("POST", "/api/agents/:id/heartbeat", "Say that an agent is alive", allow=(AGENT,), body=HEARTBEAT,
@@ -4600,121 +4606,99 @@ def _heartbeat(call: Call) -> Reply:
                     "pendingPolicies": beat.pending_policies}, headers=call.api.beat_headers)
 
 
-@endpoint("DELETE", "/api/agents/:id", "Deregister an agent; its threat events stay", allow=(AGENT,),
-          answer="Message")
-def _deregister(call: Call) -> Reply:
-    call.manager.deregister(call.path["id"], caller=call.caller)
-    return success({"message": f"Agent {call.path['id']} deregistered successfully"})
+forward("DELETE", "/api/agents/:id", "Deregister an agent; its threat events stay", Manager.deregister,
+        "Agent {id} deregistered successfully", allow=(AGENT,), answer="Message")
 
 
 @endpoint("GET", "/api/agents", "List agents in registration order, or sorted", query=AGENT_LIST,
           answer="[Agent|AgentItem]")
-def _agents(call: Call) -> Reply:
-    filters = dict(call.query)
-    if filters.pop("detail"):
-        agents, total = call.manager.agents(**filters)
-        items = to_json([shape("Agent", agent) for agent in agents]).encode()
-    else:
-        items, total = call.manager.agents_json(**filters)
-    return success_list(items, call.query, total)
+def _agents(call: Call) -> tuple[Any, int | None]:
+    filters = {name: value for name, value in call.query.items() if name != "detail"}
+    if not call.query["detail"]:
+        return call.manager.agents_json(**filters)
+    agents, total = call.manager.agents(**filters)
+    return present("[Agent]", agents), total
 
 
-@endpoint("POST", "/api/agents/bulk", "Change the tags of many agents, or deregister them", body=BULK,
-          answer="Bulk")
-def _bulk(call: Call) -> Reply:
-    return success(call.manager.bulk(**call.body, caller=call.caller))
+forward("POST", "/api/agents/bulk", "Change the tags of many agents, or deregister them", Manager.bulk,
+        body=BULK, answer="Bulk")
+forward("GET", "/api/agents/:id", "Show one agent in detail", Manager.agent, allow=(AGENT,), answer="Agent")
+forward("PATCH", "/api/agents/:id", "Replace, add or remove an agent's tags", Manager.retag, body=RETAG,
+        answer="Agent")
 
 
-@endpoint("GET", "/api/agents/:id", "Show one agent in detail", allow=(AGENT,), answer="Agent")
-def _agent(call: Call) -> Reply:
-    return success(shape("Agent", call.manager.agent(call.path["id"])))
-
-
-@endpoint("PATCH", "/api/agents/:id", "Replace, add or remove an agent's tags", body=RETAG, answer="Agent")
-def _retag(call: Call) -> Reply:
-    return success(shape("Agent", call.manager.retag(call.path["id"], **call.body, caller=call.caller)))
-
-
-@endpoint("POST", "/api/agents/:id/events", "Report threat events, all or nothing", allow=(AGENT,), body=EVENTS,
-          status=201, translate=shipped_event, answer="Received")
-def _report(call: Call) -> Reply:
+@endpoint("POST", "/api/agents/:id/events", "Report threat events, all or nothing", allow=(AGENT,),
+          body=EVENTS, status=201, translate=shipped_event, answer="Received")
+def _report(call: Call) -> Mapping[str, Any]:
     ids = call.manager.report_events(call.path["id"], call.body["events"], caller=call.caller)
-    return success({"received": len(ids), "eventIds": ids}, 201)
+    return {"received": len(ids), "eventIds": ids}
 
 
-@endpoint("GET", "/api/threats", "List threat events, newest first", query=THREAT_FILTER, answer="[Threat]")
-def _threats(call: Call) -> Reply:
-    items, total = call.manager.threats_json(**call.query)
-    return success_list(items, call.query, total)
+forward("GET", "/api/threats", "List threat events, newest first", Manager.threats_json, query=THREAT_FILTER,
+        answer="[Threat]")
 
 
 @endpoint("PATCH", "/api/threats/:id", "Set the state or the note of a threat event", body=TRIAGE,
           answer="Threat")
-def _triage(call: Call) -> Reply:
+def _triage(call: Call) -> bytes:
     problems: list[str] = []
-    key = event_id().clean(call.path["id"], "id", problems)
+    key = EVENT_ID.clean(call.path["id"], "id", problems)
     if problems:
         raise NotFound("; ".join(problems))
-    return success_list(call.manager.triage(key, **call.body, caller=call.caller), {}, None)
+    return call.manager.triage(key, **call.body, caller=call.caller)
 
 
-@endpoint("GET", "/api/threats/summary", "Sum up the threat events of a period", query=SUMMARY,
-          answer="ThreatSummary")
-def _threat_summary(call: Call) -> Reply:
-    return success(call.manager.threat_summary(**call.query))
+forward("GET", "/api/threats/summary", "Sum up the threat events of a period", Manager.threat_summary,
+        query=SUMMARY, answer="ThreatSummary")
 
 
-@endpoint("POST", "/api/policy", "Issue a policy for all, for an org, or for one agent; dryRun tells its effect",
-          body=POLICY, status=201, answer="Policy", also=("What the policy would change (dryRun)", "PolicyPreview"))
-def _create_policy(call: Call) -> Reply:
-    if call.body.pop("dry_run"):
-        given = {name: call.body[name] for name in ("rules", "org_id", "agent_id")}
-        return success(call.manager.preview_policy(**given))
-    return success(shape("Policy", call.manager.create_policy(**call.body, caller=call.caller)), 201)
+@endpoint("POST", "/api/policy",
+          "Issue a policy for all, for an org, or for one agent; dryRun tells its effect",
+          body=POLICY, status=201, answer="Policy",
+          also=("What the policy would change (dryRun)", "PolicyPreview"))
+def _create_policy(call: Call) -> Policy | Reply:
+    if not call.body.pop("dry_run"):
+        return call.manager.create_policy(**call.body, caller=call.caller)
+    return success(call.manager.preview_policy(
+        call.body["rules"], org_id=call.body["org_id"], agent_id=call.body["agent_id"]))
 
 
-@endpoint("GET", "/api/policy", "List every policy ever issued, newest first", query=PAGE,
-          answer="[Policy]")
-def _policies(call: Call) -> Reply:
-    policies, total = call.manager.policies(**call.query)
-    return success_list(to_json([shape("Policy", policy) for policy in policies]).encode(), call.query, total)
+forward("GET", "/api/policy", "List every policy ever issued, newest first", Manager.policies, query=PAGE,
+        answer="[Policy]")
+forward("GET", "/api/policy/active", "Show the policy in force for all, or of an org", Manager.active_policy,
+        query=OF_ORG, answer="Policy?")
 
 
-@endpoint("GET", "/api/policy/active", "Show the policy in force for all, or of an org", query=OF_ORG,
-          answer="Policy?")
-def _active_policy(call: Call) -> Reply:
-    policy = call.manager.active_policy(**call.query)
-    return success(policy and shape("Policy", policy))
-
-
-@endpoint("GET", "/api/policy/agent/:id", "Fetch what an agent must obey; an agent acknowledges it unless ack=false",
-          allow=(AGENT,), query={"ack": may(switch())}, etag=True, answer="AgentPolicy",
-          headers=("ETag", ":If-None-Match"))
+@endpoint("GET", "/api/policy/agent/:id",
+          "Fetch what an agent must obey; an agent acknowledges it unless ack=false", allow=(AGENT,),
+          query={"ack": may(SWITCH)}, answer="AgentPolicy", headers=("ETag", ":If-None-Match"))
 def _agent_policy(call: Call) -> Reply:
     asked = call.query["ack"]
     ack = {AGENT: asked is not False, ADMIN: asked is True}.get(call.caller.role, False)
     policy = call.manager.agent_policy(call.path["id"], ack=ack and call.environ["REQUEST_METHOD"] != "HEAD")
-    shape = {"agentId": policy.agent_id, "policyVersion": version_text(policy.effective.version),
+    shown = {"agentId": policy.agent_id, "policyVersion": version_text(policy.effective.version),
              "rules": policy.effective.rules}
-    tag = f'"{digest(to_json(shape)).hex()[:16]}"'
-    if {tag, "*"} & {each.strip().removeprefix("W/") for each in call.environ.get("HTTP_IF_NONE_MATCH", "").split(",")}:
+    tag = f'"{digest(to_json(shown)).hex()[:16]}"'
+    known = call.environ.get("HTTP_IF_NONE_MATCH", "").split(",")
+    if {tag, "*"} & {each.strip().removeprefix("W/") for each in known}:
         return Reply(304, b"", (("Etag", tag),))
     applied = None if policy.applied_ms is None else iso(policy.applied_ms)
-    return success({**shape, "appliedAt": applied}, headers=[("Etag", tag)])
+    return success({**shown, "appliedAt": applied}, headers=[("Etag", tag)])
 
 
-@endpoint("GET", "/api/rules/latest", "Fetch the text of the `custom` rules in force, as the shipped agent does",
-          allow=(AGENT,), answer="Rules", beside="rules:[text]")
+@endpoint("GET", "/api/rules/latest",
+          "Fetch the text of the `custom` rules in force, as the shipped agent does", allow=(AGENT,),
+          answer="Rules", beside="rules:[text]")
 def _latest_rules(call: Call) -> Reply:
     rules = call.manager.custom_rules(call.caller.agent and call.caller.agent.id)
-    return success({"rules": rules}, beside={"rules": rules})
+    return success({"rules": rules}, rules=rules)
 
 
 @endpoint("DELETE", "/api/policy/agent/:id", "Drop the policy of one agent", answer="Dropped")
-def _drop_override(call: Call) -> Reply:
-    version = call.manager.drop_override(call.path["id"], caller=call.caller)
-    return success({"message": f"Policy override of agent {call.path['id']} dropped",
-                    "version": version_text(version)})
+def _drop_override(call: Call) -> Mapping[str, Any]:
+    agent_id = call.path["id"]
+    version = call.manager.drop_override(agent_id, caller=call.caller)
+    return {"message": f"Policy override of agent {agent_id} dropped", "version": version_text(version)}
 
 
 @endpoint("GET", "/api/overview", "Show the fleet at a glance", query=OF_ORG, answer="Overview",
@@ -4723,56 +4707,55 @@ def _overview(call: Call) -> Reply:
     return success(call.manager.overview(**call.query), headers=[("X-Caller", call.caller.role)])
 
 
-@endpoint("GET", "/api/timeline", "Show the statuses and threats of past hours, of all agents or of one",
-          query=TIMELINE, answer="Timeline")
-def _timeline(call: Call) -> Reply:
-    return success(call.manager.timeline(**call.query))
+forward("GET", "/api/timeline", "Show the statuses and threats of past hours, of all agents or of one",
+        Manager.timeline, query=TIMELINE, answer="Timeline")
 
 
 @endpoint("GET", "/api/events", "Read the journal, which is the audit log, in order", query=ENTRY_FILTER,
           answer="[Entry]")
-def _entries(call: Call) -> Reply:
-    return success([entry_shape(entry) for entry in call.manager.journal(**call.query)])
+def _entries(call: Call) -> Sequence[Any]:
+    return [entry_shape(entry) for entry in call.manager.journal(**call.query)]
 
 
 @endpoint("GET", "/api/events/stream", "Follow the journal as server-sent events; `Last-Event-ID` resumes",
           query=STREAM_FILTER, media="text/event-stream; charset=utf-8", headers=(":Last-Event-ID",))
-def _stream(call: Call) -> Reply:
-    if "manager.streams" not in call.environ:
-        raise ManagerError("event streams need the manager's own server; page through GET /api/events here", status=501)
+def _stream(call: Call) -> bytes:
+    request = request_state(call.environ)
+    if request.streams is None:
+        raise ManagerError("event streams need the manager's own server; page through GET /api/events here",
+                           status=501)
     last = call.environ.get("HTTP_LAST_EVENT_ID", "")
     if last and not re.fullmatch("[0-9]{1,15}", last):
         raise Invalid("Last-Event-ID: must be the id of an event")
-    call.environ["manager.stream"] = call.environ["manager.streams"].open(int(last) if last else None, call.query)
-    return Reply(200, b"", (("Content-Type", call.route.media),))
+    request.stream = request.streams.open(int(last) if last else None, call.query)
+    return b""
 
 
 @endpoint("POST", "/api/notify/test", "Send a notification to every receiver, and show what each answers",
           answer="[TestedReceiver]")
-def _notify_test(call: Call) -> Reply:
+def _notify_test(call: Call) -> Sequence[Any]:
     if not call.manager.config.notify_url:
         raise Conflict("no receiver is set: MANAGER_NOTIFY_URL")
-    return success(call.api.notifier.test() if call.api.notifier else [])
+    return call.api.notifier.test() if call.api.notifier else []
 
 
 @endpoint("GET", "/metrics", "Measure the manager, in the Prometheus text format",
           media="text/plain; version=0.0.4; charset=utf-8")
-def _metrics(call: Call) -> Reply:
-    return Reply(200, call.api.metrics().encode(), (("Content-Type", call.route.media),))
+def _metrics(call: Call) -> bytes:
+    return call.api.metrics().encode()
 
 
 def _state(call: Call, counts: bool) -> Reply:
+    manager = call.manager
     state: dict[str, Any] = {"status": "healthy", "version": __version__,
-                             "uptime": (call.manager.clock.now().tick_ms - call.manager.started.tick_ms) // 1000}
+                             "uptime": (manager.clock.now().tick_ms - manager.started.tick_ms) // 1000}
     try:
-        total, online = call.manager.health()
+        total, online = manager.health()
     except Unavailable as error:
-        reply = failure(error)
-        return reply._replace(body=to_json({"ok": False, "error": str(error), "data": {
-            **state, "status": "unhealthy"}}).encode())
+        return failure(error, data={**state, "status": "unhealthy"})
     if counts:
         state["agents"] = {"total": total, "online": online}
-    if warning := call.manager.warning():
+    if warning := manager.warning():
         state["warning"] = warning
     return success(state)
 
@@ -4789,8 +4772,8 @@ def _readyz(call: Call) -> Reply:
 
 
 @endpoint("GET", "/livez", "Say that the process answers", public=True, answer="Alive")
-def _livez(call: Call) -> Reply:
-    return success({"status": "alive"})
+def _livez(call: Call) -> Mapping[str, Any]:
+    return {"status": "alive"}
 
 
 @functools.cache
@@ -4799,37 +4782,42 @@ def _openapi_json() -> bytes:
 
 
 @endpoint("GET", "/openapi.json", "Describe this API as OpenAPI 3.1", public=True, media="application/json")
-def _openapi(call: Call) -> Reply:
-    return Reply(200, _openapi_json())
+def _openapi(call: Call) -> bytes:
+    return _openapi_json()
 
 
-_FAILURES = {"400": "Invalid input; the text names every offending field", "401": "No token, or a wrong one",
-             "403": "A token that does not reach this far", "404": "Not registered", "409": "The fleet is full",
-             "413": "A body over 1 MiB", "415": "A body that is not JSON",
-             "429": "Too many requests or wrong tokens from this address", "503": "The database is not available"}
-
-
+_FAILURES = {
+    "400": "Invalid input; the text names every offending field", "401": "No token, or a wrong one",
+    "403": "A token that does not reach this far", "404": "Not registered", "409": "The fleet is full",
+    "413": "A body over 1 MiB", "415": "A body that is not JSON",
+    "429": "Too many requests or wrong tokens from this address", "503": "The database is not available"}
 _SEED_AGENT = {"id": "agent-a1b2c3d4", "hostname": "web-server-1", "os": "linux", "version": "1.2.0",
                "ip": "203.0.113.10"}
 _SEED_LIST = {"status": "online", "tags": ["production", "web-tier"]}
 _SEED_INSTANTS = {"lastHeartbeat": "2026-03-07T12:05:00.000Z", "registeredAt": "2026-03-01T08:00:00.000Z"}
 _SEED_LOAD = {"cpu": 12.5, "memory": 45.2, "uptime": 86400}
 # The published page's body and answer of each of its routes, with the fields that we add.
-_EXAMPLES: Mapping[Callable[[Call], Reply], tuple[Any, Any]] = {
-    _register: (
+_EXAMPLES: Mapping[str, tuple[Any, Any]] = {
+    "register": (
         {"hostname": "web-server-1", "os": "linux", "version": "1.2.0", "tags": ["production", "web-tier"]},
         {**_SEED_AGENT, "tags": ["production", "web-tier"], "status": "online",
          "registeredAt": "2026-03-07T12:00:00.000Z", "token": "pga_JcH4s1LE4gDRb_r_sQMZW11sbL-OC_Sr"}),
-    _heartbeat: ({**_SEED_LOAD, "version": "1.2.0"}, {
-        "id": "agent-a1b2c3d4", "status": "online", "lastHeartbeat": "2026-03-07T12:05:00.000Z", "pendingPolicies": 1}),
-    _deregister: (None, {"message": "Agent agent-a1b2c3d4 deregistered successfully"}),
-    _agents: (None, [{**_SEED_AGENT, **_SEED_LIST, **_SEED_INSTANTS}]),
-    _agent: (None, {
-        **_SEED_AGENT, **_SEED_LIST, **_SEED_LOAD, **_SEED_INSTANTS, "recentThreats": 3, "activePolicyVersion": "v2",
-        "pendingPolicies": 0, "org_id": None, "machine_id": None, "arch": None,
+    "heartbeat": ({**_SEED_LOAD, "version": "1.2.0"}, {
+        "id": "agent-a1b2c3d4", "status": "online", "lastHeartbeat": "2026-03-07T12:05:00.000Z",
+        "pendingPolicies": 1}),
+    "deregister": (None, {"message": "Agent agent-a1b2c3d4 deregistered successfully"}),
+    "agents": (None, [{**_SEED_AGENT, **_SEED_LIST, **_SEED_INSTANTS}]),
+    "agent": (None, {
+        **_SEED_AGENT, **_SEED_LIST, **_SEED_LOAD, **_SEED_INSTANTS, "recentThreats": 3,
+        "activePolicyVersion": "v2", "pendingPolicies": 0, "org_id": None, "machine_id": None, "arch": None,
         "statusSince": "2026-03-01T08:00:00.000Z",
         "statusReason": "last heartbeat 2026-03-07T12:05:00.000Z, due by 2026-03-07T12:06:06.000Z",
         "staleAt": "2026-03-07T12:06:06.000Z", "offlineAt": "2026-03-07T12:10:00.000Z"})}
+
+
+def _content(schema: Mapping[str, Any], media: str = _JSON_TYPE[1], example: Any = None) -> dict[str, Any]:
+    shown = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {media.partition(";")[0]: shown}
 
 
 def _success_schema(each: Endpoint, answer: str) -> dict[str, Any]:
@@ -4840,21 +4828,21 @@ def _success_schema(each: Endpoint, answer: str) -> dict[str, Any]:
                            **{one.name: answer_schema(one.type) for one in beside}}}
 
 
-def _successes(each: Endpoint) -> dict[str, Any]:
+def _successes(each: Endpoint, example: Any) -> dict[str, Any]:
     """What a route answers when all went well, by status."""
-    content: dict[str, Any] = {"schema": _success_schema(each, each.answer) if each.answer else
-                               {"type": "object" if each.media == _JSON_TYPE[1] else "string"}}
-    if each.serve in _EXAMPLES:
-        content["example"] = {"ok": True, "data": _EXAMPLES[each.serve][1]}
-    found: dict[str, Any] = {str(each.status): {
-        "description": "Success", "content": {each.media.partition(";")[0] or "application/json": content}}}
+    if each.media:
+        content = _content({"type": "object" if each.media == _JSON_TYPE[1] else "string"}, each.media)
+    else:
+        shown = example and {"ok": True, "data": example}
+        content = _content(_success_schema(each, each.answer), example=shown)
+    found: dict[str, Any] = {str(each.status): {"description": "Success", "content": content}}
     if sent := [name for name in each.headers if name[0] != ":"]:
         found[str(each.status)]["headers"] = {name: _header(name) for name in sent}
-    if each.etag:
+    if "ETag" in sent:
         found["304"] = {"description": "What If-None-Match names is still so"}
     if each.also:
-        found["200"] = {"description": each.also[0],
-                        "content": {"application/json": {"schema": _success_schema(each, each.also[1])}}}
+        description, answer = each.also
+        found["200"] = {"description": description, "content": _content(_success_schema(each, answer))}
     return found
 
 
@@ -4863,37 +4851,41 @@ def _header(name: str) -> dict[str, Any]:
 
 
 def _parameters(each: Endpoint) -> list[dict[str, Any]]:
-    parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall(r":(\w+)", each.path)]
-    parameters += [{"name": name, "in": "query", "required": param.required, "schema": param.check.schema}
-                   for name, param in each.query.items()]
-    parameters += [{"name": name[1:], "in": "header", "schema": {"type": "string"}}
-                   for name in each.headers if name[0] == ":"]
-    return [{**parameter, "description": MEANINGS[parameter["name"]]} for parameter in parameters]
+    text_schema = {"type": "string"}
+    rows = [(name, "path", {"required": True, "schema": text_schema})
+            for name in re.findall(r":(\w+)", each.path)]
+    rows += [(name, "query", {"required": param.required, "schema": param.check.schema})
+             for name, param in each.query.items()]
+    rows += [(name[1:], "header", {"schema": text_schema}) for name in each.headers if name[0] == ":"]
+    return [{"name": name, "in": place, **rest, "description": MEANINGS[name]} for name, place, rest in rows]
+
+
+def _operation(each: Endpoint) -> dict[str, Any]:
+    name = each.serve.__name__.strip("_")
+    sent, answered = _EXAMPLES.get(name, (None, None))
+    failures = {status: {"$ref": f"#/components/responses/Failure{status}"} for status in _FAILURES}
+    operation: dict[str, Any] = {
+        "summary": each.summary, "operationId": name, "parameters": _parameters(each),
+        "responses": {**_successes(each, answered), **failures}}
+    if each.body is not None:
+        schema = table_schema(each.body, strict=AGENT not in each.allow)
+        content = _content(schema, example=sent)
+        operation["requestBody"] = {"required": bool(schema["required"]), "content": content}
+    operation["security"] = [] if ANYONE in each.allow else [{"bearer": []}]
+    operation["x-callers"] = sorted(each.allow)
+    return operation
 
 
 def openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 document, from the tables that route, validate and answer."""
     paths: dict[str, dict[str, Any]] = {}
-    failures: dict[str, Any] = {f"Failure{status}": {"description": description, "content": {"application/json": {
-        "schema": answer_schema("Error")}}} for status, description in _FAILURES.items()}
+    for each in ENDPOINTS:
+        paths.setdefault(re.sub(r":(\w+)", r"{\1}", each.path), {})[each.method.lower()] = _operation(each)
+    failures: dict[str, Any] = {f"Failure{status}": {
+        "description": description, "content": _content(answer_schema("Error"))}
+        for status, description in _FAILURES.items()}
     for status in ("429", "503"):
         failures[f"Failure{status}"]["headers"] = {"Retry-After": _header("Retry-After")}
-    for each in ENDPOINTS:
-        operation: dict[str, Any] = {
-            "summary": each.summary, "operationId": each.serve.__name__.strip("_"), "parameters": _parameters(each),
-            "responses": {**_successes(each), **{status: {"$ref": f"#/components/responses/Failure{status}"}
-                                                 for status in _FAILURES}}}
-        if each.body is not None:
-            required = [name for name, param in each.body.items() if param.required]
-            content = {"schema": table_schema(each.body, strict=AGENT not in each.allow)}
-            if each.serve in _EXAMPLES:
-                content["example"] = _EXAMPLES[each.serve][0]
-            operation["requestBody"] = {"required": bool(required), "content": {"application/json": content}}
-        operation["security"] = [] if ANYONE in each.allow else [{"bearer": []}]
-        operation["x-callers"] = sorted(each.allow)
-        paths.setdefault(re.sub(r":(\w+)", r"{\1}", each.path), {})[each.method.lower()] = operation
     schemas = {name: object_schema(name) for name in ANSWERS}
     schemas |= {name: {"type": "string", "enum": list(words)} for name, words in _WORDS.items()}
     schemas["Error"] = {"type": "object", "required": ["ok", "error"], "properties": {
@@ -5856,7 +5848,7 @@ class Task(WSGITask):  # type: ignore[misc]
     def get_environment(self) -> Environ:
         environ: Environ = super().get_environment()
         environ["PATH_INFO"] = self.request.path  # waitress takes away slashes in front of it
-        environ["manager.streams"] = self.channel.server.site.streams
+        request_state(environ).streams = self.channel.server.site.streams
         return environ
 
     def service(self) -> None:
@@ -5865,11 +5857,11 @@ class Task(WSGITask):  # type: ignore[misc]
         except Dropped:
             raise ClientDisconnected from None
         finally:
-            if not self.channel.authenticated and "manager.authenticated" in (self.environ or {}):
-                self.channel.sockets.call_soon(self.channel.authenticate, self.environ["manager.authenticated"])
-            stream = (self.environ or {}).pop("manager.stream", None)
-            if stream is not None:  # not handed over: an error, a HEAD, a client that left
-                stream.closed()
+            request = request_state(self.environ or {})
+            if not self.channel.authenticated and request.authenticated is not None:
+                self.channel.sockets.call_soon(self.channel.authenticate, request.authenticated)
+            if request.stream:  # not handed over: an error, a HEAD, a client that left
+                request.stream.closed()
 
     def build_response_header(self) -> bytes:
         """waitress decides about the framing; other headers bypass its normalisation (5 times faster)."""
@@ -5882,14 +5874,14 @@ class Task(WSGITask):  # type: ignore[misc]
             else:
                 lines.append(f"{name}: {value}\r\n")
         self.response_headers = framing
-        if "manager.stream" in (self.environ or {}):
+        if request_state(self.environ or {}).stream:
             self.remove_content_length_header()
             self.content_length = None
         head: bytes = super().build_response_header()
         return head[:-2] + "".join(lines).encode("latin-1") + b"\r\n"
 
     def finish(self) -> None:
-        wanted = "manager.stream" in (self.environ or {})
+        wanted = request_state(self.environ or {}).stream
         if not self.wrote_header:
             self.write(b"")
         if self.request.command == "HEAD":
@@ -6183,11 +6175,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def hand_over(self, environ: Environ, chunked: bool) -> None:
         """Keep the connection for a stream and return the worker that opened it."""
         self.held, self.chunked = b"", chunked
-        environ["manager.stream"].start(self)
+        request = request_state(environ)
+        assert request.stream
+        request.stream.start(self)
         with self.sending:
             if not self.connected:
                 raise ClientDisconnected
-            self.stream = environ.pop("manager.stream")
+            self.stream, request.stream = request.stream, None
             self.phase, self.tolerance = Phase.STREAM, 64 * KIB
 
     @property
@@ -6324,8 +6318,9 @@ class HeartbeatBatch:
         date = http_date(int(time.time()))
         for (channel, environ), reply in zip(waiting, replies, strict=True):
             channel.in_batch = False
-            if not channel.authenticated and "manager.authenticated" in environ:
-                channel.authenticate(environ["manager.authenticated"])
+            authenticated = request_state(environ).authenticated
+            if not channel.authenticated and authenticated is not None:
+                channel.authenticate(authenticated)
             self._api.note(route, environ, reply)
             closing = site.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
             lines = "".join([f"{name}: {value}\r\n" for name, value in reply.headers])
@@ -7114,15 +7109,11 @@ class JsonLines(logging.Formatter):
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Run a manager until SIGTERM or SIGINT; 0 after a clean stop, 1 if it cannot start, 2 for a bad setting."""
-    try:
-        commands = "".join(f"  {each.name:<16}{each.summary}\n" for each in COMMANDS.values())
-        config = Config.load(argv, os.environ, (
-            f"commands, in the place of these options, each with a --help of its own:\n{commands}\nexit status of a "
-            "command: 0 done, 1 failed, 2 wrong usage, 3 nothing matched, or something is wrong\n\n"))
-    except SettingError as error:
-        print(f"panguard-manager: {error}", file=sys.stderr)
-        return 2
+    """Run a manager until SIGTERM or SIGINT; 0 after a clean stop. Raises SettingError, StartError."""
+    commands = "".join(f"  {each.name:<16}{each.summary}\n" for each in COMMANDS.values())
+    config = Config.load(argv, os.environ, (
+        f"commands, in the place of these options, each with a --help of its own:\n{commands}\nexit status "
+        "of a command: 0 done, 1 failed, 2 wrong usage, 3 nothing matched, or something is wrong\n\n"))
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if config.log_format == "json" else logging.Formatter(
         "%(asctime)s %(levelname)s %(name)s %(message)s"))
@@ -7145,9 +7136,8 @@ def serve(argv: Sequence[str]) -> int:
             server.reload_certificate()
         tell_systemd("STOPPING=1")
         server.stop()
-    except StartError as error:
-        print(f"panguard-manager: {error}", file=sys.stderr)
-        return 1
+    except StartError:
+        raise
     except Exception:
         log.critical("the serving thread died", exc_info=True)
         return 1
@@ -7164,7 +7154,8 @@ def _greeting(server: Server[Any]) -> Iterator[str]:
     trust = ""
     yield f"Panguard Manager {__version__} listens on {server.url}"
     if config.host in _ANY_HOST and (address := outer_address()):
-        yield f"Other hosts reach it at {server.url.rpartition('//')[0]}//{address}:{server.url.rpartition(':')[2]}"
+        own = urlsplit(server.url)
+        yield f"Other hosts reach it at {own.scheme}://{address}:{own.port}"
     yield f"Data directory: {config.data_dir}"
     if server.certificate:
         path, fingerprint = server.certificate
@@ -7176,13 +7167,14 @@ def _greeting(server: Server[Any]) -> Iterator[str]:
     else:
         path = config.data_dir / "token"
         shown = f" ({server.token})" if "token made" in server.notes and sys.stdout.isatty() else ""
-        yield f"Admin token: in {path}{shown}"
-        yield f'Try: curl {trust}-H "Authorization: Bearer $(cat {shlex.quote(str(path))})" {server.url}/api/agents'
+        header = f'-H "Authorization: Bearer $(cat {shlex.quote(str(path))})"'
+        yield f"Admin token: in {path}{shown}\nTry: curl {trust}{header} {server.url}/api/agents"
     if config.open_enrollment:
         yield "Open enrolment is on: anyone who reaches this port may register an agent"
     yield from (note for note in server.notes if note.startswith("Warning"))
     if not server.certificate and not _is_loopback(config.host):
-        yield "Warning: tokens cross the network in plaintext; set MANAGER_TLS=auto, or put a TLS proxy in front"
+        yield ("Warning: tokens cross the network in plaintext; set MANAGER_TLS=auto, or put a TLS proxy in "
+               "front")
 
 
 class CommandError(Exception):
@@ -7193,35 +7185,39 @@ class CommandError(Exception):
         self.status = status
 
 
-class Option(NamedTuple):
+class Option:
     """An argument of a command, as argparse's `add_argument` takes it."""
 
-    names: tuple[str, ...]
-    how: Mapping[str, Any]
+    def __init__(self, *names: str, **how: Any) -> None:
+        self.names, self.how = names, how
+
+
+Columns = Mapping[str, "str | Callable[[Any], Any]"]
+"""The columns of a table: for each heading the name of a field, or what reads a value from an item."""
 
 
 class Command(NamedTuple):
-    """One row of the command line: what the parser, `--help`, the README and the shells' completion say of it."""
+    """One row of the command line: what the parser, `--help`, the README and the shells' completion tell.
 
-    run: Callable[[Cli], int]
+    `run` gives the exit status, or what is to be shown: an object, or a list as a table of `columns`.
+    """
+
+    run: Callable[[Cli], Any]
     name: str
     summary: str
     example: str
+    columns: Columns
     options: tuple[Option, ...]
 
 
 COMMANDS: dict[str, Command] = {}
 
 
-def option(*names: str, **how: Any) -> Option:
-    """An argument of a command."""
-    return Option(names, how)
-
-
-def command(name: str, summary: str, *options: Option, example: str) -> Callable[[Callable[[Cli], int]], Any]:
+def command(name: str, summary: str, *options: Option, example: str,
+            columns: Columns | None = None) -> Callable[[Callable[[Cli], Any]], Any]:
     """Add a command; a name of two words is one of a group."""
-    def add(run: Callable[[Cli], int]) -> Callable[[Cli], int]:
-        COMMANDS[name] = Command(run, name, summary, example, options)
+    def add(run: Callable[[Cli], Any]) -> Callable[[Cli], Any]:
+        COMMANDS[name] = Command(run, name, summary, example, columns or {}, options)
         return run
     return add
 
@@ -7230,7 +7226,8 @@ def duration_ms(text: str) -> int:
     """The ms of a duration such as 30d, 12h, 5m or 90s. Raises argparse.ArgumentTypeError."""
     match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number and its unit, such as 90s, 5m, 12h or 30d")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a number and its unit, such as 90s, 5m, 12h or 30d")
     return int(match[1]) * {"s": 1000, "m": 60_000, "h": _HOUR_MS, "d": _DAY_MS}[match[2]]
 
 
@@ -7243,7 +7240,8 @@ def printable(value: Any) -> str:
 
 def display_width(text: str) -> int:
     """The columns that a text takes in a terminal."""
-    return sum(0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF") for each in text)
+    return sum(0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
+               for each in text)
 
 
 def fitted(text: str, width: int) -> str:
@@ -7255,7 +7253,6 @@ def fitted(text: str, width: int) -> str:
 
 
 def counted(number: int) -> str:
-    """So many agents, in words."""
     return f"{number} agent" + "s" * (number != 1)
 
 
@@ -7281,8 +7278,21 @@ class Cli:
         try:
             self.folder = _parse_path(folder)
         except ValueError:
-            raise CommandError(f"{printable(folder)} cannot be a data folder; name one with --data-dir", 2) from None
+            shown = printable(folder)
+            raise CommandError(f"{shown} cannot be a data folder; name one with --data-dir", 2) from None
         self.terminal = bool(sys.stdout) and sys.stdout.isatty()
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of some options that were given. An empty text counts: the manager refuses it, for it may be
+        a variable that is not set, and must not widen what is chosen."""
+        return {name: value for name in names if (value := getattr(self.options, name)) is not None}
+
+    def database(self) -> Path:
+        """The data folder's database. Raises CommandError if there is none."""
+        path = self.folder / "manager.db"
+        if not path.exists():
+            raise CommandError(f"there is no manager.db in {self.folder}; name its folder with --data-dir", 2)
+        return path
 
     # Asking the manager
 
@@ -7293,58 +7303,58 @@ class Cli:
 
     @property
     def url(self) -> str:
-        """The manager's address."""
-        found = self.options.url or os.environ.get("MANAGER_URL") or self._file("url") or "https://localhost:8443"
+        found = (self.options.url or os.environ.get("MANAGER_URL") or self._file("url")
+                 or "https://localhost:8443")
         return found.rstrip("/")
 
     @contextlib.contextmanager
     def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None,
              timeout_s: float = _CONNECT_S) -> Iterator[http.client.HTTPResponse]:
         """The manager's answer. Raises CommandError if there is none, or it is not 2xx."""
-        token = self.options.token or os.environ.get("MANAGER_AUTH_TOKEN", "").partition(",")[0] or self._file("token")
+        token = (self.options.token or os.environ.get("MANAGER_AUTH_TOKEN", "").partition(",")[0]
+                 or self._file("token"))
         if not token or not re.fullmatch("[!-~]+", token):
-            raise CommandError("no token is known: use --token, MANAGER_AUTH_TOKEN, or --data-dir of a manager here", 2)
+            raise CommandError(
+                "no token is known: use --token, MANAGER_AUTH_TOKEN, or --data-dir of a manager here", 2)
         with contextlib.closing(self._connection(timeout_s)) as connection:
             try:
                 connection.request(method, path, None if body is None else json.dumps(body).encode(), {
-                    "Authorization": f"Bearer {token}", "Content-Type": "application/json", "Connection": "close",
-                    **(headers or {})})
+                    "Authorization": f"Bearer {token}", "Content-Type": "application/json",
+                    "Connection": "close", **(headers or {})})
                 answer = connection.getresponse()
             except ssl.SSLCertVerificationError as error:
-                raise CommandError(f"the certificate of {self.url} is not trusted ({error.verify_message}); name its "
-                                   "file with --cacert") from None
+                raise CommandError(f"the certificate of {self.url} is not trusted ({error.verify_message}); "
+                                   "name its file with --cacert") from None
             except ConnectionRefusedError:
-                raise CommandError(f"nothing listens at {self.url}; start the manager, or name its address with --url"
-                                   ) from None
+                raise CommandError(f"nothing listens at {self.url}; start the manager, or name its address "
+                                   "with --url") from None
             except (OSError, http.client.HTTPException, UnicodeError) as error:
-                raise CommandError(f"{self.url} cannot be asked ({error or type(error).__name__}); check --url"
-                                   ) from None
+                reason = error or type(error).__name__
+                raise CommandError(f"{self.url} cannot be asked ({reason}); check --url") from None
             if answer.status >= 300:
                 self._refused(answer)
             with answer:
                 yield answer
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
-        try:
+        with contextlib.suppress(ValueError, http.client.InvalidURL):
             target = urlsplit(self.url)
-            if target.scheme == "http" and target.netloc and not (target.username or target.path):
-                return http.client.HTTPConnection(target.hostname or "", target.port, timeout=timeout_s)
-            if target.scheme == "https" and target.netloc and not (target.username or target.path):
-                return http.client.HTTPSConnection(target.hostname or "", target.port, timeout=timeout_s,
-                                                   context=self._trust())
-        except (ValueError, http.client.InvalidURL):
-            pass
+            host, port = target.hostname or "", target.port
+            plain = target.netloc and not (target.username or target.path)
+            if plain and target.scheme == "http":
+                return http.client.HTTPConnection(host, port, timeout=timeout_s)
+            if plain and target.scheme == "https":
+                return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._trust())
         raise CommandError("this is no manager's address; --url takes one such as https://localhost:8443", 2)
 
     def _trust(self) -> ssl.SSLContext:
         own = self.folder / "cert.pem"
         path = self.options.cacert or (str(own) if own.exists() and not self.options.url else None)
         try:
-            context = ssl.create_default_context(cafile=path)
+            return ssl.create_default_context(cafile=path)
         except (OSError, ValueError) as error:
-            raise CommandError(f"the certificates in {path} cannot be used ({error}); name a PEM file with --cacert", 2
-                               ) from None
-        return context
+            raise CommandError(f"the certificates in {path} cannot be used ({error}); name a PEM file with "
+                               "--cacert", 2) from None
 
     def _refused(self, answer: http.client.HTTPResponse) -> NoReturn:
         try:
@@ -7357,32 +7367,33 @@ class Cli:
 
     def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """The `data` of the manager's answer; values of `query` that are None are left out."""
-        given = {name: value for name, value in query.items() if value is not None and value is not False}
-        if given:
-            path += "?" + urlencode({name: "true" if value is True else value for name, value in given.items()},
-                                    doseq=True)
+        given = {name: "true" if value is True else value
+                 for name, value in query.items() if value is not None}
         try:
-            with self.open(method, path, body) as answer:
+            with self.open(method, path + "?" * bool(given) + urlencode(given, doseq=True), body) as answer:
                 return json.loads(answer.read())["data"]
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise CommandError(f"{self.url} broke off its answer ({error}); try again") from None
 
     def agent(self, name: str) -> Any:
-        """The agent in detail that a name means: its id, its hostname, or the beginning of either, if of one only."""
+        """The one agent, in detail, that a name means: its id, its hostname, or the beginning of either."""
         found = self.ask("GET", "/api/agents", q=name, detail=True) if name else []
-        for fits in (lambda each: name in (each["id"], each["hostname"]),
-                     lambda each: each["id"].startswith(name) or each["hostname"].startswith(name)):
-            if len(matching := [each for each in found if fits(each)]) == 1:
+        for fits in (str.__eq__, str.startswith):
+            matching = [each for each in found if fits(each["id"], name) or fits(each["hostname"], name)]
+            if len(matching) == 1:
                 return matching[0]
             if matching:
                 raise CommandError(f"{name!r} means {len(matching)} agents: " + printable(
                     [f"{each['id']} ({each['hostname']})" for each in matching[:5]]), 3)
         raise CommandError(f"no agent is called {name!r}; `agents` lists them", 3)
 
+    def agent_id(self) -> str | None:
+        """The id of the agent that the option --agent names, or None without it."""
+        return None if self.options.agent is None else str(self.agent(self.options.agent)["id"])
+
     # Telling the caller
 
     def say(self, text: str = "") -> None:
-        """Write a line to standard output."""
         print(text, flush=True)
 
     def coloured(self, text: str) -> str:
@@ -7392,44 +7403,39 @@ class Cli:
             return text
         return f"\033[{colour}m{text}\033[0m"
 
-    def as_json(self, data: Any) -> int:
-        """Show what `--json` asks for; nothing in it controls a terminal."""
-        self.say(json.dumps(data, indent=2, ensure_ascii=self.terminal))
-        return 0
-
-    def show(self, data: Any, columns: Mapping[str, Callable[[Any], Any]]) -> int:
-        """Show a list as `--json` or `-q` ask, or as a table; 3 if it is empty."""
-        if self.options.json:
-            self.as_json(data)
+    def show(self, data: Any, columns: Columns) -> int:
+        """Show data as `--json` or `-q` ask, else a list as a table, or a line for each field of an object;
+        the exit status, 3 if a list is empty."""
+        if self.options.json:  # escaped where it could control a terminal
+            self.say(json.dumps(data, indent=2, ensure_ascii=self.terminal))
+        elif isinstance(data, dict):
+            width = max(map(len, data), default=0)
+            for name, value in data.items():
+                if dict in map(type, value if isinstance(value, list) else [value]):
+                    value = to_json(value)
+                self.say(f"{name:<{width}}  {self.coloured(printable(value))}")
         elif self.options.quiet:
             for each in data:
                 self.say(printable(next(iter(each.values()))))
         else:
-            self._table([list(columns), *([printable(read(each)) for read in columns.values()] for each in data)])
-        return 0 if data else 3
+            self._table(data, columns)
+        return 0 if data or isinstance(data, dict) else 3
 
-    def _table(self, rows: list[list[str]]) -> None:
+    def _table(self, data: Sequence[Any], columns: Columns) -> None:
+        rows = [list(columns)]
+        for each in data:
+            values = (each[read] if isinstance(read, str) else read(each) for read in columns.values())
+            rows.append(list(map(printable, values)))
         widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
         room = shutil.get_terminal_size().columns - 2 * (len(widths) - 1) if self.terminal else sum(widths)
         while sum(widths) > room and max(widths) > 8:
             widths[widths.index(max(widths))] -= 1
         for row in rows:
-            self.say("  ".join(self.coloured(fitted(cell, width)) for cell, width in zip(row, widths, strict=True)
-                               ).rstrip())
-
-    def show_one(self, data: Mapping[str, Any]) -> int:
-        """Show an object as `--json` asks, or a line for each of its fields."""
-        if self.options.json:
-            return self.as_json(data)
-        width = max(map(len, data), default=0)
-        for name, value in data.items():
-            text = to_json(value) if isinstance(value, dict) or (value and isinstance(value, list) and isinstance(
-                value[0], dict)) else value
-            self.say(f"{name:<{width}}  {self.coloured(printable(text))}")
-        return 0
+            cells = [self.coloured(fitted(cell, width)) for cell, width in zip(row, widths, strict=True)]
+            self.say("  ".join(cells).rstrip())
 
     def confirm(self, question: str) -> bool:
-        """Whether to go on: `--yes`, or the answer at a terminal. Raises CommandError where nobody can be asked."""
+        """Whether to go on: `--yes`, or the answer at a terminal. Raises CommandError where there is none."""
         if self.options.yes:
             return True
         if not sys.stdin.isatty():
@@ -7444,35 +7450,28 @@ class Cli:
 
 
 _FILTERS = (
-    option("--status", choices=[str(status) for status in Status], help="agents of this status"),
-    option("--tag", action="append", default=[], help="agents with this tag; several: with all of them"),
-    option("--org-id", help="agents of this organization"), option("--os", help="agents with this system"),
-    option("--version", help="agents of this version"), option("--find", metavar="TEXT", dest="q",
-                                                               help="text in hostname, id, address or a tag"),
-    option("--silent", metavar="TIME", type=duration_ms, dest="silent_ms",
+    Option("--status", choices=[str(status) for status in Status], help="agents of this status"),
+    Option("--tag", action="append", help="agents with this tag; several: with all of them"),
+    Option("--org-id", help="agents of this organization"), Option("--os", help="agents with this system"),
+    Option("--version", help="agents of this version"),
+    Option("--find", metavar="TEXT", dest="q", help="text in hostname, id, address or a tag"),
+    Option("--silent", metavar="TIME", type=duration_ms, dest="silent_ms",
            help="agents silent for at least this long, such as 90s, 5m, 12h or 30d"))
-_AGENTS = option("agent", nargs="*", help="id or hostname, the beginning of one that no other agent has, or a pattern "
-                                          "of hostnames such as 'web-*'")
-_DRY_RUN = option("--dry-run", action="store_true", help="only say what would change")
-_AGENT_ARGUMENT = option("agent", help="id or hostname of an agent, or the beginning of one")
-_YES = option("--yes", action="store_true", help="do not ask")
 _FILTER_NAMES = ("status", "tag", "org_id", "os", "version", "q", "silent_ms")
-
-
-def _filters(cli: Cli) -> dict[str, Any]:
-    # An empty text is sent, and refused: it may be a variable that is not set, and must not widen what is chosen.
-    return {name: value for name in _FILTER_NAMES if (value := getattr(cli.options, name)) not in (None, [])}
+_AGENTS = Option("agent", nargs="*", help="id or hostname, the beginning of one that no other agent has, or "
+                                          "a pattern of hostnames such as 'web-*'")
+_DRY_RUN = Option("--dry-run", action="store_true", help="only say what would change")
+_AGENT_ARGUMENT = Option("agent", help="id or hostname of an agent, or the beginning of one")
+_YES = Option("--yes", action="store_true", help="do not ask")
 
 
 @command("status", "totals, silent agents, threats and the policy; 3 if an agent is silent", example="status")
 def _status_command(cli: Cli) -> int:
     overview = cli.ask("GET", "/api/overview")
-    silent = [each for status in ("offline", "stale") for each in cli.ask("GET", "/api/agents", status=status)]
-    if cli.options.json:
-        cli.as_json({**overview, "silent": silent})
-        return 3 if silent else 0
-    if cli.options.quiet:
-        cli.show(silent, {})
+    offline, stale = (cli.ask("GET", "/api/agents", status=status) for status in ("offline", "stale"))
+    silent = [*offline, *stale]
+    if cli.options.json or cli.options.quiet:
+        cli.show({**overview, "silent": silent} if cli.options.json else silent, {})
         return 3 if silent else 0
     cli.say(f"{overview['totalAgents']} agents: " + ", ".join(
         f"{overview[status + 'Agents']} {status}" for status in ("online", "stale", "offline")))
@@ -7480,7 +7479,8 @@ def _status_command(cli: Cli) -> int:
         cli.say(f"  {cli.coloured(each['status'])}  {printable(each['hostname'])} ({each['id']}), last seen "
                 f"{ago(each['lastHeartbeat'])}")
     day = overview["threatSummary"]["last24h"]
-    cli.say(f"{day['total']} threats in 24 h: " + ", ".join(f"{day[severity]} {severity}" for severity in SEVERITIES))
+    by_severity = ", ".join(f"{day[severity]} {severity}" for severity in SEVERITIES)
+    cli.say(f"{day['total']} threats in 24 h: {by_severity}")
     if overview["activePolicyVersion"]:
         agents = cli.ask("GET", "/api/agents", detail=True)
         have = sum(each["pendingPolicies"] == 0 for each in agents)
@@ -7489,34 +7489,34 @@ def _status_command(cli: Cli) -> int:
 
 
 def _policy_state(agent: Mapping[str, Any]) -> str | None:
-    if agent["pendingPolicies"]:
-        return f"{agent['activePolicyVersion'] or 'none'}, {agent['pendingPolicies']} pending"
-    return cast("str | None", agent["activePolicyVersion"])
+    version: str | None = agent["activePolicyVersion"]
+    return f"{version or 'none'}, {agent['pendingPolicies']} pending" if agent["pendingPolicies"] else version
+
+
+_AGENT_COLUMNS: Columns = {
+    "STATUS": "status", "HOSTNAME": "hostname", "ID": "id", "TAGS": lambda agent: agent["tags"] or None,
+    "OS": "os", "VERSION": "version", "ADDRESS": "ip", "POLICY": _policy_state,
+    "LAST SEEN": lambda agent: ago(agent["lastHeartbeat"])}
 
 
 @command("agents", "list agents", *_FILTERS,
-         option("--sort", choices=[sign + name for name in SORTS for sign in ("", "-")], metavar="FIELD",
+         Option("--sort", choices=[sign + name for name in SORTS for sign in ("", "-")], metavar="FIELD",
                 help=f"one of {', '.join(SORTS)}; --sort=-cpu begins with the highest"),
-         option("--watch", action="store_true", help="show them again every two seconds, until Ctrl-C"),
+         Option("--watch", action="store_true", help="show them again every two seconds, until Ctrl-C"),
          example="agents --status offline --sort lastHeartbeat")
 def _agents_command(cli: Cli) -> int:
     while True:
-        found = cli.ask("GET", "/api/agents", sort=cli.options.sort, detail=True, **_filters(cli))
+        found = cli.ask("GET", "/api/agents", detail=True, **cli.given("sort", *_FILTER_NAMES))
         if cli.options.watch and cli.terminal:
             cli.say("\033[H\033[2J")
-        status = cli.show(found, {
-            "STATUS": lambda each: each["status"], "HOSTNAME": lambda each: each["hostname"],
-            "ID": lambda each: each["id"], "TAGS": lambda each: each["tags"] or None, "OS": lambda each: each["os"],
-            "VERSION": lambda each: each["version"], "ADDRESS": lambda each: each["ip"], "POLICY": _policy_state,
-            "LAST SEEN": lambda each: ago(each["lastHeartbeat"])})
+        status = cli.show(found, _AGENT_COLUMNS)
         if not cli.options.watch:
             return status
         time.sleep(2)
 
 
-@command("agent", "show one agent, and why it has its status", _AGENT_ARGUMENT, example="agent web-1")
-def _agent_command(cli: Cli) -> int:
-    return cli.show_one(cli.agent(cli.options.agent))
+command("agent", "show one agent, and why it has its status", _AGENT_ARGUMENT, example="agent web-1")(
+    lambda cli: cli.agent(cli.options.agent))
 
 
 def _named(cli: Cli, names: Sequence[str]) -> list[str]:
@@ -7524,7 +7524,8 @@ def _named(cli: Cli, names: Sequence[str]) -> list[str]:
     ids: list[str] = []
     for name in names:
         if set("*?[") & set(name):
-            ids += [each["id"] for each in cli.ask("GET", "/api/agents") if fnmatch.fnmatchcase(each["hostname"], name)]
+            agents = cli.ask("GET", "/api/agents")
+            ids += [each["id"] for each in agents if fnmatch.fnmatchcase(each["hostname"], name)]
         else:
             ids.append(cli.agent(name)["id"])
     if names and not ids:
@@ -7533,27 +7534,29 @@ def _named(cli: Cli, names: Sequence[str]) -> list[str]:
 
 
 def _change_agents(cli: Cli, question: str, done: str, change: Mapping[str, Any]) -> int:
-    filters = _filters(cli)
+    filters = cli.given(*_FILTER_NAMES)
     if bool(cli.options.agent) == bool(filters):
         raise CommandError("name either agents or at least one filter such as --tag or --silent, not both", 2)
     ids = _named(cli, cli.options.agent)
-    chosen: list[dict[str, Any]] = [{"ids": ids[at:at + 1000]} for at in range(0, len(ids), 1000)]
-    chosen = chosen or [{"filter": filters}]
+    parts: list[dict[str, Any]] = [{"ids": ids[at:at + 1000]} for at in range(0, len(ids), 1000)]
     names = {each["id"]: each["hostname"] for each in cli.ask("GET", "/api/agents")}
 
     def bulk(dry_run: bool) -> dict[str, Any]:
-        parts = [cli.ask("POST", "/api/agents/bulk", {**part, **change, "dryRun": dry_run}) for part in chosen]
-        return {"matched": sum(each["matched"] for each in parts), "changed": sum(each["changed"] for each in parts),
-                "ids": [one for each in parts for one in each["ids"]]}
+        found: dict[str, Any] = {"matched": 0, "changed": 0, "ids": []}
+        for part in parts or [{"filter": filters}]:
+            answer = cli.ask("POST", "/api/agents/bulk", {**part, **change, "dryRun": dry_run})
+            found = {name: found[name] + answer[name] for name in found}
+        return found
 
     found = bulk(True)
-    shown = printable(", ".join(names.get(each, each) for each in found["ids"][:20])) + ", …" * (found["changed"] > 20)
+    shown = printable(", ".join(names.get(each, each) for each in found["ids"][:20]))
+    shown += ", …" if found["changed"] > 20 else ""
     if found["changed"] and not cli.options.dry_run:
         if not cli.confirm(f"{question} {counted(found['changed'])} ({shown})?"):
             return 1
         found = bulk(False)
     if cli.options.json:
-        cli.as_json(found)
+        cli.show(found, {})
     elif not found["changed"]:
         cli.say(f"{counted(found['matched'])} found, and none to change")
     else:
@@ -7562,9 +7565,10 @@ def _change_agents(cli: Cli, question: str, done: str, change: Mapping[str, Any]
 
 
 @command("tag", "add tags to agents, or remove tags", _AGENTS, *_FILTERS,
-         option("--add", action="append", metavar="TAG", help="tag to add, may be repeated; not with --remove"),
-         option("--remove", action="append", metavar="TAG", help="tag to remove, may be repeated"), _DRY_RUN, _YES,
-         example="tag 'web-*' --add production --yes")
+         Option("--add", action="append", metavar="TAG",
+                help="tag to add, may be repeated; not with --remove"),
+         Option("--remove", action="append", metavar="TAG", help="tag to remove, may be repeated"),
+         _DRY_RUN, _YES, example="tag 'web-*' --add production --yes")
 def _tag_command(cli: Cli) -> int:
     if (cli.options.add is None) == (cli.options.remove is None):
         raise CommandError("give --add or --remove, one of them", 2)
@@ -7573,51 +7577,44 @@ def _tag_command(cli: Cli) -> int:
     return _change_agents(cli, "Remove tags of", "untagged", {"removeTags": cli.options.remove})
 
 
-@command("deregister", "remove agents from the fleet", _AGENTS, *_FILTERS, _DRY_RUN, _YES,
-         example="deregister --silent 30d --yes")
-def _deregister_command(cli: Cli) -> int:
-    return _change_agents(cli, "Deregister", "deregistered", {"deregister": True})
-
+command("deregister", "remove agents from the fleet", _AGENTS, *_FILTERS, _DRY_RUN, _YES,
+        example="deregister --silent 30d --yes")(
+    lambda cli: _change_agents(cli, "Deregister", "deregistered", {"deregister": True}))
 
 _FOLLOW = (
-    option("--follow", action="store_true", help="show what comes from now on, until Ctrl-C"),
-    option("--exec", metavar="PROGRAM", help="with --follow: run this for each instead of showing it, without a shell; "
-                                             "it reads the JSON on its standard input"))
+    Option("--follow", action="store_true", help="show what comes from now on, until Ctrl-C"),
+    Option("--exec", metavar="PROGRAM", help="with --follow: run this for each instead of showing it, "
+                                             "without a shell; it reads the JSON on its standard input"))
 
 
-@command("threats", "list threat events, the newest first", option("--severity", choices=SEVERITIES, help="severity"),
-         option("--type", help="type"), option("--agent", help="id or hostname of an agent"),
-         option("--org-id", help="organization"), option("--source-ip", help="address that they came from"),
-         option("--file-hash", help="hash of the file they are about"),
-         option("--state", choices=THREAT_STATES, help="state"),
-         option("--limit", type=int, default=50, help="most events to show, up to 200"),
-         option("--summary", action="store_true", help="sum up the last 24 hours instead"), *_FOLLOW,
-         example="threats --severity critical")
-def _threats_command(cli: Cli) -> int:
-    options = cli.options
-    if options.summary:
-        return cli.show_one(cli.ask("GET", "/api/threats/summary", org_id=options.org_id))
-    wanted = {name: getattr(options, name)
-              for name in ("severity", "type", "org_id", "source_ip", "file_hash", "state")}
-    wanted["agent_id"] = None if options.agent is None else cli.agent(options.agent)["id"]
-    run = _program(options)
-    if options.follow:
-        for each in _new_threats(cli, wanted):
-            _tell(cli, each, run, f"{each['receivedAt']}  {each['severity']}  {each['type']}  {each['hostname']}  "
-                  f"{each['id']}  {source_address(each['details']) or '-'}")
-    return cli.show(cli.ask("GET", "/api/threats", limit=options.limit, **wanted), {
-        "RECEIVED": lambda each: each["receivedAt"], "SEVERITY": lambda each: each["severity"],
-        "TYPE": lambda each: each["type"], "HOSTNAME": lambda each: each["hostname"], "ID": lambda each: each["id"],
-        "SOURCE": lambda each: source_address(each["details"]), "STATE": lambda each: each["state"],
-        "NOTE": lambda each: each["note"]})
+@command("threats", "list threat events, the newest first",
+         Option("--severity", choices=SEVERITIES, help="severity"), Option("--type", help="type"),
+         Option("--agent", help="id or hostname of an agent"),
+         Option("--org-id", help="organization"), Option("--source-ip", help="address that they came from"),
+         Option("--file-hash", help="hash of the file they are about"),
+         Option("--state", choices=THREAT_STATES, help="state"),
+         Option("--limit", type=int, default=50, help="most events to show, up to 200"),
+         Option("--summary", action="store_true", help="sum up the last 24 hours instead"), *_FOLLOW,
+         example="threats --severity critical",
+         columns={"RECEIVED": "receivedAt", "SEVERITY": "severity", "TYPE": "type", "HOSTNAME": "hostname",
+                  "ID": "id", "SOURCE": lambda threat: source_address(threat["details"]), "STATE": "state",
+                  "NOTE": "note"})
+def _threats_command(cli: Cli) -> Any:
+    if cli.options.summary:
+        return cli.ask("GET", "/api/threats/summary", **cli.given("org_id"))
+    wanted = cli.given("severity", "type", "org_id", "source_ip", "file_hash", "state")
+    wanted["agent_id"] = cli.agent_id()
+    _follow(cli, _new_threats(cli, wanted), lambda threat: "  ".join((
+        threat["receivedAt"], threat["severity"], threat["type"], threat["hostname"], threat["id"],
+        source_address(threat["details"]) or "-")))
+    return cli.ask("GET", "/api/threats", limit=cli.options.limit, **wanted)
 
 
-@command("threat", "set the state of a threat event, or its note", option("id", help="id of the event"),
-         option("--state", choices=THREAT_STATES, help="state to set"), option("--note", help="note to set"),
-         example="threat evt_000000000001 --state acknowledged --note 'seen by Lin'")
-def _threat_command(cli: Cli) -> int:
-    given = {name: value for name in ("state", "note") if (value := getattr(cli.options, name)) is not None}
-    return cli.show_one(cli.ask("PATCH", f"/api/threats/{quote(cli.options.id, safe='')}", given))
+command("threat", "set the state of a threat event, or its note", Option("id", help="id of the event"),
+        Option("--state", choices=THREAT_STATES, help="state to set"), Option("--note", help="note to set"),
+        example="threat evt_000000000001 --state acknowledged --note 'seen by Lin'")(
+    lambda cli: cli.ask("PATCH", "/api/threats/" + quote(cli.options.id, safe=""),
+                        cli.given("state", "note")))
 
 
 def _new_threats(cli: Cli, wanted: Mapping[str, Any]) -> Iterator[Any]:
@@ -7634,124 +7631,33 @@ def _new_threats(cli: Cli, wanted: Mapping[str, Any]) -> Iterator[Any]:
         last = new[0]["id"] if new else last
 
 
-def _program(options: argparse.Namespace) -> list[str]:
-    """The words of the program that --exec names. Raises CommandError unless it can be run."""
-    if options.exec is None:
-        return []
+def _follow(cli: Cli, items: Iterator[Any], line: Callable[[Any], str]) -> None:
+    """With --follow: show each item as it comes, without end, or have the program of --exec read it. Raises
+    CommandError unless that can be run."""
     try:
-        words = shlex.split(options.exec)
+        program = shlex.split(cli.options.exec or "")
     except ValueError:
-        words = []
-    if not options.follow or not words or not shutil.which(words[0]):
+        program = []
+    runs = program and cli.options.follow and shutil.which(program[0])
+    if cli.options.exec is not None and not runs:
         raise CommandError("--exec needs --follow, and names a program that can be run, without a shell", 2)
-    return words
-
-
-def _scope_of(policy: Mapping[str, Any]) -> str:
-    return str(policy.get("agent_id") or policy.get("org_id") or "all agents")
-
-
-@command("policy list", "list the policies that were issued, the newest first", example="policy list")
-def _policy_list_command(cli: Cli) -> int:
-    return cli.show(cli.ask("GET", "/api/policy"), {
-        "VERSION": lambda each: each["version"], "NAME": lambda each: each["name"], "FOR": _scope_of,
-        "RULES": lambda each: len(each["rules"]), "ISSUED": lambda each: each["createdAt"],
-        "ID": lambda each: each["id"]})
-
-
-def _policy_of(cli: Cli, version: str) -> Any:
-    for each in cli.ask("GET", "/api/policy"):
-        if version in (each["version"], each["version"][1:], each["id"]):
-            return each
-    raise CommandError(f"no policy has the version {version!r}; `policy list` lists them", 3)
-
-
-@command("policy show", "show a policy, and which agents have not acknowledged it",
-         option("version", nargs="?", help="its version; without it, the one for all"), example="policy show v1")
-def _policy_show_command(cli: Cli) -> int:
-    policy = _policy_of(cli, cli.options.version) if cli.options.version else cli.ask("GET", "/api/policy/active")
-    if policy is None:
-        raise CommandError("no policy is in force for all agents; `policy list` lists those issued", 3)
-    agents = [each for each in cli.ask("GET", "/api/agents", detail=True)
-              if policy.get("agent_id") in (None, each["id"]) and policy.get("org_id") in (None, each["org_id"])]
-    waiting = [each["hostname"] for each in agents
-               if int((each["activePolicyVersion"] or "v0")[1:]) < int(policy["version"][1:])]
-    return cli.show_one({**policy, "acknowledgedBy": f"{len(agents) - len(waiting)} of {len(agents)}",
-                         "waiting": waiting})
-
-
-@command("policy push", "issue a policy", option("file", help="JSON with `name` and `rules`; - is standard input"),
-         option("--org-id", help="for the agents of this organization"), option("--agent", help="for this agent"),
-         _DRY_RUN, example="policy push policy.json")
-def _policy_push_command(cli: Cli) -> int:
-    try:
-        raw = sys.stdin.buffer.read() if cli.options.file == "-" else Path(cli.options.file).read_bytes()
-        if len(raw) > _MOST_BYTES:
-            raise Invalid(f"it must have at most {_MOST_BYTES} bytes")
-        body = parse_object(raw.removeprefix("\ufeff".encode()))
-    except (OSError, Invalid) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CommandError(f"the policy in {cli.options.file} cannot be used ({reason})", 2) from None
-    if cli.options.agent is not None:
-        body["agent_id"] = cli.agent(cli.options.agent)["id"]
-    body |= {} if cli.options.org_id is None else {"org_id": cli.options.org_id}
-    body["dryRun"] = body.get("dryRun") or cli.options.dry_run
-    return cli.show_one(cli.ask("POST", "/api/policy", body))
-
-
-@command("policy drop", "drop the policy of one agent", _AGENT_ARGUMENT, example="policy drop web-1")
-def _policy_drop_command(cli: Cli) -> int:
-    return cli.show_one(cli.ask("DELETE", f"/api/policy/agent/{cli.agent(cli.options.agent)['id']}"))
-
-
-@command("policy diff", "show what differs between the rules of two versions", option("old", help="a version"),
-         option("new", help="another version"), example="policy diff v1 v2")
-def _policy_diff_command(cli: Cli) -> int:
-    old, new = (_policy_of(cli, version)["rules"] for version in (cli.options.old, cli.options.new))
-    removed, added = [rule for rule in old if rule not in new], [rule for rule in new if rule not in old]
-    if cli.options.json:
-        return cli.as_json({"removed": removed, "added": added})
-    for sign, rules in (("-", removed), ("+", added)):
-        for rule in rules:
-            cli.say(f"{sign} {printable(to_json(rule))}")
-    if not removed and not added:
-        cli.say("no difference")
-    return 0
-
-
-@command("events", "show the journal, or follow it",
-         option("--type", action="append", choices=ENTRY_TYPES, metavar="TYPE",
-                help=f"type of entry, may be repeated: {', '.join(ENTRY_TYPES)}"),
-         option("--agent", help="id or hostname of an agent"),
-         option("--limit", type=int, default=50, help="most entries to show, up to 200"), *_FOLLOW,
-         example="events --type agent_offline --type agent_online")
-def _events_command(cli: Cli) -> int:
-    options = cli.options
-    wanted = {"type": options.type, "agent_id": None if options.agent is None else cli.agent(options.agent)["id"]}
-    run = _program(options)
-    if options.follow:
-        for each in _followed(cli, {name: value for name, value in wanted.items() if value}):
-            _tell(cli, each, run, f"{each['seq']}  {each['at']}  {each['type']}  "
-                  f"{each.get('hostname') or each['agentId'] or '-'}  {_what(each)}")
-    entries = cli.ask("GET", "/api/events", limit=options.limit, order="desc", **wanted)
-    return cli.show(entries[::-1], {
-        "SEQ": lambda each: each["seq"], "AT": lambda each: each["at"], "TYPE": lambda each: each["type"],
-        "AGENT": lambda each: each.get("hostname") or each["agentId"], "WHO": lambda each: each["actor"].get(
-            "address") or each["actor"]["role"], "WHAT": _what})
-
-
-def _what(entry: Mapping[str, Any]) -> str:
-    common = {"seq", "at", "type", "agentId", "org_id", "actor", "hostname"}
-    return " ".join(f"{name}={value if isinstance(value, (str, int)) else to_json(value)}"
-                    for name, value in entry.items() if name not in common)
+    for each in items if cli.options.follow else ():
+        if program:
+            done = subprocess.run(program, input=json.dumps(each) + "\n", text=True)
+            if done.returncode:
+                print(f"panguard-manager: {program[0]} ended with {done.returncode}", file=sys.stderr)
+        else:
+            as_json = cli.options.json
+            cli.say(json.dumps(each, ensure_ascii=cli.terminal) if as_json else printable(line(each)))
 
 
 def _followed(cli: Cli, wanted: Mapping[str, Any]) -> Iterator[Any]:
-    """Entries as they are written, without end; a stream that ends is asked for again from the last entry heard."""
+    """Entries as they are written, without end; a stream that ends is resumed after the last entry heard."""
     last, path = "", "/api/events/stream?" + urlencode(wanted, doseq=True)
     while True:
+        headers = {"Last-Event-ID": last} if last else {}
         try:
-            with cli.open("GET", path, headers={"Last-Event-ID": last} if last else {}, timeout_s=60) as stream:
+            with cli.open("GET", path, headers=headers, timeout_s=60) as stream:
                 while line := stream.readline(2**21):
                     name, _, value = line.decode().rstrip("\n").partition(": ")
                     last = value if name == "id" else last
@@ -7768,29 +7674,115 @@ def _followed(cli: Cli, wanted: Mapping[str, Any]) -> Iterator[Any]:
         time.sleep(1)
 
 
-def _tell(cli: Cli, data: Mapping[str, Any], run: Sequence[str], line: str) -> None:
-    if run:
-        done = subprocess.run(run, input=json.dumps(data) + "\n", text=True)
-        if done.returncode:
-            print(f"panguard-manager: {run[0]} ended with {done.returncode}", file=sys.stderr)
-    else:
-        cli.say(json.dumps(data, ensure_ascii=cli.terminal) if cli.options.json else printable(line))
+command("policy list", "list the policies that were issued, the newest first", example="policy list",
+        columns={"VERSION": "version", "NAME": "name",
+                 "FOR": lambda policy: policy.get("agent_id") or policy.get("org_id") or "all agents",
+                 "RULES": lambda policy: len(policy["rules"]), "ISSUED": "createdAt", "ID": "id"})(
+    lambda cli: cli.ask("GET", "/api/policy"))
+
+
+def _policy_of(cli: Cli, version: str) -> Any:
+    for each in cli.ask("GET", "/api/policy"):
+        if version in (each["version"], each["version"][1:], each["id"]):
+            return each
+    raise CommandError(f"no policy has the version {version!r}; `policy list` lists them", 3)
+
+
+@command("policy show", "show a policy, and which agents have not acknowledged it",
+         Option("version", nargs="?", help="its version; without it, the one for all"),
+         example="policy show v1")
+def _policy_show_command(cli: Cli) -> Any:
+    version = cli.options.version
+    policy = _policy_of(cli, version) if version else cli.ask("GET", "/api/policy/active")
+    if policy is None:
+        raise CommandError("no policy is in force for all agents; `policy list` lists those issued", 3)
+    agent_id, org_id = policy.get("agent_id"), policy.get("org_id")
+    agents = [each for each in cli.ask("GET", "/api/agents", detail=True)
+              if agent_id in (None, each["id"]) and org_id in (None, each["org_id"])]
+    waiting = [each["hostname"] for each in agents
+               if int((each["activePolicyVersion"] or "v0")[1:]) < int(policy["version"][1:])]
+    return {**policy, "acknowledgedBy": f"{len(agents) - len(waiting)} of {len(agents)}", "waiting": waiting}
+
+
+@command("policy push", "issue a policy",
+         Option("file", help="JSON with `name` and `rules`; - is standard input"),
+         Option("--org-id", help="for the agents of this organization"),
+         Option("--agent", help="for this agent"), _DRY_RUN, example="policy push policy.json")
+def _policy_push_command(cli: Cli) -> Any:
+    try:
+        raw = sys.stdin.buffer.read() if cli.options.file == "-" else Path(cli.options.file).read_bytes()
+        if len(raw) > _MOST_BYTES:
+            raise Invalid(f"it must have at most {_MOST_BYTES} bytes")
+        body = parse_object(raw.removeprefix("\ufeff".encode()))
+    except (OSError, Invalid) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CommandError(f"the policy in {cli.options.file} cannot be used ({reason})", 2) from None
+    agent_id = cli.agent_id()
+    scope = cli.given("org_id") if agent_id is None else {"agent_id": agent_id, **cli.given("org_id")}
+    dry_run = body.get("dryRun") or cli.options.dry_run
+    return cli.ask("POST", "/api/policy", {**body, **scope, "dryRun": dry_run})
+
+
+command("policy drop", "drop the policy of one agent", _AGENT_ARGUMENT, example="policy drop web-1")(
+    lambda cli: cli.ask("DELETE", f"/api/policy/agent/{cli.agent_id()}"))
+
+
+@command("policy diff", "show what differs between the rules of two versions",
+         Option("old", help="a version"), Option("new", help="another version"), example="policy diff v1 v2")
+def _policy_diff_command(cli: Cli) -> Any:
+    old, new = (_policy_of(cli, version)["rules"] for version in (cli.options.old, cli.options.new))
+    removed, added = [rule for rule in old if rule not in new], [rule for rule in new if rule not in old]
+    if cli.options.json:
+        return {"removed": removed, "added": added}
+    for sign, rules in (("-", removed), ("+", added)):
+        for rule in rules:
+            cli.say(f"{sign} {printable(to_json(rule))}")
+    if not removed and not added:
+        cli.say("no difference")
+    return 0
+
+
+def _what(entry: Mapping[str, Any]) -> str:
+    """The fields of an entry that not all entries have, as text."""
+    common = {"seq", "at", "type", "agentId", "org_id", "actor", "hostname"}
+    return " ".join(f"{name}={value if isinstance(value, (str, int)) else to_json(value)}"
+                    for name, value in entry.items() if name not in common)
+
+
+@command("events", "show the journal, or follow it",
+         Option("--type", action="append", choices=ENTRY_TYPES, metavar="TYPE",
+                help=f"type of entry, may be repeated: {', '.join(ENTRY_TYPES)}"),
+         Option("--agent", help="id or hostname of an agent"),
+         Option("--limit", type=int, default=50, help="most entries to show, up to 200"), *_FOLLOW,
+         example="events --type agent_offline --type agent_online",
+         columns={"SEQ": "seq", "AT": "at", "TYPE": "type",
+                  "AGENT": lambda entry: entry.get("hostname") or entry["agentId"],
+                  "WHO": lambda entry: entry["actor"].get("address") or entry["actor"]["role"],
+                  "WHAT": _what})
+def _events_command(cli: Cli) -> Any:
+    wanted = cli.given("type")
+    if agent_id := cli.agent_id():
+        wanted["agent_id"] = agent_id
+    _follow(cli, _followed(cli, wanted), lambda entry: "  ".join((
+        str(entry["seq"]), entry["at"], entry["type"], entry.get("hostname") or entry["agentId"] or "-",
+        _what(entry))))
+    return cli.ask("GET", "/api/events", limit=cli.options.limit, order="desc", **wanted)[::-1]
 
 
 @command("enroll issue", "issue a token that registers agents",
-         option("--ttl", type=duration_ms, default=_DAY_MS, metavar="TIME", help="how long it holds: 12h, 7d"),
-         option("--uses", type=int, default=1, help="how many agents it registers"),
-         option("--org-id", help="organization of these agents"), option("--note", help="what it is for"),
-         option("--tag", action="append", help="tag of these agents, may be repeated"),
+         Option("--ttl", type=duration_ms, default=_DAY_MS, metavar="TIME", dest="ttlMs",
+                help="how long it holds: 12h, 7d"),
+         Option("--uses", type=int, default=1, dest="maxUses", metavar="USES",
+                help="how many agents it registers"),
+         Option("--org-id", help="organization of these agents"), Option("--note", help="what it is for"),
+         Option("--tag", action="append", dest="tags", metavar="TAG",
+                help="tag of these agents, may be repeated"),
          example="enroll issue --uses 10 --ttl 7d --tag web")
-def _enroll_issue_command(cli: Cli) -> int:
-    options = cli.options
-    given = {"ttlMs": options.ttl, "maxUses": options.uses, "org_id": options.org_id, "note": options.note,
-             "tags": options.tag}
-    issued = cli.ask("POST", "/api/enroll-tokens", {name: value for name, value in given.items() if value is not None})
-    if options.json:
-        return cli.show_one(issued)
-    if options.quiet:
+def _enroll_issue_command(cli: Cli) -> Any:
+    issued = cli.ask("POST", "/api/enroll-tokens", cli.given("ttlMs", "maxUses", "org_id", "note", "tags"))
+    if cli.options.json:
+        return issued
+    if cli.options.quiet:
         cli.say(issued["token"])
         return 0
     cli.say(f"Token {issued['id']} registers {issued['maxUses']} agents until {issued['expiresAt']}. "
@@ -7801,35 +7793,32 @@ def _enroll_issue_command(cli: Cli) -> int:
     return 0
 
 
-@command("enroll list", "list the tokens that register agents", example="enroll list")
-def _enroll_list_command(cli: Cli) -> int:
-    return cli.show(cli.ask("GET", "/api/enroll-tokens"), {
-        "ID": lambda each: each["id"], "EXPIRES": lambda each: each["expiresAt"],
-        "USES": lambda each: f"{each['uses']} of {each['maxUses']}", "ORG": lambda each: each["org_id"],
-        "TAGS": lambda each: each["tags"] or None, "NOTE": lambda each: each["note"]})
+command("enroll list", "list the tokens that register agents", example="enroll list", columns={
+    "ID": "id", "EXPIRES": "expiresAt", "USES": lambda token: f"{token['uses']} of {token['maxUses']}",
+    "ORG": "org_id", "TAGS": lambda token: token["tags"] or None, "NOTE": "note"})(
+    lambda cli: cli.ask("GET", "/api/enroll-tokens"))
+command("enroll revoke", "revoke a token that registers agents", Option("id", help="id of the token"),
+        example="enroll revoke enr_000000000000")(
+    lambda cli: cli.ask("DELETE", f"/api/enroll-tokens/{quote(cli.options.id, safe='')}"))
 
 
-@command("enroll revoke", "revoke a token that registers agents", option("id", help="id of the token"),
-         example="enroll revoke enr_000000000000")
-def _enroll_revoke_command(cli: Cli) -> int:
-    return cli.show_one(cli.ask("DELETE", f"/api/enroll-tokens/{quote(cli.options.id, safe='')}"))
-
-
-@command("notify test", "send a notification to every receiver, and show what each answers; 3 if one does not take it",
+@command("notify test",
+         "send a notification to every receiver, and show what each answers; 3 if one does not take it",
          example="notify test")
 def _notify_test_command(cli: Cli) -> int:
     answers = cli.ask("POST", "/api/notify/test")
-    cli.show(answers, {"RECEIVER": lambda each: each["receiver"], "DELIVERED": lambda each: each["delivered"],
-                       "ANSWER": lambda each: each["answer"]})
+    cli.show(answers, {"RECEIVER": "receiver", "DELIVERED": "delivered", "ANSWER": "answer"})
     return 0 if all(each["delivered"] for each in answers) else 3
 
 
 # What an entry of the journal means for the agent it is about, and what to do: for `doctor`.
 _ADVICE = {
-    "agent_refused": "its requests are refused ({reason}): give it the token of its own registration, or register it "
-                     "again",
-    "identity_conflict": "another agent, {otherAgentId}, has the same machine_id: a cloned machine; give one a new one",
-    "agent_reregistered": "it registered again, formerly as {formerHostname} from {formerIp}: nothing to do if meant",
+    "agent_refused": "its requests are refused ({reason}): give it the token of its own registration, or "
+                     "register it again",
+    "identity_conflict": "another agent, {otherAgentId}, has the same machine_id: a cloned machine; give one "
+                         "a new one",
+    "agent_reregistered": "it registered again, formerly as {formerHostname} from {formerIp}: nothing to do "
+                          "if meant",
     "agent_offline": "it went offline, last seen {lastSeen}",
     "agent_stale": "it missed a heartbeat, last seen {lastSeen}",
     "agent_updated": "it changed: {what}", "agent_online": "it came back, from {ip}",
@@ -7837,94 +7826,99 @@ _ADVICE = {
 
 
 @command("doctor", "say why an agent is silent or troubled, and what to do; 3 if one is",
-         option("agent", nargs="*", help="id or hostname, or the beginning of one; without one, all silent agents"),
+         Option("agent", nargs="*",
+                help="id or hostname, or the beginning of one; without one, all silent agents"),
          example="doctor web-1")
 def _doctor_command(cli: Cli) -> int:
     agents = [cli.agent(name) for name in cli.options.agent] or [
         each for each in cli.ask("GET", "/api/agents", detail=True) if each["status"] != "online"]
     common = Counter(each["version"] for each in cli.ask("GET", "/api/agents")).most_common(1)
-    found = [(agent, *_examined_agent(cli, agent, common)) for agent in agents]
+    found = [_examined_agent(cli, agent, common) for agent in agents]
     if cli.options.json:
-        cli.as_json([{"id": agent["id"], "hostname": agent["hostname"], "findings": [
-            {"at": at, "finding": text} for at, text in findings]} for agent, findings, _ in found])
-    for agent, findings, _ in [] if cli.options.json else found:
-        cli.say(printable(f"{agent['hostname']} ({agent['id']})"))
-        for at, text in findings:
-            cli.say(f"  {at}  {printable(text)}")
+        cli.show([shown for shown, _ in found], {})
+    for shown, _ in [] if cli.options.json else found:
+        cli.say(printable(f"{shown['hostname']} ({shown['id']})"))
+        for each in shown["findings"]:
+            cli.say(f"  {each['at']}  {printable(each['finding'])}")
     if not agents:
         cli.say("no agent is silent")
-    return 3 if any(troubled for *_, troubled in found) else 0
+    return 3 if any(troubled for _, troubled in found) else 0
 
 
-def _examined_agent(cli: Cli, agent: Mapping[str, Any], common: Sequence[tuple[str, int]],
-                    ) -> tuple[list[tuple[str, str]], bool]:
-    """What is to say of an agent, each with its instant, and whether it is troubled."""
-    entries = cli.ask("GET", "/api/events", agent_id=agent["id"], order="desc", limit=200)
-    found = [(agent["statusSince"], f"{agent['status']}: {agent['statusReason']}" + (
-        f"; silence makes it stale at {agent['staleAt']}" if agent["status"] == "online" else
-        f": see whether the machine runs, the agent on it is started, and it reaches {cli.url}"))]
+def _examined_agent(cli: Cli, agent: Mapping[str, Any],
+                    common: Sequence[tuple[str, int]]) -> tuple[dict[str, Any], bool]:
+    """What is to say of an agent, as `doctor --json` shows it, and whether it is troubled. `common` is the
+    version that most agents run, with how many they are."""
+    findings: list[dict[str, str]] = []
+
+    def tell(at: str, finding: str) -> None:
+        findings.append({"at": at, "finding": finding})
+    online = agent["status"] == "online"
+    tell(agent["statusSince"], f"{agent['status']}: {agent['statusReason']}" + (
+        f"; silence makes it stale at {agent['staleAt']}" if online else
+        f": see whether the machine runs, the agent on it is started, and it reaches {cli.url}"))
     if agent["pendingPolicies"]:
-        found.append((agent["lastHeartbeat"], f"it has policy {agent['activePolicyVersion'] or 'none'}, and "
-                      f"{agent['pendingPolicies']} newer ones wait for it: see the agent's log"))
-    if common and common[0][1] > 1 and agent["version"] != common[0][0]:
-        found.append((agent["lastHeartbeat"], f"it runs version {agent['version']}, {counted(common[0][1])} run "
-                      f"{common[0][0]}: upgrade it, or the others"))
-    claims = [each for each in cli.ask("GET", "/api/threats", agent_id=agent["id"], limit=1) if each["timestamp"]]
-    if claims and abs(skew_ms := instant_ms(claims[0]["timestamp"]) - instant_ms(claims[0]["receivedAt"])) > 120_000:
-        found.append((claims[0]["receivedAt"], f"its clock or delivery is off by {skew_ms // 1000} s: set its clock"))
+        tell(agent["lastHeartbeat"], f"it has policy {agent['activePolicyVersion'] or 'none'}, and "
+             f"{agent['pendingPolicies']} newer ones wait for it: see the agent's log")
+    for version, number in common:
+        if number > 1 and agent["version"] != version:
+            tell(agent["lastHeartbeat"], f"it runs version {agent['version']}, {counted(number)} run "
+                 f"{version}: upgrade it, or the others")
+    for event in cli.ask("GET", "/api/threats", agent_id=agent["id"], limit=1):
+        skew_ms = instant_ms(event["timestamp"] or event["receivedAt"]) - instant_ms(event["receivedAt"])
+        if abs(skew_ms) > 120_000:
+            tell(event["receivedAt"], f"its clock or delivery is off by {skew_ms // 1000} s: set its clock")
     newest: dict[str, Any] = {}
-    for entry in entries:
+    for entry in cli.ask("GET", "/api/events", agent_id=agent["id"], order="desc", limit=200):
         if entry["type"] in _ADVICE and newest.setdefault(entry["type"], entry) is entry:
             text = _ADVICE[entry["type"]].format_map(defaultdict(lambda: "?", entry, what=_what(entry)))
             if "suppressed" in entry:
                 text += f" ({entry['suppressed']} entries were suppressed before it: it changes too often)"
-            found.append((entry["at"], text))
-    return found, agent["status"] != "online" or "agent_refused" in newest
+            tell(entry["at"], text)
+    shown = {"id": agent["id"], "hostname": agent["hostname"], "findings": findings}
+    return shown, not online or "agent_refused" in newest
 
 
 @command("backup", "write a proved backup of the data folder, also while the manager runs",
-         option("file", help="file to write, mode 0600"),
-         option("--db-only", action="store_true", help="without the token and the certificate"),
+         Option("file", help="file to write, mode 0600"),
+         Option("--db-only", action="store_true", help="without the token and the certificate"),
          example="backup panguard.backup")
-def _backup_command(cli: Cli) -> int:
-    if not (cli.folder / "manager.db").exists():
-        raise CommandError(f"there is no manager.db in {cli.folder}; name its folder with --data-dir", 2)
-    target = Path(cli.options.file)
-    held = back_up(cli.folder, target, cli.progress, db_only=cli.options.db_only)
-    holds = "the database" if cli.options.db_only else "the database, and the generated token, certificate and key"
-    return cli.show_one({"file": str(target.resolve()), "holds": holds, **held})
+def _backup_command(cli: Cli) -> Any:
+    target, db_only = Path(cli.options.file), cli.options.db_only
+    held = back_up(cli.database().parent, target, cli.progress, db_only=db_only)
+    more = "" if db_only else ", and the generated token, certificate and key"
+    return {"file": str(target.resolve()), "holds": f"the database{more}", **held}
 
 
 @command("restore", "put a backup in the place of the data folder's files, which are kept in a folder in it",
-         option("file", help="a backup"), _YES, example="restore panguard.backup --yes")
-def _restore_command(cli: Cli) -> int:
+         Option("file", help="a backup"), _YES, example="restore panguard.backup --yes")
+def _restore_command(cli: Cli) -> Any:
     if not cli.confirm(f"Put {cli.options.file} in the place of what {cli.folder} holds?"):
         return 1
     held, kept = restore(Path(cli.options.file), cli.folder)
-    return cli.show_one({**held, **({"formerFiles": str(kept)} if kept else {})})
+    return {**held, "formerFiles": str(kept)} if kept else held
 
 
 @command("check", "look for damage in the data folder's database; 3 if there is some", example="check")
-def _check_command(cli: Cli) -> int:
-    if not (cli.folder / "manager.db").exists():
-        raise CommandError(f"there is no manager.db in {cli.folder}; name its folder with --data-dir", 2)
+def _check_command(cli: Cli) -> Any:
     try:
-        held = examine(cli.folder / "manager.db")
+        held = examine(cli.database())
     except Unavailable as error:
         raise CommandError(str(error), 3) from None
     if cli.options.json:
-        return cli.as_json(held)
+        return held
     cli.say("sound: " + ", ".join(f"{name} {count}" for name, count in held.items()))
     return 0
 
 
 @command("demo", "run a manager with 40 simulated agents, until Ctrl-C",
-         option("--port", type=int, default=0, help="port to listen on; 0 takes a free one"),
+         Option("--port", type=int, default=0, help="port to listen on; 0 takes a free one"),
          example="demo --port 8080")
-def _demo_command(cli: Cli) -> int:
+def _demo_command(cli: Cli) -> NoReturn:
     with Server(port=cli.options.port, heartbeat_timeout_ms=10_000) as server:
         demo = Demo(server.manager)
-        cli.say(f"Open {server.url} and sign in with the token {server.token}; Ctrl-C ends it, and all is forgotten")
+        cli.say(f"Open {server.url} and sign in with the token {server.token}; Ctrl-C ends it, and all is "
+                "forgotten")
         while True:
             demo.step()
             time.sleep(1)
@@ -7938,50 +7932,52 @@ class Demo:
         self.chance = random.Random(seed)
         self.second = 0
         self.silent_until: dict[str, int] = {}
-        roles = ("web", "db", "mail", "office", "build")
-        self.agents = [manager.register(
-            f"{roles[number % 5]}-{number // 5 + 1}", ("linux", "linux", "darwin", "win32")[number % 4],
-            "1.2.0" if number % 7 else "1.1.4", ip=f"10.0.{number % 5}.{10 + number}", tags=[roles[number % 5]] + (
-                ["production"] if number % 3 else []), org_id="acme").agent.id for number in range(40)]
+        self.agents: list[str] = []
+        for number in range(40):
+            role = ("web", "db", "mail", "office", "build")[number % 5]
+            system = ("linux", "linux", "darwin", "win32")[number % 4]
+            tags = [role, "production"] if number % 3 else [role]
+            self.agents.append(manager.register(
+                f"{role}-{number // 5 + 1}", system, "1.2.0" if number % 7 else "1.1.4", org_id="acme",
+                ip=f"10.0.{number % 5}.{10 + number}", tags=tags).agent.id)
         manager.create_policy("Baseline", [{"type": "block_ip", "config": {"ip": "198.51.100.7"}},
                                            {"type": "alert_threshold", "config": {"severity": "high"}}])
 
     def step(self) -> None:
-        """A second passes: some agents send heartbeats, and at times one falls silent, or an attack is reported."""
+        """A second passes: some agents send heartbeats; at times one falls silent, or an attack comes."""
         self.second += 1
         for number, agent in enumerate(self.agents):
             if (self.second + number) % 3 == 0 and self.silent_until.get(agent, 0) <= self.second:
-                self.manager.heartbeat(agent, cpu=round(self.chance.uniform(2, 60), 1), uptime=3600.0 + self.second,
-                                       memory=round(30 + 40 * self.chance.random(), 1))
+                cpu, memory = (round(self.chance.uniform(*bounds), 1) for bounds in ((2, 60), (30, 70)))
+                self.manager.heartbeat(agent, cpu=cpu, memory=memory, uptime=3600.0 + self.second)
                 if self.second > 5 and number % 9:
                     self.manager.agent_policy(agent)
         if self.second % 15 == 5:
-            self.silent_until[self.chance.choice(self.agents)] = self.second + self.chance.choice([20, 40, 90])
+            silent = self.chance.choice(self.agents)
+            self.silent_until[silent] = self.second + self.chance.choice([20, 40, 90])
         if self.second % 20 == 8:
-            self.attack()
-
-    def attack(self) -> None:
-        """Several agents report the same address."""
-        address = f"203.0.113.{self.chance.randrange(1, 250)}"
-        kind, severity = self.chance.choice([("brute_force", "high"), ("port_scan", "medium"), ("malware", "critical"),
-                                             ("suspicious_login", "low")])
-        for agent in self.chance.sample(self.agents, self.chance.choice([1, 2, 4])):
-            self.manager.report_events(agent, [{"type": kind, "severity": severity, "details": {"sourceIp": address}}])
+            kind, severity = self.chance.choice([("brute_force", "high"), ("port_scan", "medium"),
+                                                 ("malware", "critical"), ("suspicious_login", "low")])
+            address = f"203.0.113.{self.chance.randrange(1, 250)}"
+            event = {"type": kind, "severity": severity, "details": {"sourceIp": address}}
+            for agent in self.chance.sample(self.agents, self.chance.choice([1, 2, 4])):
+                self.manager.report_events(agent, [event])
 
 
 # The parser and the shells' completion
 
 
+_COMMON = (
+    Option("--url", help="address of the manager (MANAGER_URL, else that of the data folder's)"),
+    Option("--token", help="a token (MANAGER_AUTH_TOKEN, else the data folder's)"),
+    Option("--cacert", metavar="FILE", help="certificates to trust (else the data folder's)"),
+    Option("--data-dir", metavar="FOLDER", help="data folder of a manager here (MANAGER_DATA_DIR)"),
+    Option("--json", action="store_true", help="write the API's own data as JSON"),
+    Option("-q", "--quiet", action="store_true", help="write ids alone"))
+
+
 def _parser() -> argparse.ArgumentParser:
     """The parser of all commands but `serve`, from the table of them."""
-    common = argparse.ArgumentParser(add_help=False)
-    asks = common.add_argument_group("where and how")
-    asks.add_argument("--url", help="address of the manager (MANAGER_URL, else that of the data folder's)")
-    asks.add_argument("--token", help="a token (MANAGER_AUTH_TOKEN, else the data folder's)")
-    asks.add_argument("--cacert", metavar="FILE", help="certificates to trust (else the data folder's)")
-    asks.add_argument("--data-dir", metavar="FOLDER", help="data folder of a manager here (MANAGER_DATA_DIR)")
-    asks.add_argument("--json", action="store_true", help="write the API's own data as JSON")
-    asks.add_argument("-q", "--quiet", action="store_true", help="write ids alone")
     parser = argparse.ArgumentParser(prog="panguard-manager", allow_abbrev=False)
     groups = {"": parser.add_subparsers(dest="command", required=True)}
     for each in COMMANDS.values():
@@ -7990,11 +7986,14 @@ def _parser() -> argparse.ArgumentParser:
             members = groups[""].add_parser(group, allow_abbrev=False)
             groups[group] = members.add_subparsers(dest="one", metavar="COMMAND", required=True)
         added = groups[group].add_parser(
-            name, parents=[common], help=each.summary, description=each.summary[0].upper() + each.summary[1:] + ".",
+            name, help=each.summary, description=each.summary[0].upper() + each.summary[1:] + ".",
             epilog=f"example: panguard-manager {each.example}", allow_abbrev=False)
+        where = added.add_argument_group("where and how")
+        for one in _COMMON:
+            where.add_argument(*one.names, **one.how)
         for one in each.options:
             added.add_argument(*one.names, **one.how)
-        added.set_defaults(run=each.run)
+        added.set_defaults(of=each)
     return parser
 
 
@@ -8007,7 +8006,8 @@ _COMPLETIONS = {
 def completion(shell: str) -> str:
     """What a shell evaluates to complete the words of the commands and their options."""
     words = {word for name in ("serve", *COMMANDS) for word in name.split()}
-    options = {name for each in COMMANDS.values() for one in each.options for name in one.names if name[0] == "-"}
+    of_commands = (name for each in COMMANDS.values() for one in each.options for name in one.names)
+    options = {name for name in of_commands if name[0] == "-"}
     options |= {each.metadata["option"] for each in fields(Config) if each.metadata["option"]}
     return _COMPLETIONS[shell].format(words=" ".join([*sorted(words), *sorted(options), "--help", "--json"]))
 
@@ -8015,21 +8015,15 @@ def completion(shell: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, or the manager: the first word says which, `serve` unless it is the name of another.
 
-    The exit status is 0 when it is done, 1 when it failed, 2 for wrong usage, 3 when nothing matched or something is
-    wrong.
+    The exit status is 0 when it is done, 1 when it failed, 2 for wrong usage, 3 when nothing matched or
+    something is wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {name.partition(" ")[0] for name in COMMANDS} | {"--completion"}
-    if not words or words[0] not in commands:
-        return serve(words[1:] if words[:1] == ["serve"] else words)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a hostname that the terminal cannot show stops no command
             stream.reconfigure(errors="backslashreplace")
     try:
-        if words[0] == "--completion":
-            return complete(words[1:])
-        options = _parser().parse_args(words)
-        return int(options.run(Cli(options)))
+        return _run(words)
     except BrokenPipeError:  # who read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -8039,6 +8033,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         text, status = _explained(error)
         print(f"panguard-manager: {printable(text)}", file=sys.stderr)
         return status
+
+
+def _run(words: Sequence[str]) -> int:
+    if words[:1] == ["--completion"]:
+        if len(words) != 2 or words[1] not in _COMPLETIONS:
+            raise CommandError(f"--completion takes one of {', '.join(_COMPLETIONS)}", 2)
+        print(completion(words[1]), end="", flush=True)
+        return 0
+    if not words or words[0] not in {name.partition(" ")[0] for name in COMMANDS}:
+        return serve(words[1:] if words[:1] == ["serve"] else words)
+    options = _parser().parse_args(words)
+    cli = Cli(options)
+    found = options.of.run(cli)
+    return found if isinstance(found, int) else cli.show(found, options.of.columns)
 
 
 def _explained(error: Exception) -> tuple[str, int]:
@@ -8051,16 +8059,6 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"{error.filename or 'the output'}: {error.strerror or error}", 1
     log.debug("a command failed", exc_info=True)
     return f"the answer is not as expected ({error!r:.80}); is it a Panguard Manager of this version?", 1
-
-
-def complete(words: Sequence[str]) -> int:
-    """Write what a shell evaluates to complete commands and options."""
-    if len(words) != 1 or words[0] not in _COMPLETIONS:
-        raise CommandError(f"--completion takes one of {', '.join(_COMPLETIONS)}", 2)
-    print(completion(words[0]), end="", flush=True)
-    return 0
-
-
 ########################################################################################################
 # 10  Dashboard ########################################################################################
 ########################################################################################################
