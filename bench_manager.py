@@ -1,5 +1,8 @@
 """Measure Panguard Manager against bare waitress and against itself: `python bench_manager.py [--quick] [NAME …]`.
 
+`python bench_manager.py soak [SECONDS]` watches what a manager takes in ten minutes, or as long as is said, of ordinary
+work; it needs no wrk, and ends with status 1 if something fails or grows beyond its bounds.
+
 Needs wrk (Debian: apt-get install wrk), Linux, and an open-file limit of 8,000. Every contender is a process of
 its own that this script starts; contenders take turns, and what is printed are medians of the rounds and ratios
 within this run. wrk gets one core to itself, the contenders share the others.
@@ -8,11 +11,15 @@ within this run. wrk gets one core to itself, the contenders share the others.
 from __future__ import annotations
 
 import argparse
+import array
+import asyncio
 import contextlib
+import json
 import logging
 import math
 import os
 import platform
+import random
 import re
 import resource
 import selectors
@@ -596,26 +603,187 @@ def readers(contender: Contender, count: int) -> Iterator[Callable[[bytes], None
         yield wait_for_all
 
 
+# A soak
+
+_SOAK_AGENTS = 2000
+# What a soak may reach after its first fifth, in which memory and files take the size that the work needs.
+_SOAK_BOUNDS: dict[str, Callable[[float], float]] = {
+    "memory MB": lambda first: 1.2 * first + 16, "descriptors": lambda first: first + 16,
+    "log MB": lambda first: 32.0}
+
+
+class Soak:
+    """2,000 agents that beat each second, with events, reads, streams and backups among it, on a manager as users start
+    it."""
+
+    def __init__(self, home: Path, seconds: float) -> None:
+        self.home, self.seconds = home, seconds
+        self.folder = home / "data"
+        self.taken_ms, self.taken_lately_ms = array.array("d"), array.array("d")
+        self.requests, self.streamed, self.backups = 0, 0, 0
+        self.wrong: list[str] = []
+        self.measured: list[dict[str, float]] = []
+        self.agents: list[tuple[str, str]] = []
+
+    def run(self) -> int:
+        """Print what is measured at intervals; 0 unless something failed or grew beyond its bounds."""
+        with (self.home / "log").open("w") as log, subprocess.Popen(
+                [sys.executable, manager.__file__, "--port", "0", "--data-dir", str(self.folder), "--tls", "off"],
+                stdout=subprocess.PIPE, stderr=log, text=True) as self.process:
+            assert self.process.stdout
+            while "curl " not in (line := self.process.stdout.readline()):
+                assert line, (self.home / "log").read_text()
+            self.port = int((self.folder / "url").read_text().rpartition(":")[2])
+            self.token = (self.folder / "token").read_text().strip()
+            try:
+                asyncio.run(self._work())
+            finally:
+                self.process.terminate()
+        if self.process.returncode:
+            self.wrong.append(f"the manager ended with status {self.process.returncode}")
+        print(f"in all: {self._latencies(self.taken_ms)}, {self.streamed} entries streamed, {self.backups} backups, "
+              f"{len((self.home / 'log').read_text().splitlines())} lines of log")
+        warm = self.measured[len(self.measured) // 5:]
+        for name, bound in _SOAK_BOUNDS.items():
+            first, most = warm[0][name], max(each[name] for each in warm)
+            allowed = bound(first)
+            print(f"{name}: {first:.0f} after the first fifth, {most:.0f} at most, {allowed:.0f} allowed")
+            if most > allowed:
+                self.wrong.append(f"{name} grew")
+        print(f"{len(self.wrong)} errors" + "".join(f"; {each}" for each in self.wrong[:5]))
+        return bool(self.wrong)
+
+    async def _ask(self, wire: tuple[asyncio.StreamReader, asyncio.StreamWriter], method: str, path: str, token: str,
+                   body: Any = None) -> Any:
+        """The answer's JSON; notes what is no success."""
+        reader, writer = wire
+        data = b"" if body is None else json.dumps(body).encode()
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: soak\r\nAuthorization: Bearer {token}\r\nContent-Type: "
+                     f"application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        head = await reader.readuntil(b"\r\n\r\n")
+        answer = await reader.readexactly(int(found(r"(?i)content-length: (\d+)", head.decode())))
+        self.requests += 1
+        if head.split()[1] not in (b"200", b"201"):
+            self.wrong.append(f"{method} {path}: {head.split()[1].decode()} {answer[:200].decode()}")
+        return json.loads(answer)
+
+    def _open(self) -> Any:
+        return asyncio.open_connection("127.0.0.1", self.port)
+
+    async def _work(self) -> None:
+        self.end_s = time.monotonic() + 3600
+        door = asyncio.Semaphore(50)
+
+        async def register(number: int) -> tuple[Any, Any]:
+            async with door:
+                wire = await self._open()
+                answer = await self._ask(wire, "POST", "/api/agents/register", self.token, {
+                    "hostname": f"host-{number}", "os": "linux", "version": "1.2.0", "machine_id": f"m-{number}"})
+                return answer["data"], wire
+        made = await asyncio.gather(*map(register, range(_SOAK_AGENTS)))
+        self.agents = [(agent["id"], agent["token"]) for agent, _ in made]
+        self.began_s = time.monotonic()
+        self.end_s = self.began_s + self.seconds
+        done = await asyncio.gather(
+            *(self._beat(agent, wire) for agent, (_, wire) in zip(self.agents, made, strict=True)),
+            *(self._stream() for _ in range(5)), self._report(), self._read(), self._back_up(), self._watch(),
+            return_exceptions=True)
+        self.wrong += [repr(each) for each in done if each is not None]
+
+    async def _beat(self, agent: tuple[str, str], wire: Any) -> None:
+        due_s = time.monotonic() + random.random()
+        while due_s < self.end_s:
+            await asyncio.sleep(due_s - time.monotonic())
+            began_s = time.perf_counter()
+            await self._ask(wire, "POST", f"/api/agents/{agent[0]}/heartbeat", agent[1],
+                            {"uptime": 5, "cpu": 12.5, "memory": 40.25})
+            taken_ms = (time.perf_counter() - began_s) * 1000
+            self.taken_ms.append(taken_ms)
+            self.taken_lately_ms.append(taken_ms)
+            due_s = max(due_s + 1, time.monotonic())
+
+    async def _report(self) -> None:
+        wire = await self._open()
+        while time.monotonic() < self.end_s:
+            agent_id, token = random.choice(self.agents)
+            await self._ask(wire, "POST", f"/api/agents/{agent_id}/events", token, {"events": [
+                {"type": "brute_force", "severity": "high",
+                 "details": {"sourceIp": f"203.0.113.{random.randrange(250)}"}}] * 5})
+            await asyncio.sleep(0.05)
+
+    async def _read(self) -> None:
+        wire = await self._open()
+        while time.monotonic() < self.end_s:
+            for path in ("/api/agents?limit=50", "/api/threats?limit=50", "/api/overview", "/api/threats/summary",
+                         "/api/events?order=desc", "/api/timeline"):
+                await self._ask(wire, "GET", path, self.token)
+                await asyncio.sleep(0.1)
+
+    async def _stream(self) -> None:
+        reader, writer = await self._open()
+        writer.write(f"GET /api/events/stream HTTP/1.1\r\nHost: soak\r\nAuthorization: Bearer {self.token}\r\n\r\n"
+                     .encode())
+        with contextlib.suppress(asyncio.TimeoutError):
+            while data := await asyncio.wait_for(reader.read(65536), self.end_s - time.monotonic()):
+                self.streamed += data.count(b"\nevent: ")
+            self.wrong.append("a stream ended")
+
+    async def _back_up(self) -> None:
+        while time.monotonic() < self.end_s:
+            command = await asyncio.create_subprocess_exec(
+                sys.executable, manager.__file__, "backup", self.home / "backup", "--data-dir", self.folder,
+                stdout=subprocess.DEVNULL)
+            if await command.wait():
+                self.wrong.append("a backup failed")
+            self.backups += 1
+            await asyncio.sleep(5)
+
+    async def _watch(self) -> None:
+        every_s = max(1.0, self.seconds / 20)
+        while (passed_s := time.monotonic() - self.began_s) < self.seconds - every_s / 2:
+            await asyncio.sleep(every_s)
+            proc = Path(f"/proc/{self.process.pid}")
+            self.measured.append({
+                "memory MB": int((proc / "statm").read_text().split()[1]) * resource.getpagesize() / 2**20,
+                "descriptors": len(os.listdir(proc / "fd")),
+                "log MB": (self.folder / "manager.db-wal").stat().st_size / 2**20})
+            print(f"  {passed_s + every_s:5.0f} s: {self.requests} requests, {len(self.wrong)} errors, "
+                  f"{self._latencies(self.taken_lately_ms)}"
+                  + "".join(f", {name} {value:.1f}" for name, value in self.measured[-1].items()), flush=True)
+            del self.taken_lately_ms[:]
+
+    @staticmethod
+    def _latencies(taken_ms: array.array[float]) -> str:
+        ordered = sorted(taken_ms) or [math.nan]
+        return (f"{len(taken_ms)} heartbeats, p50 {ordered[len(ordered) // 2]:.1f}, "
+                f"p99 {ordered[len(ordered) * 99 // 100]:.1f}, longest {ordered[-1]:.1f} ms")
+
+
 def main() -> int:
     names = [name for name, value in vars(Bench).items() if not name.startswith("_") and value.__doc__
              and name not in ("row", "duel")]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="one of " + ", ".join(names) + "; all if none given")
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help="one of " + ", ".join(names) + "; all if none given; or soak [SECONDS]")
     parser.add_argument("--quick", action="store_true", help="one short round on smaller files")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(options.serve[0], Path(options.serve[1]))
         return 0
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
+    print(f"Panguard Manager {manager.__version__}, Python {platform.python_version()}, SQLite "
+          f"{sqlite3.sqlite_version}, {platform.system()} {platform.machine()}, {len(CORES)} cores", flush=True)
+    if options.names[:1] == ["soak"]:
+        with tempfile.TemporaryDirectory(prefix="panguard-soak-") as home:
+            return Soak(Path(home), float((options.names[1:] or ["600"])[0])).run()
     if unknown := set(options.names) - set(names):
         parser.error(f"no measurement is called {', '.join(sorted(unknown))}")
     if not shutil.which("wrk"):
         print("bench_manager.py needs wrk: apt-get install wrk", file=sys.stderr)
         return 1
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
-    print(f"Panguard Manager {manager.__version__}, Python {platform.python_version()}, SQLite "
-          f"{sqlite3.sqlite_version}, {platform.system()} {platform.machine()}, {len(CORES)} cores, one of them wrk's")
+    print("one core is wrk's")
     with tempfile.TemporaryDirectory(prefix="panguard-bench-") as home:
         bench = Bench(Path(home), options.quick)
         for name in options.names or names:

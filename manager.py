@@ -1581,6 +1581,15 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for its owner alone, and those around it, if there are none, to survive a power cut. Raises
+    OSError."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for each in new:
+        sync_path(each.parent)
+
+
 def private_file(path: Path) -> None:
     """Make a file that only its owner can read, if there is none. Raises OSError, also if it cannot be written.
 
@@ -1758,10 +1767,7 @@ class Store:
     @staticmethod
     def _make_folder(folder: Path) -> None:
         try:
-            new = [each for each in (folder, *folder.parents) if not each.exists()]
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for each in new:
-                sync_path(each.parent)
+            make_folder(folder)
             held = folder.stat()
         except OSError as error:
             raise StartError(f"the data folder {folder} cannot be made ({error.strerror}); choose another") from None
@@ -1822,6 +1828,9 @@ class Store:
         return [(each.st_dev, each.st_ino) for each in found]
 
     def _check_file(self) -> None:
+        if self._path.exists() and self._path.with_name("manager.db-journal").exists():
+            with contextlib.closing(self._connect()) as db:  # a power cut ended the first start: SQLite undoes it
+                db.execute("SELECT 1 FROM sqlite_master")
         try:
             if not self._path.exists() or self._path.stat().st_size == 0:
                 if self.log_bytes():
@@ -2382,7 +2391,7 @@ def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
     manager does not start there.
     """
     backup.open("rb").close()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder)
     with contextlib.ExitStack() as undo:
         undo.enter_context(contextlib.closing(take_folder(folder)))
         if (folder / "manager.db").exists():
@@ -6605,7 +6614,7 @@ class Backups:
 
     def make(self) -> None:
         """Make a backup, and remove the oldest that are too many. Raises ManagerError, OSError."""
-        self._kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self._kept)
         for path in self._kept.glob(".panguard-*"):  # of a run that was killed
             if time.time() - path.stat().st_mtime > 86_400:
                 shutil.rmtree(path)

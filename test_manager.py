@@ -9,6 +9,7 @@ import configparser
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
 import gzip
 import hashlib
@@ -1858,6 +1859,17 @@ def test_a_second_manager_is_refused_although_the_lock_file_was_removed(tmp_path
         assert running.ask("POST", "/api/agents/register", AGENT)[0] == 201
 
 
+def test_a_first_start_that_a_power_cut_ended_is_begun_anew(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "other", isolation_level=None)) as db:
+        db.executescript("PRAGMA cache_size = 1; BEGIN; CREATE TABLE t (x); INSERT INTO t VALUES (zeroblob(100000))")
+        shutil.copy(tmp_path / "other-journal", tmp_path / "manager.db-journal")
+    (tmp_path / "manager.db").write_bytes(bytes(1024))  # its size reached the disk, what was written did not
+    with Server(port=0, data_dir=tmp_path, tls="off") as server:
+        agent_id = server.manager.register(**AGENT).agent.id
+    with Server(port=0, data_dir=tmp_path, tls="off") as server:
+        assert server.manager.agent(agent_id)
+
+
 def damage(path: Path, table: str = "agents") -> None:
     """Overwrite the first page of a table."""
     with contextlib.closing(sqlite3.connect(path)) as db:
@@ -1986,6 +1998,478 @@ def test_an_entry_is_streamed_only_once_it_is_durable(by_hand: tuple[Manager, Ma
         assert fleet.store.problem
     streams.pump()
     assert "agent_stale" in channel.text
+
+
+# Power cuts
+
+
+SECTOR_BYTES = 512
+TRACED = "open,openat,write,pwrite64,writev,pwritev,pwritev2,sendfile,copy_file_range,ftruncate,truncate," \
+         "fallocate,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat,sendto"
+
+
+class Kept:
+    """A file or a folder: what is on the disk, and what was written since the last sync, as (turn, offset, bytes)
+    where no bytes are a change of its size."""
+
+    def __init__(self, folder: bool = False) -> None:
+        self.folder = folder
+        self.synced = bytearray()
+        self.written: list[tuple[int, int, bytes | None]] = []
+        self.position = 0  # of who writes without naming one
+
+    def contents(self, survives: Callable[[int], bool]) -> bytes:
+        """What was synced, and what survives of each sector written since."""
+        found = bytearray(self.synced)
+        for turn, offset, data in self.written:
+            if data is None and survives(turn):
+                del found[offset:]
+                found.extend(bytes(offset - len(found)))
+            for start in range(0, len(data or b""), SECTOR_BYTES):
+                if survives(turn):
+                    sector, at = data[start:start + SECTOR_BYTES], offset + start
+                    found.extend(bytes(max(0, at - len(found))))
+                    found[at:at + len(sector)] = sector
+        return bytes(found)
+
+
+class Disk:
+    """What a power cut leaves of a folder, after each of the calls that `strace` saw there: what was synced, and of the
+    rest what is said to survive. The entries of a folder are kept once the folder is synced. `marks` are the lines that
+    were written to the file `marks`, and what was posted to others."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = os.fsencode(root)
+        self.names: dict[bytes, Kept] = {b"": Kept(folder=True)}  # as programs see them; paths begin after the root
+        for path in sorted(root.rglob("*")):
+            found = self.names[os.fsencode(path)[len(self.root):]] = Kept(path.is_dir())
+            found.synced += b"" if found.folder else path.read_bytes()
+        self.synced = dict(self.names)
+        self.changed: list[tuple[int, dict[bytes, Kept | None]]] = []  # of the names, since the syncs
+        self.marks: list[Any] = []
+        self.turn = 0
+
+    def left(self, survives: Callable[[int], bool]) -> dict[str, bytes | None]:
+        """Each file with its contents, and each folder. `survives` is asked of each sector and change, by its turn."""
+        names = dict(self.synced)
+        for turn, changes in self.changed:
+            if survives(turn):
+                names |= changes
+        left: dict[str, bytes | None] = {"": None}
+        for path, found in sorted(names.items()):
+            if found and left.get(path.rpartition(b"/")[0].decode(), b"") is None:  # its folder is there
+                left[path.decode()] = None if found.folder else found.contents(survives)
+        return left
+
+    def replay(self, trace: Path) -> Iterator[None]:
+        """Do what the trace says; stop before each sync, and at the end."""
+        begun: dict[bytes, tuple[bytes, int]] = {}  # by thread: its call, and the turn in which that began
+        for line in trace.read_bytes().splitlines():
+            thread, text = line.split(None, 1)
+            if text.endswith(b" <unfinished ...>"):
+                begun[thread] = text.removesuffix(b" <unfinished ...>"), self.turn
+                continue
+            began = self.turn
+            if resumed := re.match(rb"<\.\.\. \w+ resumed>", text):
+                start, began = begun.pop(thread)
+                text = start + text[resumed.end():]
+            call = re.fullmatch(rb"(\w+)\((.*)\) += (\d+).*", text)  # not one that failed
+            if call and b">(deleted)" not in call[2]:
+                words = [bytes.fromhex(word[1:-1].decode().replace("\\x", ""))
+                         for word in re.findall(rb'"[^"]*"|<[^>]*>', call[2])]
+                name = call[1].decode().removesuffix("2")
+                if name == "sendto" and words[-1].startswith(b'{"type":"panguard.notification"'):
+                    self.marks.append({"posted": words[-1].decode()})
+                if name.endswith("at"):  # each path comes after the folder that it begins at
+                    words = [os.path.join(*pair) for pair in zip(words[::2], words[1::2], strict=True)]
+                paths = words[:1] if "write" in name else words
+                if any(word == self.root or word.startswith(self.root + b"/") for word in paths):
+                    if name.endswith("sync"):
+                        yield
+                    self.turn += 1
+                    self._do(name.removesuffix("at"), call[2], words, int(call[3]), began)
+        yield
+
+    def _do(self, name: str, given: bytes, words: list[bytes], result: int, began: int) -> None:
+        path, *others = (word.removeprefix(self.root) for word in words)
+        found = self.names.get(path)
+        if name in ("mkdir", "unlink", "rmdir", "rename") or (found is None and b"O_CREAT" in given):
+            made = None if name in ("unlink", "rmdir") else found or Kept(folder=name == "mkdir")
+            changes = {path: None, others[0]: made} if name == "rename" else {path: made}
+            self.changed.append((self.turn, changes))
+            self.names = {each: kept for each, kept in (self.names | changes).items() if kept}
+        elif name == "open":
+            assert found, words
+            found.position = 0
+            if b"O_TRUNC" in given:
+                found.written.append((self.turn, 0, None))
+        elif name.endswith("sync"):
+            self._sync(path, began)
+        elif path == b"/marks":
+            self.marks.append(json.loads(others[0]))
+        else:
+            assert found and name in ("write", "pwrite64", "ftruncate", "sendfile"), (name, words)
+            last = int(given.rpartition(b", ")[2])
+            if name == "sendfile":
+                others = [self.names[others[0]].contents(lambda _: True)[found.position:][:result]]
+            found.written.append((self.turn, found.position if name in ("write", "sendfile") else last,
+                                  None if name == "ftruncate" else others[0][:result]))
+            found.position += result
+
+    def _sync(self, path: bytes, began: int) -> None:
+        found = self.names[path]
+        for turn, changes in self.changed if found.folder else ():
+            for each in [each for each in changes if each.rpartition(b"/")[0] == path and turn <= began]:
+                kept = changes.pop(each)
+                self.synced |= {each: kept} if kept else {}
+                if kept is None:
+                    self.synced.pop(each, None)
+        found.synced[:] = found.contents(lambda turn: turn <= began)
+        found.written = [each for each in found.written if each[0] > began]
+
+
+class Cut(NamedTuple):
+    """A folder after a power cut, what the manager had said by then, and what it said later in the same life."""
+
+    root: Path
+    said: list[Any]
+    later: list[Any]
+    whole: bool  # everything written survived, as when the process alone was killed
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "home" / "data"
+
+    def serving(self, **settings: Any) -> Server[ManualClock]:
+        """A manager on it, at the time of the cut."""
+        clock = ManualClock(max([START_MS / 1000, *(each.get("at_s", 0) for each in self.said)]))
+        return Server(port=0, **{"clock": clock, "data_dir": self.folder, "tls": "off", **settings})
+
+    def possible(self) -> list[Any]:
+        """What may be there: what was answered last, what may be undone since, and the change under way."""
+        before, after = ([each for each in said if "held" in each] for said in (self.said, self.later))
+        answered = [number for number, each in enumerate(before) if not each["under_way"]]
+        more = list(itertools.takewhile(lambda each: each["under_way"], after))
+        return before[answered[-1]:] + after[:len(more) + 1] if answered else []
+
+
+@functools.lru_cache
+def may_trace() -> bool:
+    return bool(shutil.which("strace")) and not subprocess.run(["strace", "-o", "/dev/null", "true"],
+                                                               capture_output=True, check=False).returncode
+
+
+def nothing(turn: int) -> bool:
+    return False
+
+
+def everything(turn: int) -> bool:
+    return True
+
+
+def some(seed: int, turn: int, most: int) -> Iterator[Callable[[int], bool]]:
+    """What was written up to a turn, and half of all that was written, so many times."""
+    chance = random.Random(seed)
+    for limit in (chance.randint(max(0, turn - 40), turn) for _ in range(most)):
+        yield lambda turn, limit=limit: turn <= limit
+        yield lambda turn: chance.random() < 0.5
+
+
+def power_cuts(root: Path, live: Callable[[Life], None], most: int, *given: str) -> Iterator[Cut]:
+    """Let a manager live, and cut the power just before each sync and at the end: nothing that was not synced survives,
+    and then `most` times some of it. Just after a sync no more was answered than just before it, so nothing is lost
+    that is not lost before the next one."""
+    if not may_trace():
+        pytest.skip("needs strace, and the right to trace")
+    trace, after = root.with_suffix(".trace"), root.with_suffix(".after")
+    (root / "marks").touch()
+    disk, whole = Disk(root), Disk(root)
+    subprocess.run(["strace", "-f", "-y", "-xx", "-s", str(2**24), "--seccomp-bpf", "-o", trace, "-e", TRACED,
+                    sys.executable, "-c", f"import sys, test_manager as t; t.{live.__name__}(t.Life(*sys.argv[1:]))",
+                    root, *given], cwd=Path(__file__).parent, check=True, timeout=LIMIT_S)
+    for _ in whole.replay(trace):
+        pass
+    seen = set()
+    for number, _ in enumerate(disk.replay(trace)):
+        for way in [nothing, *random.Random(number).sample([everything, *some(number, disk.turn, most)], most)]:
+            left = disk.left(way)
+            known = hash(frozenset(left.items())), len(disk.marks)
+            if known in seen:
+                continue
+            seen.add(known)
+            shutil.rmtree(after, ignore_errors=True)
+            for path, data in left.items():
+                made = Path(f"{after}{path}")
+                made.mkdir(mode=0o700) if data is None else made.write_bytes(data)
+            yield Cut(after, disk.marks[:], whole.marks[len(disk.marks):], way is everything)
+
+
+class Life:
+    """A manager's life in a process of its own, seen by `strace`. It writes to the file `marks` what was answered."""
+
+    def __init__(self, root: str, *given: str) -> None:
+        self.root, self.given, self.folder = Path(root), given, Path(root, "home", "data")
+        self.clock = ManualClock()
+        self.tokens: dict[str, str] = {}  # by agent: the latest that it was given
+        self._marks = (self.root / "marks").open("ab", buffering=0)
+
+    def mark(self, **said: Any) -> None:
+        """Say something; `at_s` is where the clock stands."""
+        self._marks.write(json.dumps({**said, "at_s": self.clock.now().wall_ms / 1000}).encode() + b"\n")
+
+    def serving(self, **settings: Any) -> Server[ManualClock]:
+        return Server(port=0, **{"clock": self.clock, "data_dir": self.folder, "tls": "off", **settings})
+
+    def answered(self, api: Client, *, under_way: bool = False) -> None:
+        """What the manager holds now has been answered, or may be undone by a power cut yet."""
+        self.mark(held=promised(api), under_way=under_way, tokens=self.tokens,
+                  beats={each["id"]: each["cpu"] for each in api.get("/api/agents?detail=true")})
+
+    @contextlib.contextmanager
+    def following(self, server: Server[Any]) -> Iterator[Callable[[], None]]:
+        """Say what a stream gives; the function waits until it has given all that is in the journal."""
+        heard = [0]
+
+        def follow() -> None:
+            for line in answer:
+                if line.startswith(b"data: ") and (entry := json.loads(line[6:]))["type"] != "connected":
+                    self.mark(streamed=entry)
+                    heard[0] = entry["seq"]
+
+        request = urllib.request.Request(f"{server.url}/api/events/stream",
+                                         headers={"Authorization": f"Bearer {server.token}"})
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+            reader = threading.Thread(target=follow)
+            reader.start()
+            yield lambda: until(lambda: heard[0] >= server.manager.last_seq(), "the stream has given all")
+            server.stop()
+            reader.join()
+
+    def register(self, api: Client, status: int = 201, **how: Any) -> Any:
+        body = {name: how.pop(name) for name in set(how) - {"token"}}
+        agent = api.post("/api/agents/register", {**AGENT, **body}, status=status, **how)
+        self.tokens[agent["id"]] = agent["token"]
+        self.answered(api)
+        return agent
+
+    def change(self, api: Client, method: str, path: str, body: Any = None, **how: Any) -> Any:
+        answer = api.call(method, path, body, **how)
+        self.answered(api)
+        return answer.json.get("data")
+
+
+def promised(api: Client) -> dict[str, Any]:
+    """What survives a power cut once it was answered."""
+    kept = "id", "hostname", "ip", "os", "tags", "org_id", "machine_id", "registeredAt", "activePolicyVersion"
+    return {"agents": [[each[name] for name in kept] for each in api.get("/api/agents?detail=true")],
+            **{path: api.get(path) for path in ("/api/threats", "/api/policy", "/api/policy/active",
+                                                "/api/enroll-tokens")}}
+
+
+def live_and_change(life: Life) -> None:
+    """Every write that an operator or an agent can cause."""
+    with life.serving(open_enrollment=True) as server:
+        api = Client(server)
+        life.answered(api)
+        one, two = (life.register(api, machine_id=f"m{number}", org_id="o") for number in range(2))
+        life.register(api, token=None)
+        api.beat(one, cpu=1)
+        life.answered(api)
+        again = life.register(api, 200, machine_id="m1", org_id="o", hostname="web-2")
+        api.beat(again, cpu=2)
+        life.answered(api)
+        events = [{**THREAT, "id": f"e{number}"} for number in range(3)]
+        for some in (events[:2], events[1:], [{**THREAT, "details": {"text": "x" * 20_000}}]):
+            found = life.change(api, "POST", f"/api/agents/{one['id']}/events", {"events": some}, token=one["token"],
+                                status=201)
+        for state in ("acknowledged", "false_positive"):
+            life.change(api, "PATCH", f"/api/threats/{found['eventIds'][0]}", {"state": state, "note": "seen"})
+        for scope in ({}, {"org_id": "o"}, {"agent_id": two["id"]}):
+            life.change(api, "POST", "/api/policy", {"name": "p", "rules": [RULE], **scope}, status=201)
+        life.change(api, "GET", f"/api/policy/agent/{one['id']}", token=one["token"])
+        life.change(api, "DELETE", f"/api/policy/agent/{two['id']}")
+        life.change(api, "PATCH", f"/api/agents/{one['id']}", {"addTags": ["a"]})
+        for change in ({"addTags": ["b"]}, {"removeTags": ["a"]}):
+            life.change(api, "POST", "/api/agents/bulk", {"filter": {"org_id": "o"}, "dryRun": False, **change})
+        issued = life.change(api, "POST", "/api/enroll-tokens", {"maxUses": 2, "tags": ["new"]}, status=201)
+        life.register(api, token=issued["token"])
+        life.change(api, "DELETE", f"/api/enroll-tokens/{issued['id']}")
+        life.change(api, "DELETE", f"/api/agents/{two['id']}")
+        life.change(api, "POST", "/api/agents/bulk", {"filter": {"tag": ["new"]}, "deregister": True, "dryRun": False})
+
+
+def live_in_time(life: Life) -> None:
+    """Silence, copying of the log, retention, a stop and a start, with a stream open."""
+    settings = {"threat_retention_ms": 86_400_000, "journal_retention_ms": 86_400_000}
+    for _ in range(2):
+        with life.serving(**settings) as server, life.following(server) as all_streamed:
+            server.manager.store.log_limit_bytes = 2**16
+            api = Client(server)
+            agents = [life.register(api) for _ in range(2)]
+            for seconds in (66.5, 300):
+                life.clock.advance(seconds)  # some fall silent
+                all_streamed()
+                life.change(api, "POST", f"/api/agents/{agents[0]['id']}/events", {
+                    "events": [{**THREAT, "details": {"text": "x" * 60_000}}]}, token=agents[0]["token"], status=201)
+                api.beat(agents[0], cpu=1)
+                life.answered(api)
+                life.clock.advance(1)  # the log is copied
+                api.beat(agents[0], cpu=2)
+                life.answered(api)
+            life.mark(purging=True)
+            life.clock.advance(2 * 86_400)
+            life.answered(api, under_way=True)
+            life.change(api, "PATCH", f"/api/agents/{agents[0]['id']}", {"addTags": ["a"]})
+            all_streamed()
+
+
+def hold(cut: Cut, api: Client) -> None:
+    """Nothing is missing that was promised."""
+    possible, found = cut.possible(), promised(api)
+    if possible:
+        assert found in [each["held"] for each in possible]
+        if cut.whole:
+            beats = {each["id"]: each["cpu"] for each in api.get("/api/agents?detail=true")}
+            assert (found, beats) in [(each["held"], each["beats"]) for each in possible]
+        for agent_id, *_ in found["agents"]:
+            if agent_id in possible[0]["tokens"]:
+                api.get(f"/api/policy/agent/{agent_id}?ack=false", token=possible[0]["tokens"][agent_id])
+    journal = {each["seq"]: each for each in api.get("/api/events?limit=200")}
+    streamed = {each["streamed"]["seq"]: each["streamed"] for each in cut.said if "streamed" in each}
+    purging = any("purging" in each for each in cut.said)
+    missing = [seq for seq in streamed if seq not in journal]
+    assert not missing or (purging and max(missing) < min(journal)), "an entry is lost that was streamed"
+    assert {seq: journal.get(seq, entry) for seq, entry in streamed.items()} == streamed
+    started = api.journal("manager_started")[-1]["seq"]
+    assert started > max(streamed, default=0), "no number is given twice"
+
+
+SOME_CUTS = [1, pytest.param(8, marks=pytest.mark.slow)]
+MANY_CUTS = [pytest.param(4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("most", SOME_CUTS)
+@pytest.mark.parametrize("live", [live_and_change, pytest.param(live_in_time, marks=pytest.mark.slow)])
+def test_a_power_cut_loses_nothing_that_was_promised(live: Callable[[Life], None], most: int, tmp_path: Path) -> None:
+    root = tmp_path / "disk"
+    (root / "home" / "data").mkdir(parents=True, mode=0o700)
+    for cut in power_cuts(root, live, most):
+        with cut.serving(open_enrollment=True) as server:
+            hold(cut, Client(server))
+        manager.examine(cut.folder / "manager.db")
+
+
+def live_first(life: Life) -> None:
+    """A first start, which makes all that there is."""
+    with life.serving(tls="auto") as server:
+        life.mark(token=server.token, fingerprint=server.certificate[1])
+
+
+@pytest.mark.parametrize("most", SOME_CUTS)
+def test_a_power_cut_during_the_first_start_loses_nothing_that_was_shown(most: int, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for cut in power_cuts(tmp_path / "disk", live_first, most):
+        with cut.serving(tls="auto") as server:
+            for said in cut.said:
+                assert (server.token, server.certificate[1]) == (said["token"], said["fingerprint"])
+
+
+def live_upgraded(life: Life) -> None:
+    """A start that migrates."""
+    with life.serving() as server:
+        life.tokens["agent-00000001"] = "secret"
+        life.register(Client(server))
+
+
+@pytest.mark.parametrize("most", MANY_CUTS)
+def test_a_power_cut_during_an_upgrade_loses_nothing(most: int, tmp_path: Path) -> None:
+    folder = tmp_path / "disk" / "home" / "data"
+    folder.mkdir(parents=True, mode=0o700)
+    old_file(folder / "manager.db", "1a03308")
+    before = sqlite_dump(folder / "manager.db")
+    for cut in power_cuts(tmp_path / "disk", live_upgraded, most):
+        with cut.serving() as server:
+            api = Client(server)
+            hold(cut, api)
+            api.beat({"id": "agent-00000001", "token": "secret"})
+        manager.examine(cut.folder / "manager.db")
+        assert sqlite_dump(cut.folder / "manager.db.schema-1") == before
+
+
+def live_restored(life: Life) -> None:
+    """A backup, a change, the backup restored in its place, and elsewhere."""
+    kept = life.root / "kept" / "backup"
+    with life.serving() as server:
+        api = Client(server)
+        life.register(api)
+        assert main(["backup", str(kept), "--data-dir", str(life.folder)]) == 0
+        life.mark(backup=promised(api))
+        held, tokens = promised(api), dict(life.tokens)
+        life.register(api)
+    for folder in (life.folder, life.root / "new" / "data"):
+        assert main(["restore", str(kept), "--data-dir", str(folder), "--yes"]) == 0
+        if folder == life.folder:
+            life.mark(held=held, under_way=False, tokens=tokens, beats={agent: None for agent in tokens})
+    life.mark(elsewhere=True)
+
+
+@pytest.mark.parametrize("most", MANY_CUTS)
+def test_a_power_cut_during_a_backup_or_a_restore_leaves_the_one_state_or_the_other(most: int, tmp_path: Path,
+                                                                                   shell: Any) -> None:
+    for folder in ("home/data", "kept"):
+        (tmp_path / "disk" / folder).mkdir(parents=True, mode=0o700)
+    for cut in power_cuts(tmp_path / "disk", live_restored, most):
+        kept = cut.root / "kept" / "backup"
+        held = [each["backup"] for each in cut.said if "backup" in each]
+        if (cut.folder / "restore-unfinished").exists():
+            with pytest.raises(StartError, match="a restore was cut short"):
+                cut.serving().start()
+            assert shell("restore", kept, "--data-dir", cut.folder, "--yes")[0] == 0
+        with cut.serving() as server:
+            hold(cut, Client(server))
+        manager.examine(cut.folder / "manager.db")
+        if any("elsewhere" in each for each in cut.said):
+            with cut.serving(data_dir=cut.root / "new" / "data") as server:
+                assert promised(Client(server)) == held[0]
+        elif held:
+            (tmp_path / "unpacked").mkdir()
+            assert manager.unpack(kept, tmp_path / "unpacked")["agents"] == 1
+            shutil.rmtree(tmp_path / "unpacked")
+
+
+def live_told(life: Life) -> None:
+    """Notifications, which a receiver in another process takes."""
+    with life.serving(notify_url=life.given[0], notify_delay_ms=1000) as server:
+        api = Client(server)
+        for number in range(2):
+            report(api, life.register(api, hostname=f"told-{number}"), threat(sourceIp=f"203.0.113.{number}"))
+            life.mark(reported=f"told-{number}")
+            for _ in range(2):
+                life.clock.advance(1)
+            until(lambda wanted=number + 1: f"\npanguard_notifications_delivered_total {wanted}\n" in scraped(server),
+                  "it was delivered")
+            life.mark(delivered=f"told-{number}")
+
+
+@pytest.mark.parametrize("most", SOME_CUTS)
+def test_after_a_power_cut_what_was_not_delivered_is_notified_and_nothing_twice(most: int, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    with Receiving() as receiver:
+        for cut in power_cuts(tmp_path / "disk", live_told, most, receiver.url):
+            before = len(receiver.heard)
+            with cut.serving(notify_url=receiver.url, notify_delay_ms=1000) as server:
+                api = Client(server)
+                for _ in range(2):
+                    advance(api, 1)
+                report(api, api.register(hostname="last"), threat(sourceIp="203.0.113.9"))
+                for _ in range(2):
+                    advance(api, 1)
+                until(lambda before=before: "last" in "".join(receiver.texts()[before:]), "the last one came")
+            texts = "".join(receiver.texts()[before:])
+            delivered = [each["delivered"] for each in cut.said if "delivered" in each]
+            assert not [name for name in delivered if name in texts], "notified twice"
+            texts += "".join(each["posted"] for each in cut.said if "posted" in each)
+            assert not [each["reported"] for each in cut.said if each.get("reported", "") not in texts], "not notified"
 
 
 def test_what_is_kept_is_for_the_owner_alone(tmp_path: Path) -> None:
@@ -7908,65 +8392,184 @@ class Ledger:
             while True:
                 self.step(running)
 
+    def check(self, agents: dict[str, Any], policies: set[str], threats: dict[str, str]) -> None:
+        """All that was answered is there, of what was not all or nothing; `threats` are those since the last check."""
+        assert self.tokens.keys() <= agents.keys(), "a registered agent is lost"
+        assert not self.gone.keys() & agents.keys(), "a deregistered agent is back"
+        for agent_id, uptime in self.uptimes.items():
+            assert uptime <= agents[agent_id]["uptime"] <= uptime + 1, "an acknowledged heartbeat is lost"
+            self.uptimes[agent_id] = agents[agent_id]["uptime"]
+        assert self.policies <= policies, "an acknowledged policy is lost"
+        assert self.events.items() <= threats.items(), "an acknowledged event is lost"
+        for batch in self.batches:
+            assert batch <= threats.keys() or not batch & threats.keys(), "half a batch was stored"
+        self.events, self.batches = {}, []
 
-def listed(running: Running, path: str) -> list[Any]:
-    """Every item of a paged list."""
-    items: list[Any] = []
-    while True:
-        status, body = running.ask("GET", f"{path}?limit=200&page={len(items) // 200 + 1}")
-        assert status == 200, body
-        items += body["data"]
-        if len(items) >= body["pagination"]["total"]:
-            return items
+
+# Which change of an agent's status comes after which; None is one that is not known any more.
+COMES_AFTER = {"agent_registered": (None,), "agent_stale": (None, "agent_registered", "agent_online"),
+               "agent_offline": (None, "agent_stale"), "agent_online": (None, "agent_stale", "agent_offline")}
 
 
-def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    ledgers = [Ledger(seed) for seed in range(5)]
-    for round_number in range(5):
-        with Running(folder, MANAGER_TLS="off") as running:
-            agents = {each["id"]: each for each in listed(running, "/api/agents")}
-            threats = {each["details"]["own"]: each["id"] for each in listed(running, "/api/threats")}
-            policies = {each["id"] for each in listed(running, "/api/policy")}
-            for ledger in ledgers:
-                assert ledger.tokens.keys() <= agents.keys(), "a registered agent is lost"
-                assert not ledger.gone.keys() & agents.keys(), "a deregistered agent is back"
-                for agent_id, token in ledger.gone.items():
-                    assert running.ask("GET", f"/api/agents/{agent_id}", token=token)[0] in (401, 429)
-                for agent_id, uptime in ledger.uptimes.items():
-                    detail = running.ask("GET", f"/api/agents/{agent_id}", token=ledger.tokens[agent_id])[1]["data"]
-                    assert uptime <= detail["uptime"] <= uptime + 1, "an acknowledged heartbeat is lost"
-                    ledger.uptimes[agent_id] = detail["uptime"]
-                assert ledger.events.items() <= threats.items(), "an acknowledged event is lost"
-                assert ledger.policies <= policies, "an acknowledged policy is lost"
-                for batch in ledger.batches:
-                    assert batch <= threats.keys() or not batch & threats.keys(), "half a batch was stored"
-            entries: list[Any] = []
-            while page := running.ask("GET", f"/api/events?limit=200&after={len(entries)}")[1]["data"]:
-                entries += page
-            assert [entry["seq"] for entry in entries] == list(range(1, len(entries) + 1))
-            of_type = Counter(entry["type"] for entry in entries)
-            assert of_type["agent_registered"] - of_type["agent_deregistered"] == len(agents)
-            assert of_type["policy_created"] == len(policies)
-            reported = [entry["count"] for entry in entries if entry["type"] == "threats_reported"]
-            assert sum(reported) == len(threats)
-            if round_number == 4:
-                assert running.end() == 0
+class Rounds:
+    """A folder whose manager is killed again and again, what was answered, what a stream gave and the journal had."""
+
+    def __init__(self, home: Path, seed: int) -> None:
+        self.home, self.folder, self.backups = home, home / "data", home / "backups"
+        self.chance = random.Random(seed)
+        self.ledgers = [Ledger(self.chance.randrange(2**32)) for _ in range(4)]
+        self.silent: set[str] = set()  # agents that nobody beats for
+        self.newest_threat = ""
+        self.streamed: dict[int, Any] = {}
+        self.journal: dict[int, Any] = {}
+        self.announced: dict[str, str] = {}  # by agent: its last change of status
+        self.environ = {"MANAGER_TLS": "off", "MANAGER_HEARTBEAT_TIMEOUT_MS": "1000", "MANAGER_LOG_LEVEL": "ERROR"}
+
+    def follow(self, running: Running) -> None:
+        """Read the stream on from where it ended, until the manager is gone."""
+        request = urllib.request.Request(f"{running.url}/api/events/stream", headers={
+            "Authorization": f"Bearer {running.token}", "Last-Event-ID": str(max(self.streamed, default=0))})
+        with suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+            for line in answer:
+                if line.startswith(b"data: ") and line.endswith(b"}\n"):
+                    entry = json.loads(line[6:])
+                    if entry["type"] != "connected":
+                        assert self.streamed.setdefault(entry["seq"], entry) == entry
+
+    def kill(self, what: str) -> None:
+        """Kill a manager in the midst of that, and look at what is left."""
+        print(what, end=" ")
+        least_s, most_s, environ = 0.1, 1.0, {}
+        if what == "start":
+            for _ in range(2):
+                self._kill_start(self.folder)
+        elif what == "sweep":
+            least_s, most_s = 1.0, 1.5
+            self._add_silent()
+        elif what == "purge":
+            least_s, most_s = 0.8, 1.5
+            environ = {f"MANAGER_{name}_RETENTION_MS": "1000" for name in ("THREAT", "JOURNAL")}
+        elif what == "backup":
+            environ = {"MANAGER_BACKUP_DIR": str(self.backups), "MANAGER_BACKUP_EVERY_MS": "1000"}
+        work = [self.follow, *(each.work for each in self.ledgers)]
+        with ThreadPoolExecutor(len(work)) as pool, Running(self.folder, **self.environ, **environ) as running:
+            jobs = [pool.submit(each, running) for each in work]
+            self._wait(least_s, most_s)
+        for job in jobs:
+            job.result()
+        self._check(purged=what == "purge")
+
+    def _wait(self, least_s: float, most_s: float) -> None:
+        wait_s = self.chance.uniform(least_s, most_s)
+        print(f"killed after {wait_s:.3f} s")
+        select.select([], [], [], wait_s)
+
+    def _kill_start(self, folder: Path) -> None:
+        with subprocess.Popen([sys.executable, manager.__file__, "--port", "0", "--data-dir", str(folder)],
+                              env={**os.environ, **self.environ}, stdout=subprocess.DEVNULL) as process:
+            self._wait(0.1, 0.6)
+            process.kill()
+
+    def _add_silent(self) -> None:
+        store = Store(self.folder)
+        with contextlib.closing(store), store.transaction():
+            fleet = Manager(Config(), manager.SystemClock(), store)
+            self.silent |= {fleet.register(**AGENT).agent.id for _ in range(300)}
+
+    def kill_upgrade(self) -> None:
+        """Kill a manager that migrates."""
+        folder = self.home / "old"
+        folder.mkdir(mode=0o700)
+        old_file(folder / "manager.db", "1a03308")
+        before = sqlite_dump(folder / "manager.db")
+        print("upgrade", end=" ")
+        self._kill_start(folder)
+        with Server(port=0, data_dir=folder, tls="off") as server:
+            Client(server).beat({"id": "agent-00000001", "token": "secret"})
+        manager.examine(folder / "manager.db")
+        assert sqlite_dump(folder / "manager.db.schema-1") == before
+        shutil.rmtree(folder)
+
+    def _check(self, *, purged: bool) -> None:
+        """Look at a copy of the folder, so that the next manager finds what the killed one left."""
+        copy = self.home / "copy"
+        shutil.copytree(self.folder, copy)
+        manager.examine(copy / "manager.db")
+        with Server(port=0, data_dir=copy, tls="off", clock=ManualClock(time.time())) as server:
+            api = Client(server)
+            agents = {each["id"]: each for each in api.get("/api/agents?detail=true")}
+            policies = {each["id"] for each in api.get("/api/policy")}
+            threats = self._new_threats(api)
+            entries = [manager.entry_shape(entry) for entry in server.manager.journal(after=self.last_seq())]
+        assert self.silent <= agents.keys()
+        for each in self.ledgers:
+            if purged:
+                each.events, each.batches = {}, []
+            each.check(agents, policies, threats)
+        self._check_journal(entries[:-1], purged=purged)  # without the start here
+        counted = Counter(entry["type"] for entry in self.journal.values())
+        registered = counted["agent_registered"] - counted["agent_deregistered"]
+        assert len(agents) == registered or len(self.journal) < self.last_seq(), "entries were purged before a look"
+        for backup in self.backups.glob("panguard-*.backup"):
+            (self.home / "unpacked").mkdir()
+            manager.unpack(backup, self.home / "unpacked")
+            shutil.rmtree(self.home / "unpacked")
+        shutil.rmtree(copy)
+
+    def _new_threats(self, api: Client) -> dict[str, str]:
+        """The ids of the threat events since the last look, by their own ids."""
+        found: dict[str, str] = {}
+        while page := api.get("/api/threats?limit=200" + (f"&before={min(found.values())}" if found else "")):
+            found |= {each["details"]["own"]: each["id"] for each in page}
+            if page[-1]["id"] <= self.newest_threat:
                 break
-            enough = sum(each.acknowledged for each in ledgers) + random.Random(round_number).randint(80, 250)
-            with ThreadPoolExecutor(len(ledgers)) as pool:
-                working = [pool.submit(each.work, running) for each in ledgers]
-                try:
-                    until(lambda enough=enough, working=working: sum(each.acknowledged for each in ledgers) >= enough
-                          or any(each.done() for each in working), "enough traffic", 60)
-                finally:
-                    running.process.kill()
-                for each in working:
-                    each.result()
-    assert pragma(folder / "manager.db", "integrity_check") == "ok"
-    for kind in ("tokens", "uptimes", "gone", "events", "policies"):
-        assert any(getattr(each, kind) for each in ledgers), f"the traffic was mixed, {kind} included"
+        self.newest_threat = max(found.values(), default="")
+        return found
 
+    def last_seq(self) -> int:
+        """The number of the last entry found so far."""
+        return max(self.journal, default=0)
+
+    def _check_journal(self, entries: list[Any], *, purged: bool) -> None:
+        if entries[0]["seq"] > self.last_seq() + 1:
+            assert purged, "entries are lost"
+            self.announced.clear()
+        for entry in entries:
+            if before := COMES_AFTER.get(entry["type"]):
+                assert self.announced.get(entry["agentId"]) in before, f"announced twice: {entry}"
+                self.announced[entry["agentId"]] = entry["type"]
+        self.journal |= {entry["seq"]: entry for entry in entries}
+        assert max(self.streamed, default=0) <= self.last_seq()
+        assert {seq: self.journal.get(seq, entry) for seq, entry in self.streamed.items()} == self.streamed
+
+    def end(self) -> None:
+        """A last manager, which gives the stream all that the journal has."""
+        with ThreadPoolExecutor(1) as pool, Running(self.folder, **self.environ) as running:
+            job = pool.submit(self.follow, running)
+            until(lambda: max(self.streamed) >= self.last_seq(), "the stream has given all")
+            found = [{"seq": 0}]
+            while page := running.ask("GET", f"/api/events?limit=200&after={found[-1]['seq']}")[1]["data"]:
+                found += page
+            assert running.end() == 0
+            job.result()
+        assert [self.streamed.get(entry["seq"]) for entry in found[1:]] == found[1:]
+        for kind in ("tokens", "gone", "policies"):
+            assert any(getattr(each, kind) for each in self.ledgers), f"the traffic was mixed, {kind} included"
+
+
+@pytest.mark.parametrize("kills", [
+    ["traffic", "start", "backup"], pytest.param(["traffic", "start", "sweep", "purge", "backup"] * 6,
+                                                 marks=pytest.mark.slow)], ids=len)
+def test_a_manager_killed_in_the_midst_of_work_loses_nothing_and_announces_nothing_twice(
+        kills: list[str], tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rounds = Rounds(tmp_path, seed)
+    for what in kills:
+        rounds.kill(what)
+    for _ in range(len(kills) // 3):
+        rounds.kill_upgrade()
+    rounds.end()
 
 
 # Commands
@@ -9959,7 +10562,6 @@ def test_file_alone_runs(tmp_path: Path) -> None:
         assert (tmp_path / ".panguard-manager" / "manager.db").exists()
 
 
-@pytest.mark.slow
 def test_readme_start_line(tmp_path: Path) -> None:
     clone, home = tmp_path / "clone", tmp_path / "home"
     clone.mkdir()
