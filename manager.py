@@ -877,7 +877,7 @@ def _check(accept: Callable[[Any], Any], must: str, kind: type | tuple[type, ...
 
 
 def text(longest: int, *, lines: bool = False) -> Check:
-    """Text of 1 to `longest` characters, not all blank, without control characters; `lines`: line ends may be."""
+    """Text of 1 to `longest` characters, not all blank, no control characters; `lines` allows line ends."""
     printable = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$" if lines else r"^[^\x00-\x1f\x7f-\x9f]*$"
     is_printable = re.compile(printable.rstrip("$")).fullmatch
 
@@ -4204,8 +4204,8 @@ class Exchange(NamedTuple):
     """A request that a Server under test was sent, and its answer.
 
     `route` is `POST /api/agents/:id/heartbeat`, or "" where there is none; `path` has the query. `headers`
-    are named as in `Content-Type`; credentials are left out. `body` and `answer` are parsed JSON, or bytes if they
-    are not JSON, or None if they are empty, were not received or have more than 64 KiB. A dropped one
+    are named as in `Content-Type`; credentials are left out. `body` and `answer` are parsed JSON, or bytes if
+    they are not JSON, or None if they are empty, were not received or have more than 64 KiB. A dropped one
     has no `status`.
     """
 
@@ -4263,9 +4263,10 @@ class Api:
         sent = environ.get("wsgi.input") or io.BytesIO()
         sent.seek(0)
         query = environ.get("QUERY_STRING")
-        shown = {name: value for name, value in environ.items()
-                 if re.match("HTTP_|CONTENT_", name) and value and not re.search("AUTHORIZATION|COOKIE", name)}
-        headers = {name.removeprefix("HTTP_").replace("_", "-").title(): value for name, value in shown.items()}
+        secret = re.compile("AUTHORIZATION|COOKIE").search
+        shown = [name for name, value in environ.items()
+                 if re.match("HTTP_|CONTENT_", name) and value and not secret(name)]
+        headers = {name.removeprefix("HTTP_").replace("_", "-").title(): environ[name] for name in shown}
         name = f"{route.method} {route.path}" if route else ""
         self.exchanges.append(Exchange(
             environ["REQUEST_METHOD"], environ["PATH_INFO"] + (f"?{query}" if query else ""), name, headers,
