@@ -9230,7 +9230,7 @@ def _shorter(script: str) -> str:
     """The script with short names for what it declares, where a name is never that of a property as well."""
     declared = set(re.findall(r"\b(?:function |let )([A-Za-z]\w{3,})", script))
     properties = {*re.findall(r"(?<!\.\.)\.(\w+)", script), *re.findall(r"(\w+):", script)}
-    names = sorted(declared - properties, key=lambda name: -len(re.findall(rf"\b{name}\b", script)))
+    names = sorted(declared - properties, key=lambda name: (-len(re.findall(rf"\b{name}\b", script)), name))
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     short = {name: "$" + (letters[at:at + 1] or str(at)) for at, name in enumerate(names)}
     return _WORD.sub(lambda found: found[1] or short.get(found[2], found[2]), script)

@@ -9412,6 +9412,13 @@ def exactly(actual: Any, expected: Any) -> None:
 HOSTILE = "<img src=x onerror=alert(1)>\"'`${1}</script><script>alert(2)</script>&amp;"
 
 
+def test_the_page_is_the_same_in_every_process() -> None:
+    show = "import hashlib, manager; print(hashlib.sha256(manager.DASHBOARD).hexdigest())"
+    pages = {subprocess.run([sys.executable, "-c", show], cwd=PROJECT, env={**os.environ, "PYTHONHASHSEED": seed},
+                            capture_output=True, check=True).stdout for seed in ("1", "2", "3")}
+    assert len(pages) == 1
+
+
 def test_dashboard_runs_its_own_style_and_script_only(api: Client) -> None:
     answer = api.call("GET", "/", token=None)
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
