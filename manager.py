@@ -3755,24 +3755,30 @@ class Manager:
             return
         self._prune_due_ms = tick_ms + _HOUR_MS
         now = self.now()
-        with self.store.transaction() as db:
+        with self.store.read() as db:
             counts = self._counts(db, now)
             total = sum(counts.values())
             (pruned,) = db.execute("SELECT coalesce(sum(json_extract(data, '$.count')), 0) FROM journal "
                                    "WHERE type = 'agents_pruned' AND at_ms > ?", (now.wall_ms - _DAY_MS,)).fetchone()
-            allowed = max(1, total // 10) - pruned
-            if allowed <= 0 or 2 * counts[Status.ONLINE] < total:
-                return
+        allowed = min(max(1, total // 10) - pruned, 1000)
+        while 2 * counts[Status.ONLINE] >= total and allowed > 0:
+            pruned = self._prune_step(now, min(allowed, _BULK_STEP))
+            allowed = allowed - pruned if pruned == _BULK_STEP else 0
+
+    def _prune_step(self, now: Moment, most: int) -> int:
+        """Deregister a few of the agents that have been offline longest; how many."""
+        with self.store.transaction() as db:
             rows = db.execute(
                 f"SELECT a.*, c.seen_ms FROM contacts c JOIN agents a ON a.key = c.agent WHERE c.{_SILENT} "
                 "AND announced = 'offline' AND announced_steady_ms < ? ORDER BY announced_steady_ms LIMIT ?",
-                (self._cutoff_ms(now, self.config.prune_offline_ms), min(allowed, 1000))).fetchall()
+                (self._cutoff_ms(now, self.config.prune_offline_ms), most)).fetchall()
             for row in rows:
                 self._remove(db, now, row, THE_MANAGER)
             if rows:
                 self.store.journal(now.wall_ms, "agents_pruned", THE_MANAGER, None, None, {
-                    "count": len(rows), "hostnames": [row["hostname"] for row in rows][:_LISTED],
+                    "count": len(rows), "hostnames": [row["hostname"] for row in rows],
                     "offlineMs": self.config.prune_offline_ms})
+        return len(rows)
 
     def warning(self) -> str | None:
         """What /health says beside its status, from memory: in the last hour the database was too large."""
@@ -7483,7 +7489,7 @@ def _status_command(cli: Cli) -> int:
     if cli.options.json or cli.options.quiet:
         cli.show({**overview, "silent": silent} if cli.options.json else silent, {})
         return 3 if silent else 0
-    cli.say(f"{overview['totalAgents']} agents: " + ", ".join(
+    cli.say(f"{overview['totalAgents']} agent{'' if overview['totalAgents'] == 1 else 's'}: " + ", ".join(
         f"{overview[status + 'Agents']} {status}" for status in ("online", "stale", "offline")))
     for each in silent:
         cli.say(f"  {cli.coloured(each['status'])}  {printable(each['hostname'])} ({each['id']}), last seen "

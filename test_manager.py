@@ -3230,6 +3230,17 @@ def test_agents_offline_for_long_are_pruned_a_tenth_of_the_fleet_a_day() -> None
         assert len(api.get("/api/agents")) == 40 - 10
 
 
+def test_many_are_pruned_in_steps_between_which_heartbeats_pass() -> None:
+    with Server(port=0, clock=ManualClock(), prune_offline_ms=60_000) as server:
+        server.seed(200)
+        server.clock.advance(3599)
+        server.seed(1010)
+        server.clock.advance(2)
+        pruned = [entry.data["count"] for entry in server.manager.journal(type="agents_pruned")]
+        assert pruned == [50, 50, 21], "a tenth of the fleet, fifty in a transaction"
+        assert len(server.manager.agents()[0]) == 1210 - 121
+
+
 def test_pruning_keeps_its_limit_over_restarts_and_waits_after_a_suspend(tmp_path: Path) -> None:
     clock = ManualClock()
     settings: Any = {"port": 0, "clock": clock, "data_dir": tmp_path, "tls": "off", "prune_offline_ms": 7 * 86_400_000,
