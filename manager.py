@@ -1284,7 +1284,8 @@ ANSWERS = {
     "Interval": "status:Status from:instant until:instant",
     "Entry": "seq:int at=at_ms:instant type:EntryType agentId? org_id? actor:Actor",
     "Actor": "role *address *agent_id *credential", "Alive": "status",
-    "Health": "status version uptime:int *agents:Totals *warning", "Totals": "total:int online:int",
+    "Health": "status version uptime:int *agents:Totals *warning *receivers:[ReceiverState]",
+    "Totals": "total:int online:int", "ReceiverState": "receiver failing:bool",
     "Pagination": "total:int page:int limit:int pages:int",
     "TestedReceiver": "receiver delivered:bool answer"}
 _TYPES: Mapping[str, Mapping[str, Any]] = {
@@ -4414,6 +4415,11 @@ class Api:
         """The role whose token an operator has set to the one of this digest."""
         return next((role for known, role in self._roles if hmac.compare_digest(known, token_digest)), None)
 
+    def is_operator(self, environ: Mapping[str, Any]) -> bool:
+        """Whether a request that anyone may make has an admin's or the viewer's token; looks at no database."""
+        scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        return scheme.lower() == "bearer" and self._role(digest(token.strip())) in (ADMIN, VIEWER)
+
     def _admit(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str]) -> Caller:
         """Who calls, if they may. Where anyone may, a credential is not looked at."""
         address = self.client_address(environ)
@@ -4773,6 +4779,9 @@ def _state(call: Call, counts: bool) -> Reply:
         state["agents"] = {"total": total, "online": online}
     if warning := manager.warning():
         state["warning"] = warning
+    receivers = call.api.notifier.receivers if counts and call.api.notifier else []
+    if receivers and call.api.is_operator(call.environ):
+        state["receivers"] = [{"receiver": each.name, "failing": each.failing} for each in receivers]
     return success(state)
 
 

@@ -6107,6 +6107,11 @@ def test_a_receiver_that_is_gone_is_asked_no_more_until_a_start() -> None:
         assert len(heard(receiver, 1)) == 1
         until(lambda: api.journal("notification_failed"), "it is journalled")
         assert api.journal("notification_failed")[0]["off"] is True
+        port, operator = port_of(api.server.url), api.server.token
+        health = {token: ask(port, "GET", "/health", None, token)[1]["data"] for token in (
+            operator, "", "wrong", agent["token"])}
+        assert health.pop(operator)["receivers"] == [{"receiver": receiver.url.rpartition("/")[0], "failing": True}]
+        assert not any("receivers" in each for each in health.values()), "nobody else is told"
 
 
 def test_what_was_not_delivered_is_delivered_after_a_restart_and_nothing_twice(tmp_path: Path) -> None:
@@ -8343,6 +8348,32 @@ def test_a_signal_finishes_what_is_in_flight_and_exits_0(number: int, tmp_path: 
     assert {path.name for path in folder.glob("manager.db*")} == {"manager.db"}, "the database is closed cleanly"
     with Running(folder, MANAGER_TLS="off") as running:
         assert running.ask("GET", f"/api/agents/{agent['id']}", token=agent["token"])[0] == 200
+
+
+@pytest.mark.slow
+def test_ten_thousand_agents_that_register_again_at_once_after_a_restart_stay_the_same(tmp_path: Path) -> None:
+    def register(port: int, token: str, numbers: range) -> set[str]:
+        ids = set()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)) as connection:
+            for number in numbers:
+                connection.request("POST", "/api/agents/register", json.dumps({**AGENT, "machine_id": f"m-{number}"}),
+                                   {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+                answer = connection.getresponse()
+                made = json.load(answer)
+                assert answer.status in (200, 201), made
+                ids.add(made["data"]["id"])
+        return ids
+
+    with Server(port=0, data_dir=tmp_path, tls="off") as server:
+        with server.manager.store.transaction():
+            known = {server.manager.register(**AGENT, machine_id=f"m-{number}").agent.id for number in range(10_000)}
+        for agent_id in known:
+            server.manager.heartbeat(agent_id)
+    with Server(port=0, data_dir=tmp_path, tls="off") as server, ThreadPoolExecutor(20) as pool:
+        again = [pool.submit(register, port_of(server.url), server.token, range(first, 10_000, 20))
+                 for first in range(20)]
+        assert set().union(*(each.result() for each in again)) == known
+        assert len(server.manager.agents()[0]) == 10_000
 
 
 class Ledger:
