@@ -1644,8 +1644,21 @@ class Turn:
     """
 
     def __init__(self, *, joins: bool = False, on_grant: Callable[[], object] | None = None) -> None:
-        granted = threading.Event()
-        self.joins, self.wait, self.grant = joins, granted.wait, on_grant or granted.set
+        self.joins, self._on_grant = joins, on_grant
+        self._granted = threading.Lock()  # held until then; an Event takes ten times as long to make
+        self._granted.acquire()
+
+    def wait(self) -> None:
+        """Wait until the lock is granted."""
+        self._granted.acquire()
+
+    def grant(self) -> None:
+        """Say that the lock is granted. May be called again."""
+        if self._on_grant:
+            self._on_grant()
+            return
+        with contextlib.suppress(RuntimeError):  # it was released already
+            self._granted.release()
 
 
 class FairLock:
@@ -1689,7 +1702,8 @@ class FairLock:
         """Hold the lock."""
         turn = Turn()
         try:
-            self.ask(turn) or turn.wait()
+            if not self.ask(turn):
+                turn.wait()
             yield
         finally:
             try:
@@ -1706,7 +1720,20 @@ class Commit:
     def __init__(self) -> None:
         self.parts = 0
         self.error: BaseException | None = None
-        self.done = threading.Event()
+        self._ending = threading.Lock()
+        self._ending.acquire()
+
+    def wait(self) -> None:
+        """Wait for the end, and raise what it failed of."""
+        self._ending.acquire()
+        self.end()  # for the next one who waits
+        if self.error:
+            raise self.error
+
+    def end(self) -> None:
+        """Let all go on who wait. May be called again."""
+        with contextlib.suppress(RuntimeError):  # it was released already
+            self._ending.release()
 
 
 class Within(contextlib.AbstractContextManager["sqlite3.Connection"]):
@@ -1956,9 +1983,7 @@ class Store:
             except BaseException:  # a signal handler's
                 self._finish(mine)
                 raise
-        commit.done.wait()
-        if commit.error:
-            raise commit.error
+        commit.wait()
         for call in calls:
             call()
         for listener in tuple(self.listeners) if journaled else ():  # those of now: one may have come since
@@ -2006,7 +2031,7 @@ class Store:
             except sqlite3.Error as error:
                 self._undo(commit, error)
             self._commit = None
-            commit.done.set()
+            commit.end()
         self.write_lock.release(turn)
 
     def _undo(self, commit: Commit, error: sqlite3.Error) -> None:
