@@ -6082,6 +6082,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def authenticate(self, agent_id: str) -> None:
         """Its client has shown a credential: it may be idle for longer, and counts as the agent's if it is one's."""
+        if not self.connected:  # closed meanwhile, and counted no more
+            return
         site = self.server.site
         self.authenticated = True
         site.count_connection(self.counted_as, -1)
