@@ -1720,20 +1720,22 @@ class Commit:
     def __init__(self) -> None:
         self.parts = 0
         self.error: BaseException | None = None
-        self._ending = threading.Lock()
-        self._ending.acquire()
+        self.turns: list[Turn] = []  # those who share it
+        self.ended = False
 
-    def wait(self) -> None:
+    def wait(self, turn: Turn) -> None:
         """Wait for the end, and raise what it failed of."""
-        self._ending.acquire()
-        self.end()  # for the next one who waits
+        while not self.ended:  # a turn may be granted twice
+            turn.wait()
         if self.error:
             raise self.error
 
-    def end(self) -> None:
-        """Let all go on who wait. May be called again."""
-        with contextlib.suppress(RuntimeError):  # it was released already
-            self._ending.release()
+    def end(self, turn: Turn) -> None:
+        """Let the others go on. May be called again."""
+        self.ended = True
+        for each in self.turns:
+            if each is not turn:
+                each.grant()
 
 
 class Within(contextlib.AbstractContextManager["sqlite3.Connection"]):
@@ -1944,46 +1946,52 @@ class Store:
         return self._part() if savepoint else self.read()
 
     @contextlib.contextmanager
-    def _part(self) -> Iterator[sqlite3.Connection]:
+    def _part(self, name: str = "part") -> Iterator[sqlite3.Connection]:
         """A part of the open transaction, which is undone by itself if it fails."""
         self.require_whole()
         db, kept = self.writer, len(self._on_commit)
         try:
-            db.execute("SAVEPOINT part")
+            db.execute(f"SAVEPOINT {name}")
             yield db
-            db.execute("RELEASE part")
+            db.execute(f"RELEASE {name}")
         except BaseException as error:
+            if self._owner != threading.get_ident():  # interrupted in contextlib, closed after its turn
+                raise
             del self._on_commit[kept:]
             try:
-                db.execute("ROLLBACK TO part")
-                db.execute("RELEASE part")
-            except sqlite3.Error:  # SQLite undid the whole transaction
-                self._fail(error)
+                db.execute(f"ROLLBACK TO {name}")
+                db.execute(f"RELEASE {name}")
+            except sqlite3.Error:  # SQLite undid the whole, or a signal handler raised after RELEASE
+                interrupted = Unavailable("another write was interrupted", retry_after_s=1)
+                self._fail(error if isinstance(error, Exception) else interrupted)
             self._translate(error)
 
     @contextlib.contextmanager
     def _transaction(self, durable: bool, turn: Turn | None) -> Iterator[sqlite3.Connection]:
-        mine = turn or Turn(joins=durable)
+        mine, failure, commit = turn or Turn(joins=durable), None, None
         try:
             if not turn and not self.write_lock.ask(mine):
                 mine.wait()
             self._require_usable()
             commit = self._begin(durable, 0 if turn else _BUSY_MS)
+            commit.turns.append(mine)
             self._owner = threading.get_ident()
-            with self._part() if commit.parts else self._within as db:
+            with self._part("turn") if commit.parts else self._within as db:
                 yield db
             commit.parts += 1
             calls, journaled = self._on_commit, self.journaled
-        except BaseException as error:
-            self._translate(error)
+        except Exception as error:
+            failure = error
         finally:
-            self._owner, self._on_commit, self.journaled = None, [], False
             try:
                 self._finish(mine)
             except BaseException:  # a signal handler's
                 self._finish(mine)
                 raise
-        commit.wait()
+        if commit:  # whoever failed waits, too: what it found may be undone yet
+            commit.wait(mine)
+        if failure:
+            self._translate(failure)
         for call in calls:
             call()
         for listener in tuple(self.listeners) if journaled else ():  # those of now: one may have come since
@@ -2001,6 +2009,7 @@ class Store:
         while not self.writer.in_transaction:
             try:
                 if (synchronous := "FULL" if durable else "NORMAL") != self._synchronous:
+                    self._synchronous = ""  # not known, if a signal handler raises now
                     self.writer.execute(f"PRAGMA synchronous = {synchronous}")
                     self._synchronous = synchronous
                 self.writer.execute("BEGIN IMMEDIATE")
@@ -2021,20 +2030,27 @@ class Store:
 
     def _finish(self, turn: Turn) -> None:
         """End a turn: leave its transaction open for the next one if that joins, else commit it. Idempotent."""
-        commit = self._commit
-        if commit and self.write_lock.holds(turn):
-            if commit.parts and not commit.error and self.write_lock.release(turn, if_joined=True):
+        if self.write_lock.holds(turn):  # not whoever was interrupted while another's turn went on
+            self._owner, self._on_commit, self.journaled = None, [], False
+            if self._commit and not self._end(self._commit, turn):
                 return
-            try:
-                if self.writer.in_transaction:
-                    self.writer.execute("COMMIT" if commit.parts and not commit.error else "ROLLBACK")
-            except sqlite3.Error as error:
-                self._undo(commit, error)
             self._commit = None
-            commit.end()
         self.write_lock.release(turn)
 
-    def _undo(self, commit: Commit, error: sqlite3.Error) -> None:
+    def _end(self, commit: Commit, turn: Turn) -> bool:
+        """End a transaction of SQLite and tell those who share it; false if it is left to the next turn."""
+        open, whole = self.writer.in_transaction, commit.parts and not commit.error
+        if open and whole and self.write_lock.release(turn, if_joined=True):
+            return False
+        try:
+            if open:
+                self.writer.execute("COMMIT" if whole else "ROLLBACK")
+        except (sqlite3.Error, MemoryError) as error:
+            self._undo(commit, error)
+        commit.end(turn)
+        return True
+
+    def _undo(self, commit: Commit, error: sqlite3.Error | MemoryError) -> None:
         """Undo a transaction whose commit failed, and tell those who share it."""
         with contextlib.suppress(sqlite3.Error):
             if self.writer.in_transaction:

@@ -1502,9 +1502,13 @@ def test_who_is_interrupted_while_waiting_to_write_leaves_the_others_their_turns
 
     def hold() -> None:
         with store.transaction():
+            store.on_commit(lambda: done.append(0))
             entered.set()
+            until(lambda: len(store.write_lock) == 2, "nobody waits")
             signal.pthread_kill(mine, signal.SIGUSR1)
             assert go.wait(LIMIT_S)
+            with store.transaction():  # still a part of the one around it
+                pass
 
     def interrupt(number: int, frame: Any) -> None:
         raise InterruptedError
@@ -1529,7 +1533,7 @@ def test_who_is_interrupted_while_waiting_to_write_leaves_the_others_their_turns
     go.set()
     for each in (holder, *others):
         each.join(LIMIT_S)
-    assert len(done) == 3 and server.manager.register(**AGENT)
+    assert sorted(done) == [0, 1, 1, 1] and server.manager.register(**AGENT)
 
 
 @contextmanager
@@ -1599,6 +1603,58 @@ def test_a_fault_of_the_database_fails_those_who_share_the_transaction_and_nobod
         write()
     assert server.manager.agent(agent.id).tags == ("a",)
     assert [type for type, _ in journal_of(server.manager)] == ["agent_updated", "agent_updated", "threats_reported"]
+
+
+def test_writers_that_fail_again_and_again_do_not_put_off_the_commit_of_another(server: Server) -> None:
+    over = threading.Event()
+
+    def register() -> None:
+        server.manager.register(**AGENT)
+        over.set()
+
+    def fail() -> None:
+        deadline_s = time.monotonic() + LIMIT_S
+        while not over.is_set():
+            assert time.monotonic() < deadline_s, "the commit is put off"
+            with pytest.raises(manager.NotFound):
+                server.manager.retag("nobody", tags=["a"])
+    with waiting_writers(server, register, fail, fail, fail) as writes:
+        pass
+    for each in writes:
+        each.result(LIMIT_S)
+
+
+def test_who_shares_a_commit_survives_signals_that_raise_anywhere_in_another(server: Server) -> None:
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt  # not an OSError, which some may handle
+
+    def write() -> int:
+        written = 0
+        while not over.is_set():
+            with contextlib.suppress(manager.Unavailable):  # it shared the transaction of the one interrupted
+                with server.manager.store.transaction() as db:
+                    db.execute("INSERT INTO probe VALUES (zeroblob(1))")
+                written += 1
+        return written
+    before, over, interrupted = signal.signal(signal.SIGALRM, interrupt), threading.Event(), 0
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(write) for _ in range(3)]
+        try:
+            while interrupted < 300:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.random() / 1000 + 1e-6)
+                    while True:
+                        with contextlib.suppress(manager.Unavailable), server.manager.store.transaction():
+                            pass
+                except KeyboardInterrupt:
+                    interrupted += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            over.set()
+        written = sum(each.result(LIMIT_S) for each in others)
+    with server.manager.store.read() as db:
+        assert db.execute("SELECT count(*) FROM probe").fetchone()[0] == written
 
 
 def test_a_signal_that_raises_anywhere_in_a_write_leaves_the_next_one_its_turn(server: Server) -> None:
