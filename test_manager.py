@@ -213,6 +213,19 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def interrupted(*words: Any, **environ: str) -> Iterator[Any]:
+    """A command at a terminal, which Ctrl-C ends with status 0 when the test has seen enough."""
+    with subprocess.Popen([sys.executable, manager.__file__, *words], stdout=subprocess.PIPE, text=True,
+                          preexec_fn=interruptible, env={**os.environ, **environ}) as process:
+        try:
+            yield process
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=LIMIT_S) == 0
+        finally:
+            process.kill()
+
+
 def at_once(server: Server, calls: list[tuple[str, str, Any, str]]) -> list[tuple[int, Any]]:
     """The answers to calls that start together, each on a socket of its own."""
     start = threading.Barrier(len(calls))
@@ -8980,22 +8993,14 @@ def test_threats_are_followed_one_by_one_as_they_match(tmp_path: Path) -> None:
     with Server(port=0, data_dir=tmp_path / "data", tls="off") as server:
         agent = server.manager.register("web-1", "linux", "1").agent
         server.manager.report_events(agent.id, [threat(severity="critical", type="before")])
-        follower = subprocess.Popen([sys.executable, manager.__file__, "threats", "--follow", "--severity", "critical",
-                                     "--data-dir", tmp_path / "data", "--json"], stdout=subprocess.PIPE, text=True,
-                                    preexec_fn=interruptible)
-        try:
+        with interrupted("threats", "--follow", "--severity", "critical", "--data-dir", tmp_path / "data",
+                         "--json") as follower:
             until(lambda: "_open 1\n" in scraped(server), "the follower is there")
             for batch in ([("low", "a"), ("critical", "b"), ("critical", "c")], [("low", "d")], [("critical", "e")]):
                 server.manager.report_events(agent.id, [
                     threat(severity=severity, type=name) for severity, name in batch])
             found = [json.loads(follower.stdout.readline())["type"] for _ in range(3)]
             assert found == ["b", "c", "e"]
-            follower.send_signal(signal.SIGINT)
-            assert follower.wait(timeout=LIMIT_S) == 0
-        finally:
-            follower.kill()
-            follower.wait()
-            follower.stdout.close()
 
 
 def test_a_command_whose_reader_leaves_ends(tmp_path: Path) -> None:
@@ -9115,18 +9120,10 @@ def test_demo_has_a_fleet_with_a_life_of_its_own(tmp_path: Path) -> None:
 
 
 def test_demo_prints_its_address_and_token_and_ends_with_ctrl_c(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, manager.__file__, "demo"], stdout=subprocess.PIPE, text=True,
-                               preexec_fn=interruptible, env={**os.environ, "HOME": str(tmp_path)})
-    try:
+    with interrupted("demo", HOME=str(tmp_path)) as process:
         found = re.search(r"(http://\S+) .* token (\S+);", process.stdout.readline())
         status, body = ask(port_of(found[1]), "GET", "/api/agents", token=found[2])
         assert status == 200 and len(body["data"]) == 40
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=LIMIT_S) == 0
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
