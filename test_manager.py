@@ -2428,6 +2428,38 @@ def test_a_power_cut_loses_nothing_that_was_promised(live: Callable[[Life], None
         manager.examine(cut.folder / "manager.db")
 
 
+def live_together(life: Life) -> None:
+    """Many who write at once, and so share commits, beside heartbeats, which are not synced."""
+    with life.serving() as server:
+        store, kept = server.manager.store, Client(server).register()
+
+        def work(number: int) -> None:
+            api = Client(server)
+            for _ in range(4):
+                agent = api.register()
+                life.mark(agent=agent["id"])
+                life.mark(events=report(api, agent, THREAT))
+                api.beat(kept)
+        with ThreadPoolExecutor(6) as pool:
+            with store.transaction():  # all of them wait for it
+                jobs = [pool.submit(work, number) for number in range(6)]
+                until(lambda: len(store.write_lock) == 7, "all wait")
+            for job in jobs:
+                job.result()
+
+
+@pytest.mark.parametrize("most", SOME_CUTS)
+def test_a_power_cut_loses_no_write_of_a_shared_commit_that_was_answered(most: int, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for cut in power_cuts(tmp_path / "disk", live_together, most):
+        with cut.serving() as server:
+            api = Client(server)
+            found = {each["id"] for path in ("agents", "threats") for each in api.get(f"/api/{path}?limit=200")}
+        assert {each["agent"] for each in cut.said if "agent" in each} <= found
+        assert {event for each in cut.said for event in each.get("events", ())} <= found
+        manager.examine(cut.folder / "manager.db")
+
+
 def live_first(life: Life) -> None:
     """A first start, which makes all that there is."""
     with life.serving(tls="auto") as server:
