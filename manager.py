@@ -1541,14 +1541,14 @@ _CHECKPOINT_CHANGES = 2000
 _PAGE_BYTES = 1024  # a heartbeat is 60 bytes, and writes a page
 _LOG_BYTES = 8 * 2**20  # the log is made empty once it is longer; less on a small disk
 _FEW_PAGES = 1000  # that writers wait for, while the log is made empty
-_PROBE_BYTES = 2**17  # more than the room left in the log may hold
+_PROBE_BYTES = 2**17  # more than the log may hold without growing
 _APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
 _LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'journal'"
 _RUNNING = "another manager is running on {folder}; stop it or choose another --data-dir"
 _FAULTS = (
     ("moved", "{folder}/manager.db or its log was removed or replaced; put it back, or stop the manager and restore "
               "a backup"),
-    ("disk is full", "there is no room left in {folder}; free some"),
+    ("disk is full", "the disk of {folder} is full; free some space"),
     ("locked", "another program holds {folder}/manager.db locked; end it"),
     ("readonly", "{folder}/manager.db cannot be written; give this user the right to write it"),
     ("malformed|Could not decode|not a database",
@@ -1929,7 +1929,7 @@ class Store:
         except (OSError, sqlite3.Error) as error:
             part.unlink(missing_ok=True)
             raise StartError(f"{self._path} must be changed for this version, and no copy of it can be kept first "
-                             f"({error}); make room for {path}") from error
+                             f"({error}); free some space for {path}") from error
         log.info("%s is changed for this version; %s is a copy of what it was", self._path, path)
 
     def transaction(self, *, durable: bool = True, savepoint: bool = True, turn: Turn | None = None,
@@ -2153,7 +2153,7 @@ class Store:
         self._moved = self._find_inodes() != self._inodes
 
     def probe(self) -> None:
-        """Write something; after a fault durably, and more than the room left in the log may hold.
+        """Write something; after a fault durably, and more than the log may hold without growing.
 
         Raises Unavailable when that fails.
         """
@@ -2239,7 +2239,7 @@ class Store:
             return 0
 
     def used_bytes(self) -> int:
-        """What the pages in use take: the file does not shrink, it uses the room of removed rows again."""
+        """What the pages in use take: the file does not shrink, it uses the pages of removed rows again."""
         with self.read() as db:
             return int(db.execute("SELECT (page_count - freelist_count) * page_size FROM pragma_page_count, "
                                   "pragma_freelist_count, pragma_page_size").fetchone()[0])
@@ -2922,7 +2922,7 @@ class Manager:
                 db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, key))
                 entry |= {"formerHostname": row["hostname"], "formerIp": row["ip"]}
             else:
-                self._find_room(db, newcomer)
+                self._check_fleet_size(db, newcomer)
                 agent_id = self._new_id(db)
                 given |= {"id": agent_id, "org_id": org_id, "machine_id": machine_id, "registered_ms": now.wall_ms,
                           "tags": given["tags"] or "[]", "token_digest": digest(token), "newcomer": newcomer}
@@ -2978,7 +2978,7 @@ class Manager:
                           (issued["id"],)).rowcount:
             raise Unauthorized("the enrolment token is used up")
 
-    def _find_room(self, db: sqlite3.Connection, newcomer: bool) -> None:
+    def _check_fleet_size(self, db: sqlite3.Connection, newcomer: bool) -> None:
         """Raises Conflict when the fleet is full, or the half of it that is open to newcomers without a token."""
         most = self.config.max_agents
         (newest,) = db.execute("SELECT coalesce(max(key), 0) FROM agents").fetchone()
@@ -5480,7 +5480,7 @@ def _sentence(entry: Entry) -> str:
 #                     service                     the loop goes on with the next request
 #   TcpWSGIServer     handle_accept, add_task     connections are bounded per address; refusals need no worker, nor does
 #                                                 what is answered from memory
-#   ThreadedTask…     start_new_thread            workers give way to the loop
+#   ThreadedTask…     start_new_thread            workers run at a lower priority than the loop
 
 
 def run_thread(name: str, target: Callable[[], None], end: Callable[[], None]) -> Callable[[], None]:
@@ -5615,7 +5615,8 @@ HANDSHAKE_S = 15.0  # for the first byte and a TLS handshake
 REQUEST_S = 30.0  # for a request to arrive, and a second more for each
 SLOWEST_UPLOAD_BYTES_PER_S = 4 * KIB
 IDLE_S = 120.0
-BLOCKED_S = 0.25  # how long heartbeats wait for another program that writes
+BLOCKED_S = 1.0  # how long heartbeats wait for another program that writes
+RETRY_S = 0.01  # between two tries
 UNAUTHENTICATED_IDLE_S = 15.0  # for connections on which nobody has shown a credential yet
 CLEANUP_S = 5.0  # between two looks at who has had their time
 GRACE_S = 4.0  # at the stop, for what is in flight
@@ -5665,6 +5666,7 @@ class SocketMap(dict[int, Any]):
         self._poller: Any = select.epoll() if self.use_epoll else select.poll()
         self._interest: dict[int, int] = {}
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._later: deque[tuple[float, Callable[[], object]]] = deque()  # with the time on the monotonic clock
         self._asleep = False
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
@@ -5695,9 +5697,15 @@ class SocketMap(dict[int, Any]):
             with contextlib.suppress(OSError):
                 self._wake_w.send(b"!")
 
+    def call_later(self, call: Callable[[], object]) -> None:
+        """Have the loop make a call after RETRY_S; for the loop's own thread."""
+        self._later.append((time.monotonic() + RETRY_S, call))
+
     def run_once(self, timeout: float) -> None:
         """Wait until something happens, deal with it, then make the calls asked for."""
         self._asleep = True
+        if self._later:
+            timeout = min(timeout, max(0.0, self._later[0][0] - time.monotonic()))
         if self._calls:
             timeout = 0.0
         events = self._poller.poll(timeout if self.use_epoll else timeout * 1000)
@@ -5715,6 +5723,8 @@ class SocketMap(dict[int, Any]):
                     flags &= ~READ
                 wasyncore.readwrite(channel, flags)
                 self.update_interest(channel)
+        while self._later and self._later[0][0] <= time.monotonic():
+            self.call_soon(self._later.popleft()[1])
         for _ in range(len(self._calls)):  # those that these ask for are made after the next look at the sockets
             call, args = self._calls.popleft()
             call(*args)
@@ -6345,21 +6355,23 @@ class HeartbeatBatch:
             environ[key] = value.strip(" ")
         return environ
 
-    def _ask(self, sockets: SocketMap) -> None:
-        """Ask for the lock of the database. If it is not free, whoever releases it calls the loop back."""
-        until_s = time.monotonic() + BLOCKED_S
+    def _ask(self, sockets: SocketMap, until_s: float = math.inf) -> None:
+        """Ask for the lock of the database. If it is not free, whoever releases it has the loop call _granted()."""
         turn = self._turn = Turn(on_grant=lambda: sockets.call_soon(self._granted, sockets, turn, until_s))
         if self._store.write_lock.ask(turn):
             self._granted(sockets, turn, until_s)
 
     def _granted(self, sockets: SocketMap, turn: Turn, until_s: float) -> None:
+        """Answer what waits; or, while another program writes, release the lock and ask again, until `until_s`."""
         if turn is not self._turn:  # called twice
             return
-        if self._store.blocked() and time.monotonic() < until_s:
-            threading.Timer(0.01, sockets.call_soon, (self._granted, sockets, turn, until_s)).start()
-            return
+        until_s = min(until_s, time.monotonic() + BLOCKED_S)
         self._turn = None
-        self._answer_all(turn)
+        if time.monotonic() < until_s and self._store.blocked():
+            self._store.write_lock.release(turn)
+            sockets.call_later(lambda: self._ask(sockets, until_s))
+        else:
+            self._answer_all(turn)
 
     def close(self) -> None:
         """Give up what still waits."""
@@ -7495,8 +7507,8 @@ class Cli:
             values = (each[read] if isinstance(read, str) else read(each) for read in columns.values())
             rows.append(list(map(printable, values)))
         widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-        room = shutil.get_terminal_size().columns - 2 * (len(widths) - 1) if self.terminal else sum(widths)
-        while sum(widths) > room and max(widths) > 8:
+        most = shutil.get_terminal_size().columns - 2 * (len(widths) - 1) if self.terminal else sum(widths)
+        while sum(widths) > most and max(widths) > 8:
             widths[widths.index(max(widths))] -= 1
         for row in rows:
             cells = [self.coloured(fitted(cell, width)) for cell, width in zip(row, widths, strict=True)]
