@@ -6505,6 +6505,19 @@ def test_the_loop_goes_on_while_heartbeats_and_every_worker_wait_for_the_databas
     assert beating.call(beat(who)).status == 401
 
 
+def test_heartbeats_wait_for_another_program_while_the_loop_and_other_writers_do_not(
+        launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(manager, "BLOCKED_S", LIMIT_S)
+    site = launch()
+    who, beating, other = site.agent(), site.wire(), site.wire()
+    with locked(site.server.manager.store.folder):
+        beating.send(beat(who))
+        assert other.call(request("GET", "/livez")).status == 200
+        assert other.call(request("DELETE", f"/api/agents/{who.agent.id}", token=who.token)).status == 503
+    assert beating.answer().status == 200
+    caplog.clear()  # of the refused write
+
+
 def test_a_client_that_leaves_while_its_heartbeat_waits_harms_nobody(launch: Launch) -> None:
     site = launch()
     who, gone, pipelined = site.agent(), site.wire(), site.wire()
