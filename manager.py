@@ -105,7 +105,7 @@ __all__ = ["Agent", "Caller", "Clock", "Config", "Conflict", "Dropped", "Entry",
            "Server", "SettingError", "Settings", "StartError", "Status", "Store", "SystemClock", "Throttled",
            "Unauthorized", "Unavailable", "create_app", "main"]
 
-if __name__ == "manager":  # one module by both names: an error raised by one is caught by the other
+if __name__ == "manager":  # both names are the same module: no error class may exist twice
     sys.modules.setdefault("panguard_manager", sys.modules[__name__])
 
 log = logging.getLogger("panguard")
@@ -222,7 +222,7 @@ def _setting(default: Any, variable: str, parser: Parser, help: str, *, option: 
 
 _Path = str | Path | None
 _Texts = str | tuple[str, ...] | list[str]
-Settings = typing.TypedDict("Settings", {  # noqa: UP013 - a setting a line would be twice as long
+Settings = typing.TypedDict("Settings", {  # noqa: UP013 - as a class it would have a line for each setting
     "host": str, "port": int, "threads": int, "log_level": str, "log_format": str,
     "data_dir": _Path, "backup_dir": _Path, "backup_every_ms": int, "backup_keep": int,
     "auth_token": _Texts, "auth_token_file": _Path, "enroll_token": str | None, "viewer_token": str | None,
@@ -234,7 +234,7 @@ Settings = typing.TypedDict("Settings", {  # noqa: UP013 - a setting a line woul
     "threat_retention_ms": int, "journal_retention_ms": int, "max_db_bytes": int, "correlation_window_ms": int,
     "notify_url": _Texts, "notify_secret": str | bytes | None, "notify_on": _Texts, "notify_delay_ms": int,
     "notify_repeat_ms": int, "prune_offline_ms": int}, total=False)
-Settings.__doc__ = "The keywords of Config and Server, for type checkers; Config says what each means."
+Settings.__doc__ = "The keywords of Config and Server, for type checkers; Config describes each."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -541,10 +541,10 @@ class Status(str, enum.Enum):
 
 
 class Moment(NamedTuple):
-    """A reading of a clock in ms: `wall_ms` since 1970 is shown, `tick_ms` never steps and decides liveness.
+    """A reading of a clock in ms. `wall_ms` since 1970 is shown; `tick_ms` never steps and decides liveness.
 
-    `suspended_ms` is how long the machine has been suspended so far, if the tick stands still meanwhile. The
-    manager adds `steady_ms`: it never steps, goes on over restarts, and decides retention and correlation.
+    `suspended_ms` is how long the machine has been suspended so far, if the tick stops meanwhile. The manager
+    adds `steady_ms`: it never steps, continues after a restart, and decides retention and correlation.
     """
 
     wall_ms: int
@@ -564,10 +564,10 @@ class Clock(Protocol):
         """One reading."""
 
     def stalled_ms(self) -> int:
-        """How long, so far, this process did not run though the tick ran: stopped, or without CPU time."""
+        """The time so far in which the tick ran but this process did not: stopped, or without CPU time."""
 
     def every(self, interval_s: float, callback: Callable[[], bool]) -> Callable[[], None]:
-        """Call `callback()` every interval, again while it is true, until the returned function is called."""
+        """Call `callback()` every interval, again while it returns true; the function returned ends that."""
 
 
 class Liveness(NamedTuple):
@@ -592,8 +592,8 @@ class Liveness(NamedTuple):
                 announced_ms: int) -> dict[str, Any]:
         """The fields of Agent that say which status it has at `now`, since when and why.
 
-        `announced` is the status last written to the journal, `announced_ms` (since 1970) when it began. A
-        start of the manager begins silence anew, so `seen_ms` does not tell when a silent agent fell silent.
+        `announced` is the status last written to the journal, `announced_ms` (since 1970) when it began.
+        Silence is counted from zero after a start of the manager, so `seen_ms` does not tell when it began.
         """
         status = self.status(seen_ms, now.tick_ms)
         stale_ms, offline_ms = (now.wall_of(seen_ms + age_ms) for age_ms in self)
@@ -615,9 +615,9 @@ class Liveness(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A time in which the manager ran and nobody stepped the wall clock; `from_ms`, `until_ms` are steady.
+    """A time in which the manager ran and nobody set the wall clock; `from_ms` and `until_ms` are steady.
 
-    The wall clock showed `shift_ms` more. `first_threat` and `first_entry` are the first keys used in it.
+    The wall clock was `shift_ms` ahead. `first_threat` and `first_entry` are the first keys used in it.
     """
 
     first_threat: int
@@ -636,7 +636,7 @@ class Identity(NamedTuple):
 
 
 class Caller(NamedTuple):
-    """Who asks: `role` is admin, viewer, enroller, agent, anyone or manager; `address` its client's (HTTP).
+    """Who calls: `role` is admin, viewer, enroller, agent, anyone or manager; `address` is the client's.
     An enroller's `credential` is the id of an enrolment token, or None for MANAGER_ENROLL_TOKEN."""
 
     role: str
@@ -659,8 +659,8 @@ LOCAL = Caller("admin")
 class Agent:
     """An agent as of one instant. Instants in ms since 1970, `uptime` in s, `cpu` and `memory` in percent.
 
-    `acknowledged` is a policy version, 0 if none; `pending_policies` how many in force are newer.
-    `stale_at_ms` and `offline_at_ms` are when silence would make, or made, it so.
+    `acknowledged` is a policy version, 0 if none; `pending_policies` is how many newer policies are in force.
+    At `stale_at_ms` silence makes, or made, the agent stale; at `offline_at_ms` offline.
     """
 
     id: str
@@ -690,7 +690,7 @@ class Agent:
 @dataclass(frozen=True)
 class EnrollToken:
     """A token that registers up to `max_uses` agents, until `expires_ms` (since 1970), with its org and tags.
-    `token` is the credential itself, given by the call that issued it only."""
+    `token` is the credential itself, which only the call that issues it returns."""
 
     id: str
     expires_ms: int
@@ -866,7 +866,7 @@ Translate = Callable[[dict[str, Any]], dict[str, Any]]
 
 def _check(accept: Callable[[Any], Any], must: str, kind: type | tuple[type, ...],
            schema: Mapping[str, Any]) -> Check:
-    """A check of a value of type `kind`, of which `accept` makes the clean value or raises ValueError."""
+    """A check of a value of type `kind`: `accept` returns the clean value, or raises ValueError."""
     def clean(value: Any, path: str, problems: list[str]) -> Any:
         with contextlib.suppress(ValueError, OverflowError):
             if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
@@ -915,7 +915,7 @@ def one_of(*values: str) -> Check:
 
 
 def numbered(pattern: str, example: str, read: Callable[[str], int]) -> Check:
-    """Text of a pattern, as the number that `read` finds in it."""
+    """Text that matches `pattern`; its clean value is the number that `read` finds in it."""
     def accept(value: str) -> int:
         if not re.fullmatch(pattern, value):
             raise ValueError
@@ -972,15 +972,15 @@ def _accept_claim(value: str) -> str:
 
 
 _INSTANT = ("an instant such as 2026-03-07T12:00:00.000Z", str, {"type": "string", "format": "date-time"})
-INSTANT = _check(instant_ms, *_INSTANT)  # its ms since 1970
-CLAIMED_INSTANT = _check(_accept_claim, *_INSTANT)  # its text
+INSTANT = _check(instant_ms, *_INSTANT)  # the clean value is in ms since 1970
+CLAIMED_INSTANT = _check(_accept_claim, *_INSTANT)  # the clean value is the text
 ADDRESS = _check(_accept_address, "an IPv4 or IPv6 address", str,
                  {"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]})
 POLICY_VERSION = numbered("v[1-9][0-9]{0,14}", "a policy version such as v2", lambda found: int(found[1:]))
 EVENT_ID = numbered("evt_[0-9a-f]{12}", "the id of a threat event such as evt_00000000002a",
                     lambda found: int(found[4:], 16))
 FLAG = _check(bool, "true or false", bool, {"type": "boolean"})
-SWITCH = _check(_accept_switch, "true or false", str, FLAG.schema)  # written in a query
+SWITCH = _check(_accept_switch, "true or false", str, FLAG.schema)  # as a query has it
 OBJECT = _check(_accept_object, "a JSON object nested at most 64 deep, with finite numbers", dict,
                 {"type": "object"})
 
@@ -1020,8 +1020,8 @@ def snake(name: str) -> str:
 
 def clean_fields(table: Table, values: Mapping[str, Any], problems: list[str], prefix: str = "", *,
                  strict: bool = False) -> dict[str, Any]:
-    """The fields of `table` out of `values`, under their Python names; adds to `problems` what is wrong, if
-    `strict` also the names that are not in the table."""
+    """The fields of `table` out of `values`, under their Python names. Adds to `problems` what is wrong; with
+    `strict` also names that are not in the table."""
     cleaned = {}
     if strict:
         problems += [f"{prefix}{name[:64]!r}: is unknown, known are: {', '.join(table) or 'none'}"
@@ -1053,8 +1053,8 @@ def clean_query(table: Table, query: str, *, strict: bool = False) -> dict[str, 
 
 def clean_body(table: Table, raw: bytes, translate: Translate | None = None, *,
                strict: bool = False) -> dict[str, Any]:
-    """The fields of `table` out of a JSON body, `translate`d before; an absent one counts as `{}`. Raises
-    Invalid, if `strict` for unknown fields too."""
+    """The fields of `table` out of a JSON body, which `translate` changes first. No body counts as `{}`.
+    Raises Invalid; with `strict` for unknown fields too."""
     problems: list[str] = []
     body = parse_object(raw) if raw else {}
     body = translate(body) if translate else body
@@ -1088,8 +1088,8 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def checked(table: Table) -> Callable[[_Method], _Method]:
-    """Decorates a method: a call from Python (whose `caller` is LOCAL) is checked by `table`, as HTTP has
-    done for its own calls. Arguments that `table` does not name are not checked. Raises Invalid."""
+    """A decorator: a call of the method from Python, whose `caller` is LOCAL, is checked by `table`. Calls
+    over HTTP are checked already. Arguments that `table` does not name are not checked. Raises Invalid."""
     def decorate(method: _Method) -> _Method:
         signature = inspect.signature(method)
         names = {snake(name) for name in table}
@@ -1228,11 +1228,14 @@ ENTRY_FILTER: Table = {
 TIMELINE: Table = {"agent_id": may(_KEY), "hours": may(digits(1, 168), 24)}
 MEANINGS = {
     "id": "Id of the agent, the threat event or the enrolment token",
-    "page": "Page, from 1; asks for `pagination`", "limit": "Most items to answer", "status": "Status now",
+    "page": "Number of the page, from 1; the answer then has `pagination`",
+    "limit": "How many items to answer at most", "status": "Status now",
     "tag": "A tag; an agent must carry all of those given", "os": "Operating system, exactly",
-    "q": "Text in hostname, id, address or a tag, in any case", "version": "Version of the agent, exactly",
-    "silent_ms": "Silent for at least so many ms", "sort": "Field to sort by, `-` before it reverses",
-    "detail": "Whether to show each agent as its detail does", "org_id": "Id of an organization",
+    "q": "Text in hostname, id, address or a tag, in any case of letters",
+    "version": "Version of the agent, exactly",
+    "silent_ms": "Silent for at least this many ms",
+    "sort": "Field to sort by; `-` before it reverses the order",
+    "detail": "Whether to show all fields of each agent", "org_id": "Id of an organization",
     "agent_id": "Id of an agent", "since": "Not before this instant", "until": "Before this instant",
     "severity": "Severity, exactly", "source_ip": "Address that the events came from",
     "type": "Type of the events or entries; of entries it may be given several times",
@@ -1248,9 +1251,10 @@ MEANINGS = {
     "X-Heartbeat-Interval": "Seconds to wait before the next heartbeat"}
 """What query parameters and headers mean, for OpenAPI."""
 
-# What is answered: an object per row, a field per word, written `name:type`. Without a type it is text. `?`
-# allows null. `*` before the name: the field may be absent. `[…]` is a list, `{…}` an object of such values;
-# a capital names another row. `=` names the record's attribute, if that is not the name in Python's spelling.
+# The objects that are answered, one in each row. A word is a field, `name:type`; without a type it is text.
+# `?` allows null. `*` before the name: the field may be absent. `[…]` is a list, `{…}` an object of such
+# values. A type with a capital letter is another row. `=` names the record's attribute, if it is not `name`
+# in Python's spelling.
 ANSWERS = {
     "AgentItem": "id hostname os version ip status:Status tags:[text] lastHeartbeat:instant "
                  "registeredAt:instant",
@@ -1332,7 +1336,7 @@ def shape(answer: str, record: Any, **more: Any) -> dict[str, Any]:
 
 
 def present(kind: str, data: Any) -> Any:
-    """Data as a type of ANSWERS shows it: records as objects; what has that form already stays as it is."""
+    """Data in the form of `kind`, a type of ANSWERS. Records become objects; objects, JSON and None stay."""
     if isinstance(data, list):
         return [present(kind[1:-1], each) for each in data]
     return data if data is None or isinstance(data, (dict, bytes)) else shape(kind.rstrip("?"), data)
@@ -1583,8 +1587,8 @@ def sync_path(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for its owner alone, and those around it, if there are none, to survive a power cut. Raises
-    OSError."""
+    """Make a folder that only its owner can read, and its parents, if they are missing, so that a power cut
+    does not undo that. Raises OSError."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for each in new:
@@ -1638,14 +1642,14 @@ def lock_file(path: Path) -> int:
 
 
 class Turn:
-    """A place in the queue of a FairLock. `joins`: its transaction may share a commit with others that join.
+    """A place in the queue of a FairLock. With `joins` its transaction may share a commit with others.
 
-    Its thread waits with wait(); with `on_grant`, that is called instead, by the thread that releases the lock.
+    A thread waits for its turn with wait(), or `on_grant` is called by the thread that releases the lock.
     """
 
     def __init__(self, *, joins: bool = False, on_grant: Callable[[], object] | None = None) -> None:
         self.joins, self._on_grant = joins, on_grant
-        self._granted = threading.Lock()  # held until then; an Event takes ten times as long to make
+        self._granted = threading.Lock()  # held until the grant; an Event takes ten times as long to make
         self._granted.acquire()
 
     def wait(self) -> None:
@@ -1653,11 +1657,11 @@ class Turn:
         self._granted.acquire()
 
     def grant(self) -> None:
-        """Say that the lock is granted. May be called again."""
+        """End wait(), or call `on_grant`. May be called again."""
         if self._on_grant:
             self._on_grant()
             return
-        with contextlib.suppress(RuntimeError):  # it was released already
+        with contextlib.suppress(RuntimeError):  # it is released already
             self._granted.release()
 
 
@@ -1676,25 +1680,25 @@ class FairLock:
         return len(self._queue)
 
     def holds(self, turn: Turn) -> bool:
-        """Whether it is that turn."""
+        """Whether `turn` holds the lock."""
         with self._lock:
             return bool(self._queue) and self._queue[0] is turn
 
     def ask(self, turn: Turn) -> bool:
-        """Join the queue; whether the lock is granted at once. If not, `turn` is told when it is."""
+        """Add `turn` to the queue. True if it holds the lock at once; if not, its grant() is called later."""
         with self._lock:
             self._queue.append(turn)
             return self._queue[0] is turn
 
     def release(self, turn: Turn, *, if_joined: bool = False) -> bool:
-        """End a turn, or leave the queue, and grant the next; `if_joined`: only if both join. True if done."""
+        """Remove `turn` from the queue and grant the next; `if_joined`: only if both join. True if done."""
         with self._lock:
             if if_joined and not (turn.joins and len(self._queue) > 1 and self._queue[1].joins):
                 return False
             if turn in self._queue:
                 self._queue.remove(turn)
             if self._queue:
-                self._queue[0].grant()  # perhaps again, which does nothing
+                self._queue[0].grant()  # perhaps for the second time
             return True
 
     @contextlib.contextmanager
@@ -1714,24 +1718,24 @@ class FairLock:
 
 
 class Commit:
-    """A transaction of SQLite, which callers that wait for each other share: each has a part, undone by itself if it
-    fails, and is answered after the commit. `error` is why all of it failed."""
+    """A transaction of SQLite that several callers share. Each has a part of it; if that fails, only the part
+    is undone. All callers return after the commit. `error` is why the whole transaction failed."""
 
     def __init__(self) -> None:
         self.parts = 0
         self.error: BaseException | None = None
-        self.turns: list[Turn] = []  # those who share it
+        self.turns: list[Turn] = []  # of all callers
         self.ended = False
 
     def wait(self, turn: Turn) -> None:
-        """Wait for the end, and raise what it failed of."""
+        """Wait for the end of the transaction. Raises its `error`, if there is one."""
         while not self.ended:  # a turn may be granted twice
             turn.wait()
         if self.error:
             raise self.error
 
     def end(self, turn: Turn) -> None:
-        """Let the others go on. May be called again."""
+        """End wait() of all other callers. May be called again."""
         self.ended = True
         for each in self.turns:
             if each is not turn:
@@ -1859,7 +1863,7 @@ class Store:
 
     def _check_file(self) -> None:
         if self._path.exists() and self._path.with_name("manager.db-journal").exists():
-            with contextlib.closing(self._connect()) as db:  # a power cut ended the first start: SQLite undoes it
+            with contextlib.closing(self._connect()) as db:  # of a first start that a power cut ended
                 db.execute("SELECT 1 FROM sqlite_master")
         try:
             if not self._path.exists() or self._path.stat().st_size == 0:
@@ -1934,12 +1938,13 @@ class Store:
 
     def transaction(self, *, durable: bool = True, savepoint: bool = True, turn: Turn | None = None,
                     ) -> contextlib.AbstractContextManager[sqlite3.Connection]:
-        """All or nothing. A durable one is on the disk when it returns, another one after the next that is.
+        """All or nothing. A durable one is on the disk when it returns, any other with the next durable one.
 
-        Durable ones that wait for the lock share a commit. Within a transaction of the same thread it is a part of
-        that one: if the part fails, only it is undone; if the whole fails, so does the part. Without a `savepoint` a
-        part is undone only with the whole. With a `turn` that was granted, it does not wait for another program.
-        Raises Unavailable, with nothing changed, when the file cannot be written.
+        Durable ones that wait for the lock share a commit. Within a transaction of the same thread this is a
+        part of it: if the part fails, only the part is undone; if the whole fails, so does the part. Without
+        a `savepoint` a part is undone only with the whole. `turn`, if given, holds the lock already; then
+        another program is not waited for. Raises Unavailable, with nothing changed, if the file cannot be
+        written.
         """
         if self._owner != threading.get_ident():
             return self._transaction(durable, turn)
@@ -1947,7 +1952,7 @@ class Store:
 
     @contextlib.contextmanager
     def _part(self, name: str = "part") -> Iterator[sqlite3.Connection]:
-        """A part of the open transaction, which is undone by itself if it fails."""
+        """A part of the open transaction. If it fails, only the part is undone."""
         self.require_whole()
         db, kept = self.writer, len(self._on_commit)
         try:
@@ -1955,13 +1960,13 @@ class Store:
             yield db
             db.execute(f"RELEASE {name}")
         except BaseException as error:
-            if self._owner != threading.get_ident():  # interrupted in contextlib, closed after its turn
+            if self._owner != threading.get_ident():  # interrupted in contextlib; its turn has ended
                 raise
             del self._on_commit[kept:]
             try:
                 db.execute(f"ROLLBACK TO {name}")
                 db.execute(f"RELEASE {name}")
-            except sqlite3.Error:  # SQLite undid the whole, or a signal handler raised after RELEASE
+            except sqlite3.Error:  # SQLite undid all of it, or a signal handler raised after RELEASE
                 interrupted = Unavailable("another write was interrupted", retry_after_s=1)
                 self._fail(error if isinstance(error, Exception) else interrupted)
             self._translate(error)
@@ -1985,26 +1990,26 @@ class Store:
         finally:
             try:
                 self._finish(mine)
-            except BaseException:  # a signal handler's
+            except BaseException:  # from a signal handler
                 self._finish(mine)
                 raise
-        if commit:  # whoever failed waits, too: what it found may be undone yet
+        if commit:  # after a failure, too: writes that led to it may still be undone
             commit.wait(mine)
         if failure:
             self._translate(failure)
         for call in calls:
             call()
-        for listener in tuple(self.listeners) if journaled else ():  # those of now: one may have come since
+        for listener in tuple(self.listeners) if journaled else ():  # also those added meanwhile
             listener()
         if durable and self.log_bytes() > 4 * self.log_limit_bytes:  # whoever writes a lot helps to copy it
             with contextlib.suppress(Unavailable):
                 self.checkpoint()
 
     def _begin(self, durable: bool, wait_ms: int) -> Commit:
-        """What the turn before has left open, or a new transaction of SQLite; another program is waited for."""
+        """The transaction that the turn before left open, or a new one. Another program is waited for."""
         if self._commit:
             return self._commit
-        self._commit = Commit()  # first: _finish() must end what a signal handler interrupts
+        self._commit = Commit()  # first: if a signal handler raises, _finish() must see it
         deadline_s = time.monotonic() + wait_ms / 1000
         while not self.writer.in_transaction:
             try:
@@ -2020,17 +2025,17 @@ class Store:
         return self._commit
 
     def blocked(self) -> bool:
-        """For whoever holds the lock: whether another program is writing. If not, its transaction has begun."""
+        """Whether another program is writing. If not, a transaction has begun. The caller holds the lock."""
         try:
             self._begin(durable=False, wait_ms=0)
-        except sqlite3.Error as error:  # any other is for transaction() to raise
+        except sqlite3.Error as error:  # transaction() raises any other error
             self._commit = None
             return "locked" in str(error)
         return False
 
     def _finish(self, turn: Turn) -> None:
-        """End a turn: leave its transaction open for the next one if that joins, else commit it. Idempotent."""
-        if self.write_lock.holds(turn):  # not whoever was interrupted while another's turn went on
+        """End a turn. The transaction stays open if the next turn joins, else it is committed. Idempotent."""
+        if self.write_lock.holds(turn):  # not if it was interrupted while another turn ran
             self._owner, self._on_commit, self.journaled = None, [], False
             if self._commit and not self._end(self._commit, turn):
                 return
@@ -2038,7 +2043,7 @@ class Store:
         self.write_lock.release(turn)
 
     def _end(self, commit: Commit, turn: Turn) -> bool:
-        """End a transaction of SQLite and tell those who share it; false if it is left to the next turn."""
+        """Commit or roll back, and let all callers return; false if it stays open for the next turn."""
         open, whole = self.writer.in_transaction, commit.parts and not commit.error
         if open and whole and self.write_lock.release(turn, if_joined=True):
             return False
@@ -2051,7 +2056,7 @@ class Store:
         return True
 
     def _undo(self, commit: Commit, error: sqlite3.Error | MemoryError) -> None:
-        """Undo a transaction whose commit failed, and tell those who share it."""
+        """Roll back a transaction whose commit failed, and keep the reason for all callers."""
         with contextlib.suppress(sqlite3.Error):
             if self.writer.in_transaction:
                 self.writer.execute("ROLLBACK")
@@ -2061,8 +2066,8 @@ class Store:
             commit.error = commit.error or fault
 
     def require_whole(self) -> None:
-        """Raise what this thread's transaction failed of: SQLite may have undone it, and would commit each further
-        statement by itself."""
+        """Raise the error of this thread's transaction, if it has failed: SQLite may have undone it, and
+        would commit each further statement by itself."""
         if self._commit and self._commit.error:
             raise self._commit.error
 
@@ -2116,7 +2121,7 @@ class Store:
             self._translate(error)
 
     def durable_seq(self) -> int:
-        """Sync the log, and give the number of the latest journal entry, which no power cut can undo then.
+        """Sync the log. Returns the number of the latest journal entry; no power cut can undo it any more.
 
         Raises Unavailable.
         """
@@ -2445,7 +2450,7 @@ def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
                 shutil.copyfile(folder / name, work / name)
             if (work / name).exists():
                 (work / name).chmod(0o600)
-                if os.geteuid() == 0:  # for a service whose folder belongs to a user of its own
+                if os.geteuid() == 0:  # the folder may be a service's, with a user of its own
                     os.chown(work / name, folder.stat().st_uid, folder.stat().st_gid)
                 sync_path(work / name)
         former = [folder / name for name in (*_KEPT, "manager.db-wal", "manager.db-shm") if (folder / name).exists()]
@@ -2547,7 +2552,8 @@ _LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that one agent may report in 
 _LEAST_EXCESS_BYTES = 8 * 2**20  # by which the database may exceed its bound before reports are refused; or a tenth
 _AGENTS_COUNTED = 100_000  # for that bound, the latest
 _PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
-_COUNTED = "received_ms, org_id, severity, type, agent_id, source_ip, state"  # what threat_totals are made of
+_COUNTED = "received_ms, org_id, severity, type, agent_id, source_ip, state"  # what threat_totals count by
+_ALL_THREATS = "SELECT coalesce(sum(n), 0) FROM threat_totals WHERE kind IN ('severity', 'false_positives')"
 _LISTED = 100      # events that one event lists as correlated with it, at most
 _LOOKED_AT = 2000  # events of one indicator within the window that are looked at, the latest first
 
@@ -2832,8 +2838,8 @@ class Manager:
         return step
 
     def _of_status(self, now: Moment, status: Status, *, hint: bool = True) -> str:
-        """The condition for SQL that an agent has a status. What was announced may be late: with `hint` its index is
-        used while no online agent can be overdue."""
+        """The SQL condition for agents of a status. The announced status may be out of date. With `hint` its
+        index is used while no agent that is announced as online can be overdue."""
         if status is Status.ONLINE:
             return "c.announced = 'online' AND c.seen_ms >= :online_from"
         looked_in = f"c.{_SILENT} AND c.announced IN ('stale', 'offline') AND "
@@ -3158,11 +3164,10 @@ class Manager:
         """A JSON array of threat events, newest first, and, if a page is asked for, how many there are in all."""
         matching = "WHERE " + " AND ".join(where) if where else ""
         paged, window = _window(page, limit, 50)
-        count = f"SELECT count(*) FROM threats t {matching}" if where else \
-            "SELECT coalesce(sum(n), 0) FROM threat_totals WHERE kind IN ('severity', 'false_positives')"
+        count = f"SELECT count(*) FROM threats t {matching}" if where else _ALL_THREATS
         total = db.execute(count, given).fetchone()[0] if paged else None
         order = "ORDER BY t.received_ms DESC, t.key DESC"
-        # Chosen by their keys first: SQLite would make the items of all events that were received together.
+        # Keys are chosen first, or SQLite would make the JSON of all events that have the same received_ms.
         (body,) = db.execute(f"""SELECT CAST(json_group_array(json(item)) AS BLOB) FROM (
             SELECT {_THREAT} AS item FROM (SELECT t.key FROM threats t {matching} {order} LIMIT :size OFFSET :skip)
                 AS chosen CROSS JOIN threats t ON t.key = chosen.key {order})""", {**given, **window}).fetchone()
@@ -3488,9 +3493,9 @@ class Manager:
     @staticmethod
     def _threats_of(db: sqlite3.Connection, now: Moment, period: str, org_id: str | None, kind: str,
                     most: int = -1) -> dict[str, int]:
-        """How many threat events of a period have which value, the most frequent first.
+        """The number of threat events of a period for each value of `kind`, the greatest number first.
 
-        Those of whole hours are in threat_totals; those of the hour in which the period began are counted.
+        Whole hours are read from threat_totals; the events of the hour in which the period began are counted.
         """
         since_ms = now.steady_ms - PERIODS_MS[period]
         of_org = "AND org_id = :org_id" if org_id else ""
@@ -3506,7 +3511,7 @@ class Manager:
 
     @staticmethod
     def _count_threats(db: sqlite3.Connection, events: Iterable[Sequence[Any]], by: int = 1) -> None:
-        """Add events, rows that begin with _COUNTED, to the totals of their hours; or take them out, `by` -1."""
+        """Add events, rows that begin with _COUNTED, to the totals of their hours; `by` -1 subtracts them."""
         totals: Counter[tuple[str, int, str, str]] = Counter()
         for received_ms, org_id, severity, type, agent_id, source_ip, state, *_ in events:
             values = {"severity": severity, "type": type, "agent_id": agent_id, "source_ip": source_ip}
@@ -3775,7 +3780,7 @@ class Manager:
                               (keys,)).fetchall()
             self._count_threats(db, gone, -1)
             removed += len(gone)
-            # By number: instants are not in the order of numbers, and the journal must have no gaps.
+            # Entries go by number, which is not the order of their instants: the journal must have no gaps.
             last = max((row["key"] for row in rows if row["source"] == "journal"), default=0)
             removed += db.execute("DELETE FROM journal WHERE seq <= ?", (last,)).rowcount
         if removed:
@@ -3808,7 +3813,7 @@ class Manager:
             allowed = allowed - pruned if pruned == _BULK_STEP else 0
 
     def _prune_step(self, now: Moment, most: int) -> int:
-        """Deregister a few of the agents that have been offline longest; how many."""
+        """Deregister up to `most` of the agents that have been offline longest. Returns how many."""
         with self.store.transaction() as db:
             rows = db.execute(
                 f"SELECT a.*, c.seen_ms FROM contacts c JOIN agents a ON a.key = c.agent WHERE c.{_SILENT} "
@@ -3889,8 +3894,7 @@ class Manager:
         """How much there is of everything."""
         now = self.now()
         with self.store.read() as db:
-            counted = db.execute("SELECT (SELECT coalesce(sum(n), 0) FROM threat_totals WHERE kind IN ('severity', "
-                                 "'false_positives')), (SELECT count(*) FROM policies)").fetchone()
+            counted = db.execute(f"SELECT ({_ALL_THREATS}), (SELECT count(*) FROM policies)").fetchone()
             return Census(self._counts(db, now), *counted)
 
     def _counts(self, db: sqlite3.Connection, now: Moment, org_id: str | None = None,
@@ -3960,13 +3964,13 @@ _CORS_HEADERS = (
 
 
 class RequestState:
-    """What the server and the API tell each other of one request; see request_state()."""
+    """What the server and the API pass to each other about one request; see request_state()."""
 
-    streams: Streams | None = None  # from the server: who opens event streams; None if it has none
-    stream: EventStream | None = None  # from the API: the stream that is to get the connection
-    authenticated: str | None = None  # from the API: whose credential was right, "" if no agent's
-    requests_left: int | None = None  # how many the client may send within its minute; None: not counted yet
-    request_id = ""  # once one was made
+    streams: Streams | None = None  # from the server: opens event streams; None if it has no streams
+    stream: EventStream | None = None  # from the API: the stream that takes the connection over
+    authenticated: str | None = None  # from the API: the id of the agent whose token it was, "" for a role's
+    requests_left: int | None = None  # that its client may send in this minute; None: not counted yet
+    request_id = ""  # the one made for a request that brings none
 
 
 def request_state(environ: dict[str, Any]) -> RequestState:
@@ -4002,11 +4006,11 @@ class Call(NamedTuple):
 class Endpoint(NamedTuple):
     """One row of the API: what bottle routes, what OpenAPI and the README's table say.
 
-    `serve` gives a Reply, or the data of a success: a record that `answer`, a type of ANSWERS, describes, or
-    what has that form already; of a list, with how many match in all if it is paged. It goes into the JSON
-    envelope, with fields like `beside` at its top level, unless `media` names another type. `also` is another
-    success, of status 200. `headers` are those that it sends or, with `:` before the name, takes. `translate`
-    turns the shipped agent's body into ours."""
+    `serve` returns a Reply, or the data of a success as present() takes them for `answer`, a type of ANSWERS;
+    a paged list comes with the number of all matches. The data go into the JSON envelope, with the fields of
+    `beside` at its top level, unless `media` names another type. `also` describes another success, of status
+    200. `headers` are those that it sends or, with `:` before the name, reads. `translate` changes the body
+    of the agent shipped on npm to the form that `body` checks."""
 
     serve: Callable[[Call], Any]
     method: str
@@ -4029,8 +4033,8 @@ ENDPOINTS: list[Endpoint] = []
 
 def endpoint(method: str, path: str, summary: str, *, allow: Iterable[str] = (), public: bool = False,
              **rest: Any) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
-    """Add a route: the admin's, and a viewer's if it is a GET; `allow` names others, `public` allows all.
-    `NEWCOMER` in `allow` stands for anyone while enrolment is open."""
+    """Add a route for admins, and if it is a GET for viewers; `allow` adds other roles, `public` adds all.
+    `NEWCOMER` in `allow` means anyone while enrolment is open."""
     def add(serve: Callable[[Call], Any]) -> Callable[[Call], Any]:
         readers = (VIEWER,) if method == "GET" else ()
         everyone = (ENROLLER, AGENT, ANYONE) if public else ()
@@ -4042,8 +4046,9 @@ def endpoint(method: str, path: str, summary: str, *, allow: Iterable[str] = (),
 
 def forward(method: str, path: str, summary: str, use: Callable[..., Any], message: str = "",
             **rest: Any) -> None:
-    """Add a route that hands all it is given to a method of Manager, and the caller unless it is a GET. It
-    answers what the method gives, or `message` with what the path names."""
+    """Add a route that calls a method of Manager with the values of the path, and for a GET those of the
+    query, else those of the body and the caller. It answers what the method returns, or `message` with the
+    values of the path."""
     def serve(call: Call) -> Any:
         given = call.query if method == "GET" else {**call.body, "caller": call.caller}
         found = getattr(call.manager, use.__name__)(*call.path.values(), **given)
@@ -4082,7 +4087,7 @@ class Throttle:
         self._windows: dict[str, tuple[int, int]] = {}
 
     def count(self, address: str, tick_ms: int) -> int:
-        """Note that `address` does it once more; how often it still may in this minute. Raises Throttled."""
+        """Count once more for `address`. Returns how often it still may in this minute. Raises Throttled."""
         key = network_of(address)
         with self._lock:
             began, count = self._windows.get(key, (tick_ms, 0))
@@ -4174,7 +4179,7 @@ class Latencies:
 class Fault:
     """What to do to the next `times` requests of a route (`POST /api/agents/register`; None is any) that name
     an agent (None is any): wait `delay_s` (real seconds), then answer `status`, with `body` (else an error's)
-    and `Retry-After`, or drop the connection `before` or `after` the commit. `hits` counts them."""
+    and `Retry-After`, or drop the connection `before` or `after` the commit. `hits` counts the requests."""
 
     route: str | None = None
     agent_id: str | None = None
@@ -4204,14 +4209,14 @@ class Fault:
                 "a fault must have a status, a drop or a delay_s above 0, and times of at least 1")
 
     def apply(self) -> Reply | None:
-        """Do what comes before the request is served; the answer, if the fault gives one. Raises Dropped."""
+        """Do what comes before the request is served. Returns the answer, if there is one. Raises Dropped."""
         if self.delay_s:
             time.sleep(self.delay_s)
         if self.drop == "before":
             raise Dropped
         if self.status is None:
             return None
-        reply = failure(ManagerError("a fault that was asked for", status=self.status,
+        reply = failure(ManagerError("a fault that the test asked for", status=self.status,
                                      retry_after_s=self.retry_after_s))
         return reply if self.body is None else reply._replace(body=self.body)
 
@@ -4219,7 +4224,8 @@ class Fault:
 class Faults(list[Fault]):
     """Faults on demand, for testing agents: `server.faults.add(route="GET /api/agents", status=503)`.
 
-    The list has those still waiting. Nothing reachable over HTTP adds one. `add()` takes the fields of Fault.
+    The list has the faults that requests have not used up. `add()` takes the fields of Fault. No request over
+    HTTP can add one.
     """
 
     def __init__(self) -> None:
@@ -4229,7 +4235,7 @@ class Faults(list[Fault]):
     def add(self, *, route: str | None = None, agent_id: str | None = None, status: int | None = None,
             delay_s: float = 0.0, drop: typing.Literal["before", "after"] | None = None, times: int = 1,
             retry_after_s: int | None = None, body: bytes | None = None) -> Fault:
-        """Have the next requests that match suffer a fault. Raises ValueError for one that makes no sense."""
+        """Apply a fault to the next requests that match. Raises ValueError if it makes no sense."""
         added = Fault(route, agent_id, status, delay_s, drop, times, retry_after_s, body)
         self.append(added)
         return added
@@ -4249,12 +4255,12 @@ class Faults(list[Fault]):
 
 
 class Exchange(NamedTuple):
-    """A request that a Server under test was sent, and its answer.
+    """A request to a Server under test, and its answer.
 
-    `route` is `POST /api/agents/:id/heartbeat`, or "" where there is none; `path` has the query. `headers`
-    are named as in `Content-Type`; credentials are left out. `body` and `answer` are parsed JSON, or bytes if
-    they are not JSON, or None if they are empty, were not received or have more than 64 KiB. A dropped one
-    has no `status`.
+    `route` is like `POST /api/agents/:id/heartbeat`, or "" where no route fits; `path` has the query.
+    `headers` are named as in `Content-Type`; credentials are left out. `body` and `answer` are parsed JSON,
+    or bytes if they are not JSON, or None if they are empty, were not received or have more than 64 KiB.
+    `status` is None if the request was dropped.
     """
 
     method: str
@@ -4302,10 +4308,10 @@ class Api:
         self.proved_s = 0.0  # when the manager made its last backup by itself, in s since 1970
         self.backups_failed = 0  # since then
         self.faults = Faults()
-        self.exchanges: deque[Exchange] | None = None  # whoever keeps them says otherwise
+        self.exchanges: deque[Exchange] | None = None  # set by a Server under test
 
     def note(self, route: Endpoint | None, environ: Mapping[str, Any], reply: Reply | None) -> None:
-        """Keep a request and its reply, if they are kept at all."""
+        """Add a request and its reply to `exchanges`, if the server keeps those."""
         if self.exchanges is None:
             return
         sent = environ.get("wsgi.input") or io.BytesIO()
@@ -4325,7 +4331,7 @@ class Api:
                in_batch: bool = False) -> Reply:
         """Serve a request to `route`, whatever happens. Raises Dropped only, for a fault.
 
-        In a batch no fault is applied, and its owner counts and notes the answers once they are committed.
+        In a batch no fault is applied, and the caller counts and notes the answers after the commit.
         """
         began_s = time.perf_counter()
         try:
@@ -4418,7 +4424,7 @@ class Api:
         headers = (*reply.headers, ("X-Request-Id", request_id(environ)), *reply.common)
         if (origin := environ.get("HTTP_ORIGIN")) and origin in config.cors_allowed_origins:
             headers += (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), *_CORS_HEADERS)
-        if config.tls_cert and self._is_https(environ):  # a self-signed one must never be insisted on
+        if config.tls_cert and self._is_https(environ):  # no user could accept a self-signed one
             headers += (("Strict-Transport-Security", "max-age=31536000"),)
         if self._requests:
             headers += (("X-Ratelimit-Limit", str(self._requests.per_minute)),
@@ -4435,8 +4441,8 @@ class Api:
         return reply
 
     def body_owner(self, path: str, authorization: str | None, address: str) -> str | None:
-        """Whose body a request's is, if it is worth receiving: "" an admin's, else a credential or the
-        address of a newcomer; None if it is not, for no credential is known."""
+        """Under which name the bytes of a request's body are counted: "" for an admin, else the credential,
+        or the address of a newcomer. None if the body is not to be received: the credential is not known."""
         if authorization is None:
             newcomer = self.manager.config.open_enrollment and path == "/api/agents/register"
             return network_of(address) if newcomer else None
@@ -4453,11 +4459,11 @@ class Api:
         return "" if role == ADMIN else authorization if known else None
 
     def _role(self, token_digest: bytes) -> str | None:
-        """The role whose token an operator has set to the one of this digest."""
+        """The role of a token that an operator has set, by its digest; None if there is no such token."""
         return next((role for known, role in self._roles if hmac.compare_digest(known, token_digest)), None)
 
     def is_operator(self, environ: Mapping[str, Any]) -> bool:
-        """Whether a request that anyone may make has an admin's or the viewer's token; looks at no database."""
+        """Whether a request has an admin's or the viewer's token; does not read the database."""
         scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         return scheme.lower() == "bearer" and self._role(digest(token.strip())) in (ADMIN, VIEWER)
 
@@ -4521,7 +4527,7 @@ class Api:
         return Caller(ENROLLER, address, credential=enroll_token) if enroll_token else None
 
     def _limit(self, environ: dict[str, Any]) -> None:
-        """Count a request of the client's, once. Raises Throttled."""
+        """Count a request for its client, unless it is counted already. Raises Throttled."""
         if self._requests and (state := request_state(environ)).requests_left is None:
             state.requests_left = 0
             tick_ms = self.manager.clock.now().tick_ms
@@ -4533,7 +4539,7 @@ class Api:
         if self.manager.config.trusted_proxy:
             for hop in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
                 known = _as_address(hop)
-                if not self.is_proxy(address) or not known or "%" in hop:  # "%": it holds on one link only
+                if not self.is_proxy(address) or not known or "%" in hop:  # "%": valid on one machine only
                     break
                 address = known
         return address
@@ -4565,7 +4571,7 @@ class Api:
 
 _JSON_KIND = re.compile(r"\s*(application/([a-z0-9.-]+\+)?json\s*)?(;.*)?", re.IGNORECASE).fullmatch
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._:-]{1,128}").fullmatch
-# Of a slash, or of what RFC 3986 (2.3) leaves unescaped.
+# An escaped slash, or an escape of a character that RFC 3986 (2.3) calls unreserved.
 _NEEDLESS_ESCAPE = re.compile(r"[^?]*%(?:2[DEF]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5F|7E)", re.IGNORECASE).match
 
 
@@ -4607,7 +4613,7 @@ def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bott
     def preflight() -> None:
         environ = bottle.request.environ
         path = environ["bottle.raw_path"]
-        # A proxy's rules expect one slash at a time, escapes that are UTF-8, and none without need.
+        # Rules of a proxy miss paths with double slashes, needless escapes, or escapes that are not UTF-8.
         try:
             path.encode("latin-1").decode()
         except ValueError:
@@ -5579,7 +5585,7 @@ class ManualClock:
         return lambda: self._callbacks.remove(callback)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and do what fell due meanwhile before returning. Raises ValueError below 0, for NaN too."""
+        """Let time pass, and make all calls that are due. Raises ValueError for less than 0 and for NaN."""
         self._pass(seconds)
 
     def stall(self, seconds: float) -> None:
@@ -5628,7 +5634,7 @@ STREAM_BACKLOG = 1 * MIB  # a reader further behind than this is dropped
 LINGER_BYTES = 8 * MIB  # what a client may still send after its last answer
 SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that there are too many
 ACCEPTS_AT_ONCE = 128
-IN_MEMORY_AT_ONCE = 16  # calls of the loop, beyond which workers answer what is in memory, too
+IN_MEMORY_AT_ONCE = 16  # if more calls wait for the loop, workers answer from memory
 LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 FRAMING = frozenset({"connection", "content-length", "server"})  # headers that waitress looks at itself
 BATCH_BYTES = 4 * KIB  # a longer request is a worker's to parse
@@ -5743,7 +5749,7 @@ class SocketMap(dict[int, Any]):
         self._watch(fd, wanted | WRITE if writes else wanted)
 
     def reads(self, channel: Any) -> bool:
-        """Whether what arrives at the channel is looked at."""
+        """Whether the poller reports data that arrive for the channel."""
         return bool(self._interest.get(channel._fileno, READ) & READ)
 
     def _watch(self, fd: int, wanted: int) -> None:
@@ -6083,7 +6089,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Read one request; what has arrived of later ones waits in `held` until it has been answered."""
         data, self.held = self.held + data, b""
         if self.request is None:
-            data = data.lstrip()  # waitress skips blanks before a request; they do not start its time
+            data = data.lstrip()  # waitress skips blanks before a request; they do not start its time limit
             if not data:
                 return True
             if not self.wanted:
@@ -6108,7 +6114,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def authenticate(self, agent_id: str) -> None:
         """Its client has shown a credential: it may be idle for longer, and counts as the agent's if it is one's."""
-        if not self.connected:  # closed meanwhile, and counted no more
+        if not self.connected:  # closed meanwhile: it is no longer counted
             return
         site = self.server.site
         self.authenticated = True
@@ -6309,7 +6315,7 @@ class HeartbeatBatch:
         self._api = api
         self._store = api.manager.store
         self._waiting: list[tuple[Channel, Environ]] = []
-        self._turn: Turn | None = None  # in the queue of those who write
+        self._turn: Turn | None = None  # while it waits for the write lock
 
     def take(self, channel: Channel, data: bytes) -> bool:
         """Take a request, or leave what has arrived of it in `channel.held`; false if it is left to a worker."""
@@ -6356,14 +6362,14 @@ class HeartbeatBatch:
         return environ
 
     def _ask(self, sockets: SocketMap, until_s: float = math.inf) -> None:
-        """Ask for the lock of the database. If it is not free, whoever releases it has the loop call _granted()."""
+        """Ask for the write lock. If it is held, the thread that releases it has the loop call _granted()."""
         turn = self._turn = Turn(on_grant=lambda: sockets.call_soon(self._granted, sockets, turn, until_s))
         if self._store.write_lock.ask(turn):
             self._granted(sockets, turn, until_s)
 
     def _granted(self, sockets: SocketMap, turn: Turn, until_s: float) -> None:
-        """Answer what waits; or, while another program writes, release the lock and ask again, until `until_s`."""
-        if turn is not self._turn:  # called twice
+        """Answer the heartbeats; or, while another program writes, release the lock and ask again."""
+        if turn is not self._turn:  # a turn may be granted twice
             return
         until_s = min(until_s, time.monotonic() + BLOCKED_S)
         self._turn = None
@@ -6374,7 +6380,7 @@ class HeartbeatBatch:
             self._answer_all(turn)
 
     def close(self) -> None:
-        """Give up what still waits."""
+        """Leave the queue of the write lock. Heartbeats that still wait get no answer."""
         if self._turn:
             self._store.write_lock.release(self._turn)
             self._turn = None
@@ -6411,7 +6417,7 @@ class HeartbeatBatch:
 
 @functools.lru_cache(maxsize=256)
 def _environ_key(name: str) -> str | None:
-    """What WSGI calls a header; None for one that changes how the request is read."""
+    """The WSGI name of a header; None if the header changes how the request is read."""
     key = name.upper().replace("-", "_")
     if not re.fullmatch("[0-9A-Za-z-]+", name) or key in ("TRANSFER_ENCODING", "EXPECT"):
         return None
@@ -6500,7 +6506,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             self.task_dispatcher.add_task(channel)
 
     def _is_in_memory(self, sockets: SocketMap, request: Request) -> bool:
-        """Whether the loop may answer: workers may all wait for the database. It does a few in each pass at most."""
+        """Whether the loop answers from memory, as it does a few times a pass: workers may be waiting."""
         return (request.command in ("GET", "HEAD") and request.path in self.site.in_memory and
                 sockets.calls_waiting < IN_MEMORY_AT_ONCE and not self.site.api.faults)
 
@@ -6546,7 +6552,7 @@ class WebServer:
         self.owner, self.application, self.api, self.streams = owner, application, api, streams
         self.tls_context, self.batch = tls_context, HeartbeatBatch(api)
         self.config = config
-        # What anyone may read touches no database.
+        # Routes that anyone may call do not read the database.
         self.in_memory = frozenset(each.path for each in ENDPOINTS if ANYONE in each.allow)
         self.body_bytes: Counter[str] = Counter()  # buffered, by whose they are; counted in the loop and in workers
         self._body_bytes_lock = threading.Lock()
@@ -6720,7 +6726,7 @@ class Server(Generic[_ClockT]):
     Takes a Config, or its settings as keywords; without `data_dir` these use a temporary folder and plaintext.
     Once started it has `url`, `token` (an admin's), `manager`, `clock` and `faults`. It may be started again
     after a stop. Raises TypeError for a keyword that is no setting, SettingError and StartError. If the serving
-    thread dies, `on_death` is called and what it died of is raised by `stop()`.
+    thread fails, `on_death` is called, and `stop()` raises the error.
     """
 
     url: str
@@ -6808,15 +6814,14 @@ class Server(Generic[_ClockT]):
     def requests(self) -> list[Exchange]:
         """The latest 1,000 requests that were answered or dropped, the oldest first; also those before a restart.
 
-        Kept without a `data_dir` or with a ManualClock; none otherwise.
+        They are kept only without a `data_dir` or with a ManualClock; otherwise the list is empty.
         """
-        return list(self._exchanges.copy())
+        return list(self._exchanges)
 
     def seed(self, agents: int = 100, *, threats: int = 0, tags: Sequence[str] = ()) -> list[Registration]:
-        """Register agents, and report threat events as theirs in turn, in one transaction.
+        """Register agents host-1, host-2 and so on, and report threat events as theirs, in one transaction.
 
-        The agents are host-1, host-2 and so on; what is given back has their tokens. Raises Conflict for more than
-        the fleet may have.
+        Returns the registrations, with tokens. Raises Conflict if the fleet may not have so many agents.
         """
         with self.manager.store.transaction(durable=False):
             made = [self.manager.register(f"host-{number}", "linux", "1.0.0", tags=tags)
@@ -7273,13 +7278,13 @@ class Option:
 
 
 Columns = Mapping[str, "str | Callable[[Any], Any]"]
-"""The columns of a table: for each heading the name of a field, or what reads a value from an item."""
+"""The columns of a table: for each heading the name of a field, or a function of the item."""
 
 
 class Command(NamedTuple):
-    """One row of the command line: what the parser, `--help`, the README and the shells' completion tell.
+    """One command: the parser, `--help`, the README and the shells' completion are made from it.
 
-    `run` gives the exit status, or what is to be shown: an object, or a list as a table of `columns`.
+    `run` returns the exit status, or the data to show: an object, or a list as a table of `columns`.
     """
 
     run: Callable[[Cli], Any]
@@ -7363,8 +7368,8 @@ class Cli:
         self.terminal = bool(sys.stdout) and sys.stdout.isatty()
 
     def given(self, *names: str) -> dict[str, Any]:
-        """Those of some options that were given. An empty text counts: the manager refuses it, for it may be
-        a variable that is not set, and must not widen what is chosen."""
+        """The options of these names that were given, by name. Empty text counts as given: it may come from a
+        shell variable that is not set. The manager refuses it, and must not take all agents instead."""
         return {name: value for name in names if (value := getattr(self.options, name)) is not None}
 
     def database(self) -> Path:
@@ -7456,7 +7461,7 @@ class Cli:
             raise CommandError(f"{self.url} broke off its answer ({error}); try again") from None
 
     def agent(self, name: str) -> Any:
-        """The one agent, in detail, that a name means: its id, its hostname, or the beginning of either."""
+        """The agent, in detail, that has this id or hostname, or alone begins so. Raises CommandError."""
         found = self.ask("GET", "/api/agents", q=name, detail=True) if name else []
         for fits in (str.__eq__, str.startswith):
             matching = [each for each in found if fits(each["id"], name) or fits(each["hostname"], name)]
@@ -7484,8 +7489,8 @@ class Cli:
         return f"\033[{colour}m{text}\033[0m"
 
     def show(self, data: Any, columns: Columns) -> int:
-        """Show data as `--json` or `-q` ask, else a list as a table, or a line for each field of an object;
-        the exit status, 3 if a list is empty."""
+        """Show data as JSON with `--json`, the ids of a list with `-q`, else a list as a table, and an object
+        as a line for each field. Returns the exit status, 3 for an empty list."""
         if self.options.json:  # escaped where it could control a terminal
             self.say(json.dumps(data, indent=2, ensure_ascii=self.terminal))
         elif isinstance(data, dict):
@@ -7515,7 +7520,7 @@ class Cli:
             self.say("  ".join(cells).rstrip())
 
     def confirm(self, question: str) -> bool:
-        """Whether to go on: `--yes`, or the answer at a terminal. Raises CommandError where there is none."""
+        """Whether to do it: `--yes`, or the answer at a terminal. Raises CommandError without a terminal."""
         if self.options.yes:
             return True
         if not sys.stdin.isatty():
@@ -7531,15 +7536,15 @@ class Cli:
 
 _FILTERS = (
     Option("--status", choices=[str(status) for status in Status], help="agents of this status"),
-    Option("--tag", action="append", help="agents with this tag; several: with all of them"),
+    Option("--tag", action="append", help="agents with this tag; may be repeated: with all of them"),
     Option("--org-id", help="agents of this organization"), Option("--os", help="agents with this system"),
     Option("--version", help="agents of this version"),
     Option("--find", metavar="TEXT", dest="q", help="text in hostname, id, address or a tag"),
     Option("--silent", metavar="TIME", type=duration_ms, dest="silent_ms",
            help="agents silent for at least this long, such as 90s, 5m, 12h or 30d"))
 _FILTER_NAMES = ("status", "tag", "org_id", "os", "version", "q", "silent_ms")
-_AGENTS = Option("agent", nargs="*", help="id or hostname, the beginning of one that no other agent has, or "
-                                          "a pattern of hostnames such as 'web-*'")
+_AGENTS = Option("agent", nargs="*", help="id or hostname, the beginning of one if no other agent begins so, "
+                                          "or a pattern of hostnames such as 'web-*'")
 _DRY_RUN = Option("--dry-run", action="store_true", help="only say what would change")
 _AGENT_ARGUMENT = Option("agent", help="id or hostname of an agent, or the beginning of one")
 _YES = Option("--yes", action="store_true", help="do not ask")
@@ -7553,7 +7558,7 @@ def _status_command(cli: Cli) -> int:
     if cli.options.json or cli.options.quiet:
         cli.show({**overview, "silent": silent} if cli.options.json else silent, {})
         return 3 if silent else 0
-    cli.say(f"{overview['totalAgents']} agent{'' if overview['totalAgents'] == 1 else 's'}: " + ", ".join(
+    cli.say(f"{counted(overview['totalAgents'])}: " + ", ".join(
         f"{overview[status + 'Agents']} {status}" for status in ("online", "stale", "offline")))
     for each in silent:
         cli.say(f"  {cli.coloured(each['status'])}  {printable(each['hostname'])} ({each['id']}), last seen "
@@ -7651,7 +7656,7 @@ def _change_agents(cli: Cli, question: str, done: str, change: Mapping[str, Any]
          _DRY_RUN, _YES, example="tag 'web-*' --add production --yes")
 def _tag_command(cli: Cli) -> int:
     if (cli.options.add is None) == (cli.options.remove is None):
-        raise CommandError("give --add or --remove, one of them", 2)
+        raise CommandError("give either --add or --remove", 2)
     if cli.options.add:
         return _change_agents(cli, "Add tags to", "tagged", {"addTags": cli.options.add})
     return _change_agents(cli, "Remove tags of", "untagged", {"removeTags": cli.options.remove})
@@ -7662,9 +7667,9 @@ command("deregister", "remove agents from the fleet", _AGENTS, *_FILTERS, _DRY_R
     lambda cli: _change_agents(cli, "Deregister", "deregistered", {"deregister": True}))
 
 _FOLLOW = (
-    Option("--follow", action="store_true", help="show what comes from now on, until Ctrl-C"),
-    Option("--exec", metavar="PROGRAM", help="with --follow: run this for each instead of showing it, "
-                                             "without a shell; it reads the JSON on its standard input"))
+    Option("--follow", action="store_true", help="show new ones as they come, until Ctrl-C"),
+    Option("--exec", metavar="PROGRAM", help="with --follow: run this program for each instead of showing "
+                                             "it, without a shell; its standard input is the JSON"))
 
 
 @command("threats", "list threat events, the newest first",
@@ -7712,8 +7717,8 @@ def _new_threats(cli: Cli, wanted: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _follow(cli: Cli, items: Iterator[Any], line: Callable[[Any], str]) -> None:
-    """With --follow: show each item as it comes, without end, or have the program of --exec read it. Raises
-    CommandError unless that can be run."""
+    """With --follow: show each item as it comes, without end, or give it to the program of --exec. Raises
+    CommandError unless the program can be run."""
     try:
         program = shlex.split(cli.options.exec or "")
     except ValueError:
@@ -7732,7 +7737,7 @@ def _follow(cli: Cli, items: Iterator[Any], line: Callable[[Any], str]) -> None:
 
 
 def _followed(cli: Cli, wanted: Mapping[str, Any]) -> Iterator[Any]:
-    """Entries as they are written, without end; a stream that ends is resumed after the last entry heard."""
+    """Entries as they are written, without end; a stream that ends is resumed after the last one received."""
     last, path = "", "/api/events/stream?" + urlencode(wanted, doseq=True)
     while True:
         headers = {"Last-Event-ID": last} if last else {}
@@ -7746,7 +7751,7 @@ def _followed(cli: Cli, wanted: Mapping[str, Any]) -> Iterator[Any]:
         except (OSError, http.client.HTTPException):
             pass
         except CommandError:
-            if not last:  # it was never heard
+            if not last:  # nothing was received yet
                 raise
         if not last:
             raise CommandError(f"{cli.url} broke off its stream; is it a Panguard Manager?")
@@ -7898,7 +7903,7 @@ _ADVICE = {
     "identity_conflict": "another agent, {otherAgentId}, has the same machine_id: a cloned machine; give one "
                          "a new one",
     "agent_reregistered": "it registered again, formerly as {formerHostname} from {formerIp}: nothing to do "
-                          "if meant",
+                          "if that was intended",
     "agent_offline": "it went offline, last seen {lastSeen}",
     "agent_stale": "it missed a heartbeat, last seen {lastSeen}",
     "agent_updated": "it changed: {what}", "agent_online": "it came back, from {ip}",
@@ -7927,8 +7932,8 @@ def _doctor_command(cli: Cli) -> int:
 
 def _examined_agent(cli: Cli, agent: Mapping[str, Any],
                     common: Sequence[tuple[str, int]]) -> tuple[dict[str, Any], bool]:
-    """What is to say of an agent, as `doctor --json` shows it, and whether it is troubled. `common` is the
-    version that most agents run, with how many they are."""
+    """The findings about an agent, as `doctor --json` shows them, and whether something is wrong with it.
+    `common` is the version that most agents run, with the number of these agents."""
     findings: list[dict[str, str]] = []
 
     def tell(at: str, finding: str) -> None:
@@ -8139,6 +8144,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"{error.filename or 'the output'}: {error.strerror or error}", 1
     log.debug("a command failed", exc_info=True)
     return f"the answer is not as expected ({error!r:.80}); is it a Panguard Manager of this version?", 1
+
+
 ########################################################################################################
 # 10  Dashboard ########################################################################################
 ########################################################################################################

@@ -3,7 +3,7 @@
 import sys
 
 import panguard_manager
-from panguard_manager import *  # noqa: F403 - what a type checker sees
+from panguard_manager import *  # noqa: F403 - for type checkers
 
 if __name__ == "__main__":
     sys.exit(panguard_manager.main())
