@@ -1,7 +1,8 @@
 """Measure Panguard Manager against bare waitress and against itself: `python bench_manager.py [--quick] [NAME …]`.
 
-`python bench_manager.py soak [SECONDS]` watches what a manager takes in ten minutes, or as long as is said, of ordinary
-work; it needs no wrk, and ends with status 1 if something fails or grows beyond its bounds.
+`python bench_manager.py soak [SECONDS]` gives a manager ordinary work for ten minutes, or for SECONDS, and
+measures its memory, files and latencies. It needs no wrk, and ends with status 1 if something fails or grows
+beyond its bound.
 
 Needs wrk (Debian: apt-get install wrk), Linux, and an open-file limit of 8,000. Every contender is a process of
 its own that this script starts; contenders take turns, and what is printed are medians of the rounds and ratios
@@ -53,7 +54,7 @@ end
 math.randomseed(7)
 function request() return agents[math.random(#agents)] end
 """
-# Reports of one attacker's address by all agents, `BENCH_BATCH` events each, and registrations.
+# Reports of all agents about one address, `BENCH_BATCH` events each; and registrations.
 REPORT_LUA = """
 local event = [[{"type": "brute_force", "severity": "high", "sigmaRuleId": "ssh-1", "confidence": 0.9,
   "details": {"sourceIp": "203.0.113.9", "port": 22, "user": "root", "attempts": 31}}]]
@@ -169,7 +170,7 @@ class Contender:
         return self.script("beat", connections, seconds)
 
     def script(self, name: str, connections: int, seconds: float, batch: int = 1) -> tuple[float, float, float, str]:
-        """The same for what another script sends; `batch` events in a report."""
+        """The same for the requests of a script; `batch` is the number of events in a report."""
         os.environ["BENCH_BATCH"] = str(batch)
         return self.wrk(connections, seconds, "-s", str(self.agents.with_name(f"{name}.lua")))
 
@@ -458,27 +459,27 @@ class Bench:
             self.row("heartbeats: rate, 99th percentile", f"{rate:.0f}/s", f"{p99_ms:.1f} ms", complaint)
 
     def flood(self) -> None:
-        """300 agents report one address: intake, registrations, and what others meet meanwhile"""
+        """300 agents report one address: events a second, registrations, latencies of other requests"""
         folder = fleet(self.home / "flood", 300, 100_000 if self.quick else 1_000_000)
         bare = bare_inserts(self.home / "bare.db", self.seconds)
         with Contender("manager", folder) as ours:
             for batch, connections in ((100, 4), (1, 64)):
                 rate, p99_ms, _, complaint = ours.script("report", connections, self.seconds, batch)
-                self.row(f"events/s in batches of {batch}, to sqlite3's in 100s", f"{rate * batch:.0f}/s",
+                self.row(f"events/s, {batch} a report; sqlite3, 100 a commit", f"{rate * batch:.0f}/s",
                          f"{bare:.0f}/s", f"{rate * batch / bare:.2f}", f"{p99_ms:.1f} ms", complaint)
             rate, p99_ms, _, complaint = ours.script("register", 64, self.seconds)
             self.row("registrations of 64 clients", f"{rate:.0f}/s", f"{p99_ms:.1f} ms", complaint)
             with flooding(ours) as flood:
                 for name, path in (("heartbeats", ""), ("a page of threats", "/api/threats?limit=50"),
                                    ("overview", "/api/overview"), ("/livez", "/livez")):
-                    times_ms = slowest_ms(ours, path, self.seconds)
-                    self.row(f"in the flood, p99 of {name}", f"{times_ms:.1f} ms")
-            self.row("the flood meanwhile", f"{flood():.0f}/s")
+                    p99_ms = one_client_p99_ms(ours, path, self.seconds)
+                    self.row(f"meanwhile, p99 of {name}", f"{p99_ms:.1f} ms")
+                self.row("meanwhile, events", f"{flood():.0f}/s")
             with contextlib.closing(sqlite3.connect(folder / "manager.db", isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")
-                times_ms = slowest_ms(ours, "/livez", 1.0)
+                p99_ms = one_client_p99_ms(ours, "/livez", 1.0)
                 other.execute("ROLLBACK")
-            self.row("p99 of /livez while another program writes", f"{times_ms:.1f} ms")
+            self.row("p99 of /livez while another program writes", f"{p99_ms:.1f} ms")
 
     @staticmethod
     def _open(folder: Path) -> manager.Manager:
@@ -521,7 +522,7 @@ def bare_inserts(path: Path, seconds: float) -> float:
 
 @contextlib.contextmanager
 def flooding(contender: Contender) -> Iterator[Callable[[], float]]:
-    """Reports of 100 events on four connections until the block ends; the function gives events a second."""
+    """Reports of 100 events on four connections. The function ends them and returns events a second."""
     script = contender.agents.with_name("report.lua")
     process = subprocess.Popen(
         ["taskset", "-c", str(CORES[-1]), "wrk", "-t1", "-c4", "-d600s", "-s", str(script),
@@ -534,12 +535,12 @@ def flooding(contender: Contender) -> Iterator[Callable[[], float]]:
     try:
         yield rate
     finally:
-        if process.poll() is None and sys.exc_info()[0]:
-            process.kill()
+        process.kill()
+        process.wait()
 
 
-def slowest_ms(contender: Contender, path: str, seconds: float) -> float:
-    """The 99th percentile, in ms, of one client that asks again and again; heartbeats if there is no path."""
+def one_client_p99_ms(contender: Contender, path: str, seconds: float) -> float:
+    """The 99th percentile, in ms, of one client's GETs one after another; of heartbeats without a path."""
     agents = [line.split() for line in contender.agents.read_text().splitlines()]
     times_ms, until_s = [], time.perf_counter() + seconds
     while time.perf_counter() < until_s:
@@ -606,22 +607,22 @@ def readers(contender: Contender, count: int) -> Iterator[Callable[[bytes], None
 # A soak
 
 _SOAK_AGENTS = 2000
-# What a soak may reach after its first fifth, in which memory and files take the size that the work needs.
+# The bounds after the first fifth of a soak, in which memory and files reach the size that the work needs.
 _SOAK_BOUNDS: dict[str, Callable[[float], float]] = {
     "memory MB": lambda first: 1.2 * first + 16, "descriptors": lambda first: first + 16,
     "log MB": lambda first: 32.0}
 
 
 class Soak:
-    """2,000 agents that beat each second, with events, reads, streams and backups among it, on a manager as users start
-    it."""
+    """A manager as users start it, with 2,000 agents that send a heartbeat each second, and with events,
+    reads, streams and backups."""
 
     def __init__(self, home: Path, seconds: float) -> None:
         self.home, self.seconds = home, seconds
         self.folder = home / "data"
         self.taken_ms, self.taken_lately_ms = array.array("d"), array.array("d")
         self.requests, self.streamed, self.backups = 0, 0, 0
-        self.wrong: list[str] = []
+        self.errors: list[str] = []
         self.measured: list[dict[str, float]] = []
         self.agents: list[tuple[str, str]] = []
 
@@ -640,7 +641,7 @@ class Soak:
             finally:
                 self.process.terminate()
         if self.process.returncode:
-            self.wrong.append(f"the manager ended with status {self.process.returncode}")
+            self.errors.append(f"the manager ended with status {self.process.returncode}")
         print(f"in all: {self._latencies(self.taken_ms)}, {self.streamed} entries streamed, {self.backups} backups, "
               f"{len((self.home / 'log').read_text().splitlines())} lines of log")
         warm = self.measured[len(self.measured) // 5:]
@@ -649,13 +650,13 @@ class Soak:
             allowed = bound(first)
             print(f"{name}: {first:.0f} after the first fifth, {most:.0f} at most, {allowed:.0f} allowed")
             if most > allowed:
-                self.wrong.append(f"{name} grew")
-        print(f"{len(self.wrong)} errors" + "".join(f"; {each}" for each in self.wrong[:5]))
-        return bool(self.wrong)
+                self.errors.append(f"{name} grew")
+        print(f"{len(self.errors)} errors" + "".join(f"; {each}" for each in self.errors[:5]))
+        return bool(self.errors)
 
     async def _ask(self, wire: tuple[asyncio.StreamReader, asyncio.StreamWriter], method: str, path: str, token: str,
                    body: Any = None) -> Any:
-        """The answer's JSON; notes what is no success."""
+        """The JSON of the answer. An answer that is no success is added to `errors`."""
         reader, writer = wire
         data = b"" if body is None else json.dumps(body).encode()
         writer.write(f"{method} {path} HTTP/1.1\r\nHost: soak\r\nAuthorization: Bearer {token}\r\nContent-Type: "
@@ -664,18 +665,17 @@ class Soak:
         answer = await reader.readexactly(int(found(r"(?i)content-length: (\d+)", head.decode())))
         self.requests += 1
         if head.split()[1] not in (b"200", b"201"):
-            self.wrong.append(f"{method} {path}: {head.split()[1].decode()} {answer[:200].decode()}")
+            self.errors.append(f"{method} {path}: {head.split()[1].decode()} {answer[:200].decode()}")
         return json.loads(answer)
 
     def _open(self) -> Any:
         return asyncio.open_connection("127.0.0.1", self.port)
 
     async def _work(self) -> None:
-        self.end_s = time.monotonic() + 3600
-        door = asyncio.Semaphore(50)
+        at_once = asyncio.Semaphore(50)
 
         async def register(number: int) -> tuple[Any, Any]:
-            async with door:
+            async with at_once:
                 wire = await self._open()
                 answer = await self._ask(wire, "POST", "/api/agents/register", self.token, {
                     "hostname": f"host-{number}", "os": "linux", "version": "1.2.0", "machine_id": f"m-{number}"})
@@ -688,7 +688,7 @@ class Soak:
             *(self._beat(agent, wire) for agent, (_, wire) in zip(self.agents, made, strict=True)),
             *(self._stream() for _ in range(5)), self._report(), self._read(), self._back_up(), self._watch(),
             return_exceptions=True)
-        self.wrong += [repr(each) for each in done if each is not None]
+        self.errors += [repr(each) for each in done if each is not None]
 
     async def _beat(self, agent: tuple[str, str], wire: Any) -> None:
         due_s = time.monotonic() + random.random()
@@ -726,7 +726,7 @@ class Soak:
         with contextlib.suppress(asyncio.TimeoutError):
             while data := await asyncio.wait_for(reader.read(65536), self.end_s - time.monotonic()):
                 self.streamed += data.count(b"\nevent: ")
-            self.wrong.append("a stream ended")
+            self.errors.append("a stream ended")
 
     async def _back_up(self) -> None:
         while time.monotonic() < self.end_s:
@@ -734,7 +734,7 @@ class Soak:
                 sys.executable, manager.__file__, "backup", self.home / "backup", "--data-dir", self.folder,
                 stdout=subprocess.DEVNULL)
             if await command.wait():
-                self.wrong.append("a backup failed")
+                self.errors.append("a backup failed")
             self.backups += 1
             await asyncio.sleep(5)
 
@@ -747,7 +747,7 @@ class Soak:
                 "memory MB": int((proc / "statm").read_text().split()[1]) * resource.getpagesize() / 2**20,
                 "descriptors": len(os.listdir(proc / "fd")),
                 "log MB": (self.folder / "manager.db-wal").stat().st_size / 2**20})
-            print(f"  {passed_s + every_s:5.0f} s: {self.requests} requests, {len(self.wrong)} errors, "
+            print(f"  {passed_s + every_s:5.0f} s: {self.requests} requests, {len(self.errors)} errors, "
                   f"{self._latencies(self.taken_lately_ms)}"
                   + "".join(f", {name} {value:.1f}" for name, value in self.measured[-1].items()), flush=True)
             del self.taken_lately_ms[:]
@@ -783,7 +783,7 @@ def main() -> int:
     if not shutil.which("wrk"):
         print("bench_manager.py needs wrk: apt-get install wrk", file=sys.stderr)
         return 1
-    print("one core is wrk's")
+    print("wrk has one of the cores")
     with tempfile.TemporaryDirectory(prefix="panguard-bench-") as home:
         bench = Bench(Path(home), options.quick)
         for name in options.names or names:

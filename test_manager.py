@@ -45,7 +45,7 @@ import urllib.request
 import uuid
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -161,6 +161,11 @@ def until(true: Callable[[], Any], what: str, deadline_s: float = LIMIT_S) -> An
     return found
 
 
+def until_queued(server: Server, count: int) -> None:
+    """Wait until so many writers hold the write lock or wait for it."""
+    until(lambda: len(server.manager.store.write_lock) == count, f"{count} writers in the queue")
+
+
 def ask(port: int, method: str, path: str, body: Any = None, token: str = "") -> tuple[int, Any]:
     """Status and JSON of one request over a socket."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
@@ -169,6 +174,22 @@ def ask(port: int, method: str, path: str, body: Any = None, token: str = "") ->
             "Authorization": f"Bearer {token}", "Content-Type": "application/json"})
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
+
+
+def open_stream(url: str, token: str, *, after: int | None = None) -> Any:
+    """The answer of an event stream: entries after a number, or from now on. entries_of() reads it."""
+    resume = {} if after is None else {"Last-Event-ID": str(after)}
+    return urllib.request.urlopen(urllib.request.Request(
+        url + STREAM, headers={"Authorization": f"Bearer {token}", **resume}), timeout=LIMIT_S)
+
+
+def entries_of(stream: Iterable[bytes]) -> Iterator[Any]:
+    """The entries of a stream until it ends, without one that was cut off."""
+    for line in stream:
+        if line.startswith(b"data: ") and line.endswith(b"}\n"):
+            entry = json.loads(line[6:])
+            if entry["type"] != "connected":
+                yield entry
 
 
 class Running(contextlib.AbstractContextManager["Running"]):
@@ -215,7 +236,7 @@ def interruptible() -> None:
 
 @contextlib.contextmanager
 def interrupted(*words: Any, **environ: str) -> Iterator[Any]:
-    """A command at a terminal, which Ctrl-C ends with status 0 when the test has seen enough."""
+    """A command at a terminal. The end of the block sends Ctrl-C; the exit status must be 0."""
     with subprocess.Popen([sys.executable, manager.__file__, *words], stdout=subprocess.PIPE, text=True,
                           preexec_fn=interruptible, env={**os.environ, **environ}) as process:
         try:
@@ -567,7 +588,7 @@ def test_a_keyword_that_is_no_setting_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["port", "host", "auth_token", "notify_url", "open_enrollment"])
-def test_a_setting_is_none_only_where_that_means_something(name: str) -> None:
+def test_none_is_refused_for_a_setting_that_must_have_a_value(name: str) -> None:
     with pytest.raises(manager.SettingError, match="MANAGER_"):
         Config(**{name: None})
     assert Config(data_dir=None, heartbeat_grace_ms=None, tls_cert=None).heartbeat_grace_ms == 6_000
@@ -1239,7 +1260,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
         assert server.manager.agent(agent.id) == agent
 
 
-# The digest of each migration. Whoever appends a migration appends its digest; a change of an older one is a mistake.
+# The digest of each migration. A new migration adds its digest; a released one must not change.
 RELEASED = ["ed1f0752610b6d27", "46291b0c3314ecff", "329c10660a3cdd14", "0953a1f929c78372", "9f1faaeb4b6dcc08",
             "0773770dae394551", "f50b2a7887d16788", "6352923b7efbeaf5", "dde6f8dd4c3c9628"]
 
@@ -1512,7 +1533,7 @@ def test_who_writes_again_and_again_lets_others_write_in_between(server: Server)
     assert max(waited) <= 1, waited
 
 
-def test_who_is_interrupted_while_waiting_to_write_leaves_the_others_their_turns(server: Server) -> None:
+def test_a_writer_interrupted_while_it_waits_does_not_block_the_others(server: Server) -> None:
     store, done = server.manager.store, []
     mine, entered, go = threading.get_ident(), threading.Event(), threading.Event()
 
@@ -1520,10 +1541,10 @@ def test_who_is_interrupted_while_waiting_to_write_leaves_the_others_their_turns
         with store.transaction():
             store.on_commit(lambda: done.append(0))
             entered.set()
-            until(lambda: len(store.write_lock) == 2, "nobody waits")
+            until_queued(server, 2)
             signal.pthread_kill(mine, signal.SIGUSR1)
             assert go.wait(LIMIT_S)
-            with store.transaction():  # still a part of the one around it
+            with store.transaction():  # still a part of the outer one
                 pass
 
     def interrupt(number: int, frame: Any) -> None:
@@ -1554,19 +1575,19 @@ def test_who_is_interrupted_while_waiting_to_write_leaves_the_others_their_turns
 
 @contextmanager
 def waiting_writers(server: Server, *writes: Callable[[], Any]) -> Iterator[list[concurrent.futures.Future[Any]]]:
-    """Writes that wait for a transaction of this thread, in this order, until the block ends."""
+    """Writes that wait, in this order, until the block ends: it holds the write lock."""
     store = server.manager.store
     with ThreadPoolExecutor(len(writes)) as pool:
         with store.transaction(durable=False):
             waiting = []
             for write in writes:
                 waiting.append(pool.submit(write))
-                until(lambda: len(store.write_lock) == len(waiting) + 1, "it does not wait")
+                until_queued(server, len(waiting) + 1)
             yield waiting
         concurrent.futures.wait(waiting, LIMIT_S)
 
 
-def test_writers_that_wait_share_a_commit_and_one_that_fails_undoes_only_itself() -> None:
+def test_waiting_writers_share_a_commit_and_a_failed_one_is_undone_alone() -> None:
     with Server(port=0, clock=ManualClock(), max_agents=4) as server:
         known, commits = server.manager.register(**AGENT).agent, []
 
@@ -1586,10 +1607,10 @@ def test_writers_that_wait_share_a_commit_and_one_that_fails_undoes_only_itself(
         assert {agent.id for agent in server.manager.agents()[0]} == ids | {known.id}
         assert [entry.type for entry in server.manager.journal()] == [
             "agent_registered", "agent_registered", "agent_registered", "agent_updated", "agent_registered"]
-        assert commits == ["COMMIT", "PRAGMA synchronous = FULL", "COMMIT"], "the test's own, and one for all others"
+        assert commits == ["COMMIT", "PRAGMA synchronous = FULL", "COMMIT"], "one for all"
 
 
-def test_a_listener_that_comes_before_a_shared_commit_is_called(server: Server) -> None:
+def test_a_listener_added_before_a_shared_commit_is_called(server: Server) -> None:
     store, heard = server.manager.store, []
 
     def listen() -> None:
@@ -1600,7 +1621,7 @@ def test_a_listener_that_comes_before_a_shared_commit_is_called(server: Server) 
     assert heard
 
 
-def test_a_fault_of_the_database_fails_those_who_share_the_transaction_and_nobody_after(server: Server) -> None:
+def test_a_database_fault_fails_the_writers_of_a_shared_transaction_and_no_later_one(server: Server) -> None:
     agent, store = server.manager.register(**AGENT).agent, server.manager.store
     large = {**THREAT, "details": {"text": "x" * 500_000}}
     writes = [lambda: server.manager.retag(agent.id, tags=["a"]),
@@ -1621,7 +1642,7 @@ def test_a_fault_of_the_database_fails_those_who_share_the_transaction_and_nobod
     assert [type for type, _ in journal_of(server.manager)] == ["agent_updated", "agent_updated", "threats_reported"]
 
 
-def test_writers_that_fail_again_and_again_do_not_put_off_the_commit_of_another(server: Server) -> None:
+def test_writers_that_fail_again_and_again_do_not_delay_the_commit_of_another(server: Server) -> None:
     over = threading.Event()
 
     def register() -> None:
@@ -1640,14 +1661,14 @@ def test_writers_that_fail_again_and_again_do_not_put_off_the_commit_of_another(
         each.result(LIMIT_S)
 
 
-def test_who_shares_a_commit_survives_signals_that_raise_anywhere_in_another(server: Server) -> None:
+def test_writers_that_share_a_commit_lose_nothing_while_signals_interrupt_another(server: Server) -> None:
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt  # not an OSError, which some may handle
+        raise KeyboardInterrupt  # not an OSError: the product may handle that
 
     def write() -> int:
         written = 0
         while not over.is_set():
-            with contextlib.suppress(manager.Unavailable):  # it shared the transaction of the one interrupted
+            with contextlib.suppress(manager.Unavailable):  # in the transaction that was interrupted
                 with server.manager.store.transaction() as db:
                     db.execute("INSERT INTO probe VALUES (zeroblob(1))")
                 written += 1
@@ -1707,7 +1728,7 @@ def test_an_agent_that_registers_while_another_writes_is_as_new_as_its_entry(
     with ThreadPoolExecutor(1) as pool:
         with store.transaction():
             waiting = pool.submit(manager_.register, **AGENT)
-            until(lambda: len(store.write_lock) == 2, "nobody waits")
+            until_queued(server, 2)
             clock.advance(66)
         agent = waiting.result(LIMIT_S).agent
     assert agent.registered_ms == clock.now().wall_ms
@@ -1931,11 +1952,11 @@ def test_a_second_manager_is_refused_although_the_lock_file_was_removed(tmp_path
         assert running.ask("POST", "/api/agents/register", AGENT)[0] == 201
 
 
-def test_a_first_start_that_a_power_cut_ended_is_begun_anew(tmp_path: Path) -> None:
+def test_a_manager_starts_after_a_power_cut_during_its_first_start(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "other", isolation_level=None)) as db:
         db.executescript("PRAGMA cache_size = 1; BEGIN; CREATE TABLE t (x); INSERT INTO t VALUES (zeroblob(100000))")
         shutil.copy(tmp_path / "other-journal", tmp_path / "manager.db-journal")
-    (tmp_path / "manager.db").write_bytes(bytes(1024))  # its size reached the disk, what was written did not
+    (tmp_path / "manager.db").write_bytes(bytes(1024))  # its size reached the disk, its contents did not
     with Server(port=0, data_dir=tmp_path, tls="off") as server:
         agent_id = server.manager.register(**AGENT).agent.id
     with Server(port=0, data_dir=tmp_path, tls="off") as server:
@@ -2081,14 +2102,14 @@ TRACED = "open,openat,write,pwrite64,writev,pwritev,pwritev2,sendfile,copy_file_
 
 
 class Kept:
-    """A file or a folder: what is on the disk, and what was written since the last sync, as (turn, offset, bytes)
-    where no bytes are a change of its size."""
+    """A file or a folder: `synced` is on the disk for sure, `written` since the last sync, as (turn, offset,
+    bytes). None instead of bytes: the size changed to the offset."""
 
     def __init__(self, folder: bool = False) -> None:
         self.folder = folder
         self.synced = bytearray()
         self.written: list[tuple[int, int, bytes | None]] = []
-        self.position = 0  # of who writes without naming one
+        self.position = 0  # of the next write that names no offset
 
     def contents(self, survives: Callable[[int], bool]) -> bytes:
         """What was synced, and what survives of each sector written since."""
@@ -2106,9 +2127,9 @@ class Kept:
 
 
 class Disk:
-    """What a power cut leaves of a folder, after each of the calls that `strace` saw there: what was synced, and of the
-    rest what is said to survive. The entries of a folder are kept once the folder is synced. `marks` are the lines that
-    were written to the file `marks`, and what was posted to others."""
+    """A folder as a power cut leaves it, at any system call that `strace` saw: all that was synced, and some
+    of the rest. The names in a folder are synced with the folder. `turn` counts the system calls so far.
+    `marks` are the lines written to the file `marks`, and the notifications that were posted."""
 
     def __init__(self, root: Path) -> None:
         self.root = os.fsencode(root)
@@ -2117,12 +2138,12 @@ class Disk:
             found = self.names[os.fsencode(path)[len(self.root):]] = Kept(path.is_dir())
             found.synced += b"" if found.folder else path.read_bytes()
         self.synced = dict(self.names)
-        self.changed: list[tuple[int, dict[bytes, Kept | None]]] = []  # of the names, since the syncs
+        self.changed: list[tuple[int, dict[bytes, Kept | None]]] = []  # names, since their folder was synced
         self.marks: list[Any] = []
         self.turn = 0
 
     def left(self, survives: Callable[[int], bool]) -> dict[str, bytes | None]:
-        """Each file with its contents, and each folder. `survives` is asked of each sector and change, by its turn."""
+        """Each file with its contents, each folder with None; `survives(turn)` decides on each change."""
         names = dict(self.synced)
         for turn, changes in self.changed:
             if survives(turn):
@@ -2134,8 +2155,8 @@ class Disk:
         return left
 
     def replay(self, trace: Path) -> Iterator[None]:
-        """Do what the trace says; stop before each sync, and at the end."""
-        begun: dict[bytes, tuple[bytes, int]] = {}  # by thread: its call, and the turn in which that began
+        """Repeat the calls of the trace. Yields before each sync, and at the end."""
+        begun: dict[bytes, tuple[bytes, int]] = {}  # by thread: its call, and the turn at its begin
         for line in trace.read_bytes().splitlines():
             thread, text = line.split(None, 1)
             if text.endswith(b" <unfinished ...>"):
@@ -2145,14 +2166,14 @@ class Disk:
             if resumed := re.match(rb"<\.\.\. \w+ resumed>", text):
                 start, began = begun.pop(thread)
                 text = start + text[resumed.end():]
-            call = re.fullmatch(rb"(\w+)\((.*)\) += (\d+).*", text)  # not one that failed
+            call = re.fullmatch(rb"(\w+)\((.*)\) += (\d+).*", text)  # a failed call does not match
             if call and b">(deleted)" not in call[2]:
                 words = [bytes.fromhex(word[1:-1].decode().replace("\\x", ""))
                          for word in re.findall(rb'"[^"]*"|<[^>]*>', call[2])]
                 name = call[1].decode().removesuffix("2")
                 if name == "sendto" and words[-1].startswith(b'{"type":"panguard.notification"'):
                     self.marks.append({"posted": words[-1].decode()})
-                if name.endswith("at"):  # each path comes after the folder that it begins at
+                if name.endswith("at"):  # before each path is the folder to which it is relative
                     words = [os.path.join(*pair) for pair in zip(words[::2], words[1::2], strict=True)]
                 paths = words[:1] if "write" in name else words
                 if any(word == self.root or word.startswith(self.root + b"/") for word in paths):
@@ -2201,24 +2222,24 @@ class Disk:
 
 
 class Cut(NamedTuple):
-    """A folder after a power cut, what the manager had said by then, and what it said later in the same life."""
+    """A folder after a power cut, and what its TracedRun marked before the cut, and after it."""
 
     root: Path
     said: list[Any]
     later: list[Any]
-    whole: bool  # everything written survived, as when the process alone was killed
+    whole: bool  # everything written survived, as if only the process was killed
 
     @property
     def folder(self) -> Path:
         return self.root / "home" / "data"
 
     def serving(self, **settings: Any) -> Server[ManualClock]:
-        """A manager on it, at the time of the cut."""
+        """A manager on this folder, at the time of the cut."""
         clock = ManualClock(max([START_MS / 1000, *(each.get("at_s", 0) for each in self.said)]))
         return Server(port=0, **{"clock": clock, "data_dir": self.folder, "tls": "off", **settings})
 
     def possible(self) -> list[Any]:
-        """What may be there: what was answered last, what may be undone since, and the change under way."""
+        """The allowed states: the last one answered, those not synced since, and the one being written."""
         before, after = ([each for each in said if "held" in each] for said in (self.said, self.later))
         answered = [number for number, each in enumerate(before) if not each["under_way"]]
         more = list(itertools.takewhile(lambda each: each["under_way"], after))
@@ -2240,25 +2261,26 @@ def everything(turn: int) -> bool:
 
 
 def some(seed: int, turn: int, most: int) -> Iterator[Callable[[int], bool]]:
-    """What was written up to a turn, and half of all that was written, so many times."""
+    """Survivors, `most` times two: all that was written up to a turn, and a random half of all."""
     chance = random.Random(seed)
     for limit in (chance.randint(max(0, turn - 40), turn) for _ in range(most)):
         yield lambda turn, limit=limit: turn <= limit
         yield lambda turn: chance.random() < 0.5
 
 
-def power_cuts(root: Path, live: Callable[[Life], None], most: int, *given: str) -> Iterator[Cut]:
-    """Let a manager live, and cut the power just before each sync and at the end: nothing that was not synced survives,
-    and then `most` times some of it. Just after a sync no more was answered than just before it, so nothing is lost
-    that is not lost before the next one."""
+def power_cuts(root: Path, work: Callable[[TracedRun], None], most: int, *given: str) -> Iterator[Cut]:
+    """Let a manager work, and cut the power before each sync and at the end: once nothing survives that was
+    not synced, and `most` times some of it does. No cut is made after a sync: what it could lose, the cut
+    before the next sync can lose too."""
     if not may_trace():
         pytest.skip("needs strace, and the right to trace")
     trace, after = root.with_suffix(".trace"), root.with_suffix(".after")
     (root / "marks").touch()
     disk, whole = Disk(root), Disk(root)
     subprocess.run(["strace", "-f", "-y", "-xx", "-s", str(2**24), "--seccomp-bpf", "-o", trace, "-e", TRACED,
-                    sys.executable, "-c", f"import sys, test_manager as t; t.{live.__name__}(t.Life(*sys.argv[1:]))",
-                    root, *given], cwd=Path(__file__).parent, check=True, timeout=LIMIT_S)
+                    sys.executable, "-c",
+                    f"import sys, test_manager as t; t.{work.__name__}(t.TracedRun(*sys.argv[1:]))", root,
+                    *given], cwd=Path(__file__).parent, check=True, timeout=LIMIT_S)
     for _ in whole.replay(trace):
         pass
     seen = set()
@@ -2276,41 +2298,38 @@ def power_cuts(root: Path, live: Callable[[Life], None], most: int, *given: str)
             yield Cut(after, disk.marks[:], whole.marks[len(disk.marks):], way is everything)
 
 
-class Life:
-    """A manager's life in a process of its own, seen by `strace`. It writes to the file `marks` what was answered."""
+class TracedRun:
+    """A manager in a process that `strace` watches. It writes to the file `marks` what was answered."""
 
     def __init__(self, root: str, *given: str) -> None:
         self.root, self.given, self.folder = Path(root), given, Path(root, "home", "data")
         self.clock = ManualClock()
-        self.tokens: dict[str, str] = {}  # by agent: the latest that it was given
+        self.tokens: dict[str, str] = {}  # by agent: its latest token
         self._marks = (self.root / "marks").open("ab", buffering=0)
 
     def mark(self, **said: Any) -> None:
-        """Say something; `at_s` is where the clock stands."""
+        """Add a line to `marks`; `at_s` is the time of the clock."""
         self._marks.write(json.dumps({**said, "at_s": self.clock.now().wall_ms / 1000}).encode() + b"\n")
 
     def serving(self, **settings: Any) -> Server[ManualClock]:
         return Server(port=0, **{"clock": self.clock, "data_dir": self.folder, "tls": "off", **settings})
 
     def answered(self, api: Client, *, under_way: bool = False) -> None:
-        """What the manager holds now has been answered, or may be undone by a power cut yet."""
+        """Mark what the manager holds: it was answered, or with `under_way` a power cut may still undo it."""
         self.mark(held=promised(api), under_way=under_way, tokens=self.tokens,
                   beats={each["id"]: each["cpu"] for each in api.get("/api/agents?detail=true")})
 
     @contextlib.contextmanager
     def following(self, server: Server[Any]) -> Iterator[Callable[[], None]]:
-        """Say what a stream gives; the function waits until it has given all that is in the journal."""
+        """Mark what a stream sends; the function waits until it has sent the whole journal."""
         heard = [0]
 
         def follow() -> None:
-            for line in answer:
-                if line.startswith(b"data: ") and (entry := json.loads(line[6:]))["type"] != "connected":
-                    self.mark(streamed=entry)
-                    heard[0] = entry["seq"]
+            for entry in entries_of(stream):
+                self.mark(streamed=entry)
+                heard[0] = entry["seq"]
 
-        request = urllib.request.Request(f"{server.url}/api/events/stream",
-                                         headers={"Authorization": f"Bearer {server.token}"})
-        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+        with open_stream(server.url, server.token) as stream:
             reader = threading.Thread(target=follow)
             reader.start()
             yield lambda: until(lambda: heard[0] >= server.manager.last_seq(), "the stream has given all")
@@ -2331,72 +2350,74 @@ class Life:
 
 
 def promised(api: Client) -> dict[str, Any]:
-    """What survives a power cut once it was answered."""
+    """What a power cut must not undo once it was answered."""
     kept = "id", "hostname", "ip", "os", "tags", "org_id", "machine_id", "registeredAt", "activePolicyVersion"
     return {"agents": [[each[name] for name in kept] for each in api.get("/api/agents?detail=true")],
             **{path: api.get(path) for path in ("/api/threats", "/api/policy", "/api/policy/active",
                                                 "/api/enroll-tokens")}}
 
 
-def live_and_change(life: Life) -> None:
+def make_every_change(run: TracedRun) -> None:
     """Every write that an operator or an agent can cause."""
-    with life.serving(open_enrollment=True) as server:
+    with run.serving(open_enrollment=True) as server:
         api = Client(server)
-        life.answered(api)
-        one, two = (life.register(api, machine_id=f"m{number}", org_id="o") for number in range(2))
-        life.register(api, token=None)
+        run.answered(api)
+        one, two = (run.register(api, machine_id=f"m{number}", org_id="o") for number in range(2))
+        run.register(api, token=None)
         api.beat(one, cpu=1)
-        life.answered(api)
-        again = life.register(api, 200, machine_id="m1", org_id="o", hostname="web-2")
+        run.answered(api)
+        again = run.register(api, 200, machine_id="m1", org_id="o", hostname="web-2")
         api.beat(again, cpu=2)
-        life.answered(api)
+        run.answered(api)
         events = [{**THREAT, "id": f"e{number}"} for number in range(3)]
-        for some in (events[:2], events[1:], [{**THREAT, "details": {"text": "x" * 20_000}}]):
-            found = life.change(api, "POST", f"/api/agents/{one['id']}/events", {"events": some}, token=one["token"],
-                                status=201)
+        for batch in (events[:2], events[1:], [{**THREAT, "details": {"text": "x" * 20_000}}]):
+            found = run.change(api, "POST", f"/api/agents/{one['id']}/events", {"events": batch},
+                               token=one["token"], status=201)
         for state in ("acknowledged", "false_positive"):
-            life.change(api, "PATCH", f"/api/threats/{found['eventIds'][0]}", {"state": state, "note": "seen"})
+            run.change(api, "PATCH", f"/api/threats/{found['eventIds'][0]}", {"state": state, "note": "seen"})
         for scope in ({}, {"org_id": "o"}, {"agent_id": two["id"]}):
-            life.change(api, "POST", "/api/policy", {"name": "p", "rules": [RULE], **scope}, status=201)
-        life.change(api, "GET", f"/api/policy/agent/{one['id']}", token=one["token"])
-        life.change(api, "DELETE", f"/api/policy/agent/{two['id']}")
-        life.change(api, "PATCH", f"/api/agents/{one['id']}", {"addTags": ["a"]})
+            run.change(api, "POST", "/api/policy", {"name": "p", "rules": [RULE], **scope}, status=201)
+        run.change(api, "GET", f"/api/policy/agent/{one['id']}", token=one["token"])
+        run.change(api, "DELETE", f"/api/policy/agent/{two['id']}")
+        run.change(api, "PATCH", f"/api/agents/{one['id']}", {"addTags": ["a"]})
         for change in ({"addTags": ["b"]}, {"removeTags": ["a"]}):
-            life.change(api, "POST", "/api/agents/bulk", {"filter": {"org_id": "o"}, "dryRun": False, **change})
-        issued = life.change(api, "POST", "/api/enroll-tokens", {"maxUses": 2, "tags": ["new"]}, status=201)
-        life.register(api, token=issued["token"])
-        life.change(api, "DELETE", f"/api/enroll-tokens/{issued['id']}")
-        life.change(api, "DELETE", f"/api/agents/{two['id']}")
-        life.change(api, "POST", "/api/agents/bulk", {"filter": {"tag": ["new"]}, "deregister": True, "dryRun": False})
+            run.change(api, "POST", "/api/agents/bulk",
+                       {"filter": {"org_id": "o"}, "dryRun": False, **change})
+        issued = run.change(api, "POST", "/api/enroll-tokens", {"maxUses": 2, "tags": ["new"]}, status=201)
+        run.register(api, token=issued["token"])
+        run.change(api, "DELETE", f"/api/enroll-tokens/{issued['id']}")
+        run.change(api, "DELETE", f"/api/agents/{two['id']}")
+        run.change(api, "POST", "/api/agents/bulk",
+                   {"filter": {"tag": ["new"]}, "deregister": True, "dryRun": False})
 
 
-def live_in_time(life: Life) -> None:
+def let_time_pass(run: TracedRun) -> None:
     """Silence, copying of the log, retention, a stop and a start, with a stream open."""
     settings = {"threat_retention_ms": 86_400_000, "journal_retention_ms": 86_400_000}
     for _ in range(2):
-        with life.serving(**settings) as server, life.following(server) as all_streamed:
+        with run.serving(**settings) as server, run.following(server) as all_streamed:
             server.manager.store.log_limit_bytes = 2**16
             api = Client(server)
-            agents = [life.register(api) for _ in range(2)]
+            agents = [run.register(api) for _ in range(2)]
             for seconds in (66.5, 300):
-                life.clock.advance(seconds)  # some fall silent
+                run.clock.advance(seconds)  # some fall silent
                 all_streamed()
-                life.change(api, "POST", f"/api/agents/{agents[0]['id']}/events", {
+                run.change(api, "POST", f"/api/agents/{agents[0]['id']}/events", {
                     "events": [{**THREAT, "details": {"text": "x" * 60_000}}]}, token=agents[0]["token"], status=201)
                 api.beat(agents[0], cpu=1)
-                life.answered(api)
-                life.clock.advance(1)  # the log is copied
+                run.answered(api)
+                run.clock.advance(1)  # the log is copied
                 api.beat(agents[0], cpu=2)
-                life.answered(api)
-            life.mark(purging=True)
-            life.clock.advance(2 * 86_400)
-            life.answered(api, under_way=True)
-            life.change(api, "PATCH", f"/api/agents/{agents[0]['id']}", {"addTags": ["a"]})
+                run.answered(api)
+            run.mark(purging=True)
+            run.clock.advance(2 * 86_400)
+            run.answered(api, under_way=True)
+            run.change(api, "PATCH", f"/api/agents/{agents[0]['id']}", {"addTags": ["a"]})
             all_streamed()
 
 
 def hold(cut: Cut, api: Client) -> None:
-    """Nothing is missing that was promised."""
+    """Assert that nothing is missing that was answered and synced."""
     possible, found = cut.possible(), promised(api)
     if possible:
         assert found in [each["held"] for each in possible]
@@ -2410,10 +2431,10 @@ def hold(cut: Cut, api: Client) -> None:
     streamed = {each["streamed"]["seq"]: each["streamed"] for each in cut.said if "streamed" in each}
     purging = any("purging" in each for each in cut.said)
     missing = [seq for seq in streamed if seq not in journal]
-    assert not missing or (purging and max(missing) < min(journal)), "an entry is lost that was streamed"
+    assert not missing or (purging and max(missing) < min(journal)), "a streamed entry is lost"
     assert {seq: journal.get(seq, entry) for seq, entry in streamed.items()} == streamed
     started = api.journal("manager_started")[-1]["seq"]
-    assert started > max(streamed, default=0), "no number is given twice"
+    assert started > max(streamed, default=0), "a number was given twice"
 
 
 SOME_CUTS = [1, pytest.param(8, marks=pytest.mark.slow)]
@@ -2421,40 +2442,41 @@ MANY_CUTS = [pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("most", SOME_CUTS)
-@pytest.mark.parametrize("live", [live_and_change, pytest.param(live_in_time, marks=pytest.mark.slow)])
-def test_a_power_cut_loses_nothing_that_was_promised(live: Callable[[Life], None], most: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("work", [make_every_change, pytest.param(let_time_pass, marks=pytest.mark.slow)])
+def test_a_power_cut_loses_no_synced_write_that_was_answered(
+        work: Callable[[TracedRun], None], most: int, tmp_path: Path) -> None:
     root = tmp_path / "disk"
     (root / "home" / "data").mkdir(parents=True, mode=0o700)
-    for cut in power_cuts(root, live, most):
+    for cut in power_cuts(root, work, most):
         with cut.serving(open_enrollment=True) as server:
             hold(cut, Client(server))
         manager.examine(cut.folder / "manager.db")
 
 
-def live_together(life: Life) -> None:
-    """Many who write at once, and so share commits, beside heartbeats, which are not synced."""
-    with life.serving() as server:
+def write_at_once(run: TracedRun) -> None:
+    """Many writers at once, which share commits, and heartbeats, which are not synced."""
+    with run.serving() as server:
         store, kept = server.manager.store, Client(server).register()
 
         def work(number: int) -> None:
             api = Client(server)
             for _ in range(4):
                 agent = api.register()
-                life.mark(agent=agent["id"])
-                life.mark(events=report(api, agent, THREAT))
+                run.mark(agent=agent["id"])
+                run.mark(events=report(api, agent, THREAT))
                 api.beat(kept)
         with ThreadPoolExecutor(6) as pool:
             with store.transaction():  # all of them wait for it
                 jobs = [pool.submit(work, number) for number in range(6)]
-                until(lambda: len(store.write_lock) == 7, "all wait")
+                until_queued(server, 7)
             for job in jobs:
                 job.result()
 
 
 @pytest.mark.parametrize("most", SOME_CUTS)
-def test_a_power_cut_loses_no_write_of_a_shared_commit_that_was_answered(most: int, tmp_path: Path) -> None:
+def test_a_power_cut_loses_no_answered_write_of_a_shared_commit(most: int, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    for cut in power_cuts(tmp_path / "disk", live_together, most):
+    for cut in power_cuts(tmp_path / "disk", write_at_once, most):
         with cut.serving() as server:
             api = Client(server)
             found = {each["id"] for path in ("agents", "threats") for each in api.get(f"/api/{path}?limit=200")}
@@ -2463,26 +2485,26 @@ def test_a_power_cut_loses_no_write_of_a_shared_commit_that_was_answered(most: i
         manager.examine(cut.folder / "manager.db")
 
 
-def live_first(life: Life) -> None:
-    """A first start, which makes all that there is."""
-    with life.serving(tls="auto") as server:
-        life.mark(token=server.token, fingerprint=server.certificate[1])
+def start_first(run: TracedRun) -> None:
+    """A first start, which makes the folder's files."""
+    with run.serving(tls="auto") as server:
+        run.mark(token=server.token, fingerprint=server.certificate[1])
 
 
 @pytest.mark.parametrize("most", SOME_CUTS)
-def test_a_power_cut_during_the_first_start_loses_nothing_that_was_shown(most: int, tmp_path: Path) -> None:
+def test_a_power_cut_in_the_first_start_keeps_the_token_and_certificate(most: int, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    for cut in power_cuts(tmp_path / "disk", live_first, most):
+    for cut in power_cuts(tmp_path / "disk", start_first, most):
         with cut.serving(tls="auto") as server:
             for said in cut.said:
                 assert (server.token, server.certificate[1]) == (said["token"], said["fingerprint"])
 
 
-def live_upgraded(life: Life) -> None:
+def start_upgraded(run: TracedRun) -> None:
     """A start that migrates."""
-    with life.serving() as server:
-        life.tokens["agent-00000001"] = "secret"
-        life.register(Client(server))
+    with run.serving() as server:
+        run.tokens["agent-00000001"] = "secret"
+        run.register(Client(server))
 
 
 @pytest.mark.parametrize("most", MANY_CUTS)
@@ -2491,7 +2513,7 @@ def test_a_power_cut_during_an_upgrade_loses_nothing(most: int, tmp_path: Path) 
     folder.mkdir(parents=True, mode=0o700)
     old_file(folder / "manager.db", "1a03308")
     before = sqlite_dump(folder / "manager.db")
-    for cut in power_cuts(tmp_path / "disk", live_upgraded, most):
+    for cut in power_cuts(tmp_path / "disk", start_upgraded, most):
         with cut.serving() as server:
             api = Client(server)
             hold(cut, api)
@@ -2500,29 +2522,29 @@ def test_a_power_cut_during_an_upgrade_loses_nothing(most: int, tmp_path: Path) 
         assert sqlite_dump(cut.folder / "manager.db.schema-1") == before
 
 
-def live_restored(life: Life) -> None:
+def back_up_and_restore(run: TracedRun) -> None:
     """A backup, a change, the backup restored in its place, and elsewhere."""
-    kept = life.root / "kept" / "backup"
-    with life.serving() as server:
+    kept = run.root / "kept" / "backup"
+    with run.serving() as server:
         api = Client(server)
-        life.register(api)
-        assert main(["backup", str(kept), "--data-dir", str(life.folder)]) == 0
-        life.mark(backup=promised(api))
-        held, tokens = promised(api), dict(life.tokens)
-        life.register(api)
-    for folder in (life.folder, life.root / "new" / "data"):
+        run.register(api)
+        assert main(["backup", str(kept), "--data-dir", str(run.folder)]) == 0
+        run.mark(backup=promised(api))
+        held, tokens = promised(api), dict(run.tokens)
+        run.register(api)
+    for folder in (run.folder, run.root / "new" / "data"):
         assert main(["restore", str(kept), "--data-dir", str(folder), "--yes"]) == 0
-        if folder == life.folder:
-            life.mark(held=held, under_way=False, tokens=tokens, beats={agent: None for agent in tokens})
-    life.mark(elsewhere=True)
+        if folder == run.folder:
+            run.mark(held=held, under_way=False, tokens=tokens, beats={agent: None for agent in tokens})
+    run.mark(elsewhere=True)
 
 
 @pytest.mark.parametrize("most", MANY_CUTS)
-def test_a_power_cut_during_a_backup_or_a_restore_leaves_the_one_state_or_the_other(most: int, tmp_path: Path,
+def test_a_power_cut_during_a_backup_or_a_restore_leaves_the_old_or_the_new_state(most: int, tmp_path: Path,
                                                                                    shell: Any) -> None:
     for folder in ("home/data", "kept"):
         (tmp_path / "disk" / folder).mkdir(parents=True, mode=0o700)
-    for cut in power_cuts(tmp_path / "disk", live_restored, most):
+    for cut in power_cuts(tmp_path / "disk", back_up_and_restore, most):
         kept = cut.root / "kept" / "backup"
         held = [each["backup"] for each in cut.said if "backup" in each]
         if (cut.folder / "restore-unfinished").exists():
@@ -2541,25 +2563,25 @@ def test_a_power_cut_during_a_backup_or_a_restore_leaves_the_one_state_or_the_ot
             shutil.rmtree(tmp_path / "unpacked")
 
 
-def live_told(life: Life) -> None:
-    """Notifications, which a receiver in another process takes."""
-    with life.serving(notify_url=life.given[0], notify_delay_ms=1000) as server:
+def notify_twice(run: TracedRun) -> None:
+    """Two notifications, to a receiver in another process."""
+    with run.serving(notify_url=run.given[0], notify_delay_ms=1000) as server:
         api = Client(server)
         for number in range(2):
-            report(api, life.register(api, hostname=f"told-{number}"), threat(sourceIp=f"203.0.113.{number}"))
-            life.mark(reported=f"told-{number}")
+            report(api, run.register(api, hostname=f"told-{number}"), threat(sourceIp=f"203.0.113.{number}"))
+            run.mark(reported=f"told-{number}")
             for _ in range(2):
-                life.clock.advance(1)
+                run.clock.advance(1)
             until(lambda wanted=number + 1: f"\npanguard_notifications_delivered_total {wanted}\n" in scraped(server),
                   "it was delivered")
-            life.mark(delivered=f"told-{number}")
+            run.mark(delivered=f"told-{number}")
 
 
 @pytest.mark.parametrize("most", SOME_CUTS)
-def test_after_a_power_cut_what_was_not_delivered_is_notified_and_nothing_twice(most: int, tmp_path: Path) -> None:
+def test_a_power_cut_loses_no_notification_and_repeats_no_delivered_one(most: int, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     with Receiving() as receiver:
-        for cut in power_cuts(tmp_path / "disk", live_told, most, receiver.url):
+        for cut in power_cuts(tmp_path / "disk", notify_twice, most, receiver.url):
             before = len(receiver.heard)
             with cut.serving(notify_url=receiver.url, notify_delay_ms=1000) as server:
                 api = Client(server)
@@ -3334,14 +3356,14 @@ def test_agents_offline_for_long_are_pruned_a_tenth_of_the_fleet_a_day() -> None
         assert len(api.get("/api/agents")) == 40 - 10
 
 
-def test_many_are_pruned_in_steps_between_which_heartbeats_pass() -> None:
+def test_many_agents_are_pruned_fifty_in_a_transaction() -> None:
     with Server(port=0, clock=ManualClock(), prune_offline_ms=60_000) as server:
         server.seed(200)
         server.clock.advance(3599)
         server.seed(1010)
         server.clock.advance(2)
         pruned = [entry.data["count"] for entry in server.manager.journal(type="agents_pruned")]
-        assert pruned == [50, 50, 21], "a tenth of the fleet, fifty in a transaction"
+        assert pruned == [50, 50, 21], "121 are a tenth of the fleet"
         assert len(server.manager.agents()[0]) == 1210 - 121
 
 
@@ -3663,7 +3685,7 @@ def test_summaries_equal_a_recount(history: list[tuple[int, str, str, str, int, 
             assert overview["totalAgents"] == sum(org is None or each == org for each in orgs)
 
 
-def test_an_upgrade_counts_the_events_that_are_there(tmp_path: Path) -> None:
+def test_a_migration_counts_the_threat_events_in_the_file(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "manager.db")) as db:
         db.executescript(f"{';'.join(manager.MIGRATIONS[:8])}; PRAGMA user_version = 8; "
                          f"PRAGMA application_id = {0x50474D31}")
@@ -4519,7 +4541,7 @@ def test_many_agents_are_changed_at_once(api: Client) -> None:
     assert api.get("/api/agents") == [] and len(api.journal("agent_deregistered")) == 7
 
 
-def test_a_bulk_change_and_the_list_agree_after_time_was_forgiven(api: Client, clock: ManualClock) -> None:
+def test_a_bulk_change_does_not_count_forgiven_time_as_silence(api: Client, clock: ManualClock) -> None:
     agent = api.register()
     clock.stall(3600)
     api.beat(agent)
@@ -6215,7 +6237,7 @@ def test_a_receiver_that_is_gone_is_asked_no_more_until_a_start() -> None:
         health = {token: ask(port, "GET", "/health", None, token)[1]["data"] for token in (
             operator, "", "wrong", agent["token"])}
         assert health.pop(operator)["receivers"] == [{"receiver": receiver.url.rpartition("/")[0], "failing": True}]
-        assert not any("receivers" in each for each in health.values()), "nobody else is told"
+        assert not any("receivers" in each for each in health.values()), "only operators see receivers"
 
 
 def test_what_was_not_delivered_is_delivered_after_a_restart_and_nothing_twice(tmp_path: Path) -> None:
@@ -6481,7 +6503,7 @@ def test_a_fault_strikes_the_heartbeats_that_come_after_it(launch: Launch) -> No
         who, wire, other = site.agent(), site.wire(), site.wire()
         with site.server.manager.store.transaction():  # meanwhile heartbeats wait in the loop
             wire.send(beat(who))
-            until(lambda: len(site.server.manager.store.write_lock) == 2, "the loop does not wait")
+            until_queued(site.server, 2)
             site.server.faults.add(route=route, **fault)
         assert wire.answer().status == 200
         other.send(beat(who))
@@ -6489,15 +6511,15 @@ def test_a_fault_strikes_the_heartbeats_that_come_after_it(launch: Launch) -> No
         assert wire.call(beat(who)).status == 200
 
 
-def test_the_loop_goes_on_while_heartbeats_and_every_worker_wait_for_the_database(launch: Launch) -> None:
+def test_public_paths_are_answered_while_heartbeats_and_all_workers_wait_to_write(launch: Launch) -> None:
     site = launch(threads=1)
     who, beating, reporting, other = site.agent(), site.wire(), site.wire(), site.wire()
     store = site.server.manager.store
     with store.transaction():
         beating.send(beat(who))
-        until(lambda: len(store.write_lock) == 2, "the heartbeat does not wait")
+        until_queued(site.server, 2)
         reporting.send(request("DELETE", f"/api/agents/{who.agent.id}", token=who.token))
-        until(lambda: len(store.write_lock) == 3, "the worker does not wait")
+        until_queued(site.server, 3)
         for path in ("/livez", "/readyz", "/health", "/openapi.json", "/"):
             assert other.call(request("GET", path)).status == 200
     assert beating.answer().status == 200
@@ -6518,13 +6540,13 @@ def test_heartbeats_wait_for_another_program_while_the_loop_and_other_writers_do
     caplog.clear()  # of the refused write
 
 
-def test_a_client_that_leaves_while_its_heartbeat_waits_harms_nobody(launch: Launch) -> None:
+def test_a_connection_closed_while_its_heartbeat_waits_disturbs_no_other(launch: Launch) -> None:
     site = launch()
     who, gone, pipelined = site.agent(), site.wire(), site.wire()
     store = site.server.manager.store
     with store.transaction():
         gone.send(beat(who))
-        until(lambda: len(store.write_lock) == 2, "the heartbeat does not wait")
+        until_queued(site.server, 2)
         gone.reset()
         pipelined.send(beat(who))
         pipelined.send(request("GET", "/nowhere") + beat(who))
@@ -6540,7 +6562,7 @@ def test_requests_that_arrived_before_the_stop_are_answered(launch: Launch) -> N
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with site.server.manager.store.transaction():
             first.send(beat(who))
-            until(lambda: len(site.server.manager.store.write_lock) == 2, "the loop does not wait")
+            until_queued(site.server, 2)
             for wire, data in zip(wires, (beat(who), request("GET", "/nowhere"), beat(who, b"{")), strict=True):
                 wire.send(data)
             stopping = pool.submit(site.server.stop)
@@ -7815,9 +7837,9 @@ def test_a_fault_may_be_a_bad_answer_and_counts_its_hits(server: Server) -> None
 
 
 @pytest.mark.parametrize("path", ["batch", "worker"])
-def test_requests_tells_what_agents_sent_and_were_answered(server: Server, path: str) -> None:
+def test_server_requests_has_what_agents_sent_and_were_answered(server: Server, path: str) -> None:
     agent = over_the_wire(server, "POST", "/api/agents/register", AGENT)
-    if path == "worker":  # while a fault waits, no heartbeat is answered in the loop
+    if path == "worker":  # while there is a fault, workers answer heartbeats
         server.faults.add(route="GET /livez", status=503)
     route = "POST /api/agents/:id/heartbeat"
     beat = over_the_wire(server, "POST", f"/api/agents/{agent['id']}/heartbeat", {"cpu": 1.5}, token=agent["token"])
@@ -7829,7 +7851,7 @@ def test_requests_tells_what_agents_sent_and_were_answered(server: Server, path:
     assert agent["token"] not in str(beaten) and server.token not in str(made), "credentials are not kept"
 
 
-def test_requests_tells_of_what_is_refused_dropped_malformed_or_long(server: Server) -> None:
+def test_server_requests_has_refused_dropped_malformed_and_long_requests(server: Server) -> None:
     agent = server.seed(1)[0]
     events = f"/api/agents/{agent.agent.id}/events"
     long = {"events": [{"type": "scan", "severity": "low", "details": {"n": "x" * 70_000}}]}
@@ -7857,7 +7879,8 @@ def test_requests_tells_of_what_is_refused_dropped_malformed_or_long(server: Ser
     assert server.requests[1].answer == b'{"ok": tru' and server.requests[0].answer is None
 
 
-def test_requests_are_bounded_and_not_kept_by_an_operators_manager(server: Server, tmp_path: Path) -> None:
+def test_server_requests_has_the_latest_1000_and_none_of_an_operators_manager(
+        server: Server, tmp_path: Path) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port_of(server.url), timeout=LIMIT_S)
     with contextlib.closing(connection):
         for number in range(1010):
@@ -7869,12 +7892,12 @@ def test_requests_are_bounded_and_not_kept_by_an_operators_manager(server: Serve
         assert operators.requests == []
     restarted = Server(port=0, data_dir=tmp_path, tls="off", clock=ManualClock())
     for count in range(3):
-        assert len(restarted.requests) == count, "they outlive a restart, since a test may be about one"
+        assert len(restarted.requests) == count, "requests before a restart are kept"
         with restarted:
             over_the_wire(restarted, "GET", "/health")
 
 
-def test_seed_fills_a_fleet(server: Server) -> None:
+def test_seed_registers_agents_and_reports_threat_events(server: Server) -> None:
     made = server.seed(200, threats=450, tags=["lab"])
     fleet = server.manager.census()
     assert (len(made), fleet.agents[Status.ONLINE], fleet.threats) == (200, 200, 450)
@@ -8468,7 +8491,7 @@ def test_a_signal_finishes_what_is_in_flight_and_exits_0(number: int, tmp_path: 
 
 
 @pytest.mark.slow
-def test_ten_thousand_agents_that_register_again_at_once_after_a_restart_stay_the_same(tmp_path: Path) -> None:
+def test_ten_thousand_agents_that_register_again_after_a_restart_keep_their_ids(tmp_path: Path) -> None:
     def register(port: int, token: str, numbers: range) -> set[str]:
         ids = set()
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)) as connection:
@@ -8552,7 +8575,7 @@ class Ledger:
                 self.step(running)
 
     def check(self, agents: dict[str, Any], policies: set[str], threats: dict[str, str]) -> None:
-        """All that was answered is there, of what was not all or nothing; `threats` are those since the last check."""
+        """Assert that all answered writes are there, no batch in part. `threats`: since the last check."""
         assert self.tokens.keys() <= agents.keys(), "a registered agent is lost"
         assert not self.gone.keys() & agents.keys(), "a deregistered agent is back"
         for agent_id, uptime in self.uptimes.items():
@@ -8565,19 +8588,19 @@ class Ledger:
         self.events, self.batches = {}, []
 
 
-# Which change of an agent's status comes after which; None is one that is not known any more.
+# For each change of an agent's status, which may come before it; None: an entry that was purged.
 COMES_AFTER = {"agent_registered": (None,), "agent_stale": (None, "agent_registered", "agent_online"),
                "agent_offline": (None, "agent_stale"), "agent_online": (None, "agent_stale", "agent_offline")}
 
 
 class Rounds:
-    """A folder whose manager is killed again and again, what was answered, what a stream gave and the journal had."""
+    """A folder whose manager is killed again and again: what was answered, streamed and journalled."""
 
     def __init__(self, home: Path, seed: int) -> None:
         self.home, self.folder, self.backups = home, home / "data", home / "backups"
         self.chance = random.Random(seed)
         self.ledgers = [Ledger(self.chance.randrange(2**32)) for _ in range(4)]
-        self.silent: set[str] = set()  # agents that nobody beats for
+        self.silent: set[str] = set()  # agents that send no heartbeats
         self.newest_threat = ""
         self.streamed: dict[int, Any] = {}
         self.journal: dict[int, Any] = {}
@@ -8585,18 +8608,15 @@ class Rounds:
         self.environ = {"MANAGER_TLS": "off", "MANAGER_HEARTBEAT_TIMEOUT_MS": "1000", "MANAGER_LOG_LEVEL": "ERROR"}
 
     def follow(self, running: Running) -> None:
-        """Read the stream on from where it ended, until the manager is gone."""
-        request = urllib.request.Request(f"{running.url}/api/events/stream", headers={
-            "Authorization": f"Bearer {running.token}", "Last-Event-ID": str(max(self.streamed, default=0))})
-        with suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
-            for line in answer:
-                if line.startswith(b"data: ") and line.endswith(b"}\n"):
-                    entry = json.loads(line[6:])
-                    if entry["type"] != "connected":
-                        assert self.streamed.setdefault(entry["seq"], entry) == entry
+        """Read the stream after the last entry received, until the manager ends."""
+        after = max(self.streamed, default=0)
+        with suppress(OSError, http.client.HTTPException), open_stream(
+                running.url, running.token, after=after) as stream:
+            for entry in entries_of(stream):
+                assert self.streamed.setdefault(entry["seq"], entry) == entry
 
     def kill(self, what: str) -> None:
-        """Kill a manager in the midst of that, and look at what is left."""
+        """Kill a manager while it does `what`, and check what is left."""
         print(what, end=" ")
         least_s, most_s, environ = 0.1, 1.0, {}
         if what == "start":
@@ -8636,7 +8656,7 @@ class Rounds:
             self.silent |= {fleet.register(**AGENT).agent.id for _ in range(300)}
 
     def kill_upgrade(self) -> None:
-        """Kill a manager that migrates."""
+        """Kill a manager while it migrates a file of schema 1."""
         folder = self.home / "old"
         folder.mkdir(mode=0o700)
         old_file(folder / "manager.db", "1a03308")
@@ -8650,7 +8670,7 @@ class Rounds:
         shutil.rmtree(folder)
 
     def _check(self, *, purged: bool) -> None:
-        """Look at a copy of the folder, so that the next manager finds what the killed one left."""
+        """Check a copy of the folder, so that the next manager finds what the killed one left."""
         copy = self.home / "copy"
         shutil.copytree(self.folder, copy)
         manager.examine(copy / "manager.db")
@@ -8665,10 +8685,11 @@ class Rounds:
             if purged:
                 each.events, each.batches = {}, []
             each.check(agents, policies, threats)
-        self._check_journal(entries[:-1], purged=purged)  # without the start here
+        self._check_journal(entries[:-1], purged=purged)  # not the start of this manager
         counted = Counter(entry["type"] for entry in self.journal.values())
         registered = counted["agent_registered"] - counted["agent_deregistered"]
-        assert len(agents) == registered or len(self.journal) < self.last_seq(), "entries were purged before a look"
+        purged_before = len(self.journal) < self.last_seq()
+        assert len(agents) == registered or purged_before, "an agent is missing"
         for backup in self.backups.glob("panguard-*.backup"):
             (self.home / "unpacked").mkdir()
             manager.unpack(backup, self.home / "unpacked")
@@ -8676,7 +8697,7 @@ class Rounds:
         shutil.rmtree(copy)
 
     def _new_threats(self, api: Client) -> dict[str, str]:
-        """The ids of the threat events since the last look, by their own ids."""
+        """The ids of the threat events since the last check, by the agents' own ids for them."""
         found: dict[str, str] = {}
         while page := api.get("/api/threats?limit=200" + (f"&before={min(found.values())}" if found else "")):
             found |= {each["details"]["own"]: each["id"] for each in page}
@@ -8686,7 +8707,7 @@ class Rounds:
         return found
 
     def last_seq(self) -> int:
-        """The number of the last entry found so far."""
+        """The number of the last entry that a check has found."""
         return max(self.journal, default=0)
 
     def _check_journal(self, entries: list[Any], *, purged: bool) -> None:
@@ -8702,7 +8723,7 @@ class Rounds:
         assert {seq: self.journal.get(seq, entry) for seq, entry in self.streamed.items()} == self.streamed
 
     def end(self) -> None:
-        """A last manager, which gives the stream all that the journal has."""
+        """Start a last manager: its stream must send all entries of the journal."""
         with ThreadPoolExecutor(1) as pool, Running(self.folder, **self.environ) as running:
             job = pool.submit(self.follow, running)
             until(lambda: max(self.streamed) >= self.last_seq(), "the stream has given all")
@@ -8713,13 +8734,13 @@ class Rounds:
             job.result()
         assert [self.streamed.get(entry["seq"]) for entry in found[1:]] == found[1:]
         for kind in ("tokens", "gone", "policies"):
-            assert any(getattr(each, kind) for each in self.ledgers), f"the traffic was mixed, {kind} included"
+            assert any(getattr(each, kind) for each in self.ledgers), f"the traffic had no {kind}"
 
 
 @pytest.mark.parametrize("kills", [
     ["traffic", "start", "backup"], pytest.param(["traffic", "start", "sweep", "purge", "backup"] * 6,
                                                  marks=pytest.mark.slow)], ids=len)
-def test_a_manager_killed_in_the_midst_of_work_loses_nothing_and_announces_nothing_twice(
+def test_a_manager_killed_during_its_work_loses_nothing_and_announces_nothing_twice(
         kills: list[str], tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -9210,7 +9231,7 @@ def test_a_backup_is_restored_elsewhere_with_all_it_held(db_only: bool, furnishe
             assert held_by(server)[path] == held[path]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of files")
 def test_what_root_restores_belongs_to_the_owner_of_the_folder(furnished: Client, shell: Any, tmp_path: Path) -> None:
     assert shell("backup", "kept")[0] == 0
     other = tmp_path / "other"
@@ -10088,7 +10109,7 @@ class Block(NamedTuple):
     """A code block of the README."""
 
     heading: str  # the nearest one above it
-    kind: str  # what its fence says: a language, and a word that says what runs it
+    kind: str  # the words after ```: a language, and which test runs it
     text: str
 
 
@@ -10149,7 +10170,7 @@ def newcomer(home: Path, *command: str, cwd: Path | None = None) -> Iterator[str
         assert process.returncode in (0, -signal.SIGTERM)
 
 
-# The README's code blocks: each kind is run, and by what
+# The README's code blocks, and the test that runs each kind
 
 
 RUN_BY = {
@@ -10160,7 +10181,7 @@ RUN_BY = {
     "console": "test_readme_recipe", "console stopped": "test_readme_recipe",
     "console stream": "test_readme_recipe", "python": "test_readme_embedding", "nginx": "test_readme_nginx",
     "caddyfile": "test_readme_caddy", "yaml prometheus": "test_readme_prometheus",
-    "text": ""}  # is no code
+    "text": ""}  # not code
 
 
 def test_every_block_of_the_readme_is_run() -> None:
@@ -10193,7 +10214,7 @@ def session_steps(block: Block) -> list[tuple[str, str]]:
     return steps
 
 
-# What a session calls beside the usual programs. The other host is this machine, with the same home folder.
+# Programs for a session. The other host is this machine, with the same home folder.
 TOOLS = f"""
 panguard-manager() {{ {shlex.quote(sys.executable)} {shlex.quote(manager.__file__)} "$@"; }}
 ssh() {{ shift; (cd && "$@"); }}
@@ -10201,9 +10222,8 @@ scp() {{ cp "$HOME/${{1#*:}}" "$2"; }}
 """
 
 
-
 def furnish_recipes(running: Server[ManualClock]) -> None:
-    """The fleet of the recipes: two agents that are well, and one that sends a wrong token and is offline."""
+    """The fleet of the recipes: two agents online, and one that sends a wrong token and is offline."""
     fleet = (("db-1", "10.0.3.9"), ("web-1", "10.0.3.10"), ("web-2", "10.0.3.11"))
     *well, silent = (running.manager.register(name, "linux", "1.2.0", ip=ip).agent.id for name, ip in fleet)
     Client(running, "10.0.3.11").refusal("POST", f"/api/agents/{silent}/heartbeat", {}, status=401,
@@ -10215,14 +10235,14 @@ def furnish_recipes(running: Server[ManualClock]) -> None:
 
 
 class Session:
-    """The shell of somebody whose home folder is `home`. The README calls the manager's port 8443."""
+    """A shell with the home folder `home`. Port 8443 of the README becomes the manager's port."""
 
     def __init__(self, folder: Path, hooks: str = "") -> None:
         self.home, self.folder, self.hooks = folder / "lin", folder / "manager", hooks
         self.home.mkdir()
         self.folder.mkdir()
         self.assignments: list[str] = []
-        self.names: dict[str, str] = {}  # of agents and tokens in the README, and the real ones
+        self.names: dict[str, str] = {}  # ids and tokens: the README's to the real one
 
     def run(self, kind: str, command: str, shown: str, url: str) -> None:
         """Run a command of the README; what it writes must be what the README shows."""
@@ -10235,7 +10255,7 @@ class Session:
             ["bash", "-c", "\n".join([TOOLS, *self.assignments, line])], cwd=self.folder, text=True,
             env=environ(self.home), stdout=subprocess.PIPE, start_new_session=True)
         assert shell.stdout
-        if kind == "console stream":  # which does not end by itself
+        if kind == "console stream":  # it does not end by itself
             wrote = "".join(itertools.islice(shell.stdout, shown.count("\n")))
             os.killpg(shell.pid, signal.SIGKILL)
             shell.communicate()
@@ -10269,7 +10289,7 @@ RECIPES = dict.fromkeys(each.heading for each in BLOCKS if each.kind.startswith(
 
 @pytest.mark.parametrize("heading", [each for each in RECIPES if each != "A first session"])
 def test_readme_recipe(heading: str, tmp_path: Path) -> None:
-    """The console blocks of a recipe, in order. While a "stopped" one runs, no manager does."""
+    """The console blocks of a recipe, in order. The manager is stopped during a "console stopped" block."""
     with Receiving(*[b"HTTP/1.1 204 No Content\r\n\r\n"] * 9) as receiver:
         session = Session(tmp_path, receiver.url.partition("/hook")[0])
         session.assignments.append(
@@ -10312,7 +10332,7 @@ def stub(path: Path, text: str) -> None:
 
 
 def test_readme_service(tmp_path: Path) -> None:
-    """The service's lines, in order and below another root folder. Only pip and systemd are stubs."""
+    """The commands of the service, in order, below another root folder. Only pip and systemd are stubs."""
     def here(text: str) -> str:
         return re.sub(r"(?<![\w.])/(opt|etc|usr|var)/", rf"{tmp_path}/\1/", text)
 
@@ -10350,7 +10370,7 @@ def test_readme_service(tmp_path: Path) -> None:
 
 
 def test_readme_container(tmp_path: Path) -> None:
-    """The words that podman gets fit each other and the Containerfile."""
+    """The arguments of podman fit each other and the Containerfile."""
     stub(tmp_path / "podman", f'echo "$@" >>{tmp_path}/words; test "$1" != run || echo 0123456789ab')
     (block,) = of_kind("sh container")
     subprocess.run(["bash", "-euc", block.text], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True,
@@ -10375,7 +10395,7 @@ def test_readme_unit(tmp_path: Path) -> None:
 
 
 def checked_by(program: str, *words: Any, **variables: str) -> str:
-    """What a program says that finds no fault; skipped where it is not installed."""
+    """The output of a program that must succeed; the test is skipped where it is not installed."""
     if not shutil.which(program):
         pytest.skip(f"needs {program}; CI has it")
     done = subprocess.run([program, *words], capture_output=True, text=True, check=False,
@@ -10460,7 +10480,7 @@ def test_readme_commands() -> None:
 
 
 def test_readme_journal(tmp_path: Path) -> None:
-    """The table of the journal has the types in order, and the fields that entries of each are seen with."""
+    """The table of the journal has all types in their order, and the fields of the entries of each."""
     rows = [re.findall(r"\(?`\w+`\)?", line) for line in shown_table("Journal").splitlines()[2:]]
     told = {row[0].strip("`"): {name.strip("(`)"): name[0] != "(" for name in row[1:]} for row in rows}
     assert tuple(told) == manager.ENTRY_TYPES
@@ -10471,10 +10491,10 @@ def test_readme_journal(tmp_path: Path) -> None:
         api, fleet = Client(running), running.manager
         agents = [api.register(hostname=f"web-{number}", machine_id=f"m-{number}") for number in range(3)]
         api.beat(agents[0])
-        api.register(machine_id="m-0")  # while its agent is online: a clone
-        clock.advance(400)  # all but the two are offline from here on
+        api.register(machine_id="m-0")  # its agent is online: a cloned machine
+        clock.advance(400)  # all agents are offline
         issued = api.post("/api/enroll-tokens", {"tags": ["a"], "maxUses": 2}, status=201)
-        for status in (201, 200):  # a newcomer, and again: its answer was lost
+        for status in (201, 200):  # a new agent, and again, as if its answer was lost
             api.post("/api/agents/register", {**AGENT, "machine_id": "new"}, token=issued["token"],
                      status=status)
         api.call("DELETE", f"/api/enroll-tokens/{issued['id']}")
@@ -10482,7 +10502,7 @@ def test_readme_journal(tmp_path: Path) -> None:
         for number, agent in enumerate(agents):
             api.post(f"/api/agents/{agent['id']}/events", {"events": [THREAT]}, status=201,
                      token=agent["token"])
-            for version in range(40 if number == 0 else 1):  # the first one causes too many entries
+            for version in range(40 if number == 0 else 1):  # the first agent causes too many entries
                 api.beat(agent, version=f"2.{version}")
         clock.advance(61)
         again = api.post("/api/agents/register", AGENT, token=agents[0]["token"])
@@ -10499,7 +10519,7 @@ def test_readme_journal(tmp_path: Path) -> None:
         for each in fleet.agents()[0]:
             if each.id != agents[2]["id"]:
                 fleet.heartbeat(each.id)
-        clock.advance(20)  # an hour since all were silent: the one that still is, is pruned
+        clock.advance(20)  # after an hour offline, the silent agent is pruned
         clock.suspend(60)
         clock.step(86400)
         clock.advance(1)
@@ -10637,13 +10657,13 @@ def test_public_names_are_documented() -> None:
 def test_every_error_that_a_caller_can_get_is_public() -> None:
     errors = {name for name, each in vars(manager).items() if isinstance(each, type) and issubclass(each, Exception)
               and each.__module__ == manager.__name__}
-    assert errors - set(manager.__all__) == {"CommandError"}, "which main() words"
+    assert errors - set(manager.__all__) == {"CommandError"}, "main() prints it"
 
 
 @pytest.mark.parametrize(("order", "beside"), [
     ("manager, panguard_manager", False), ("panguard_manager, manager", False), ("manager, panguard_manager", True)])
-def test_an_installed_module_is_one_by_both_names(order: str, beside: bool, tmp_path: Path) -> None:
-    """Also with a copy of the file beside, as in this repository, if that is imported first."""
+def test_both_names_import_the_same_module(order: str, beside: bool, tmp_path: Path) -> None:
+    """Also if `manager` is a copy of the file in the current folder, as in this repository."""
     if beside:
         shutil.copy(manager.__file__, tmp_path)
     code = f"import {order}; assert manager is panguard_manager; print(manager.Server.__doc__[:9])"
@@ -10679,7 +10699,7 @@ def test_another(guard_manager):
 """
 
 
-def test_the_fixture_for_pytest_costs_nothing_until_a_test_asks_for_it(tmp_path: Path) -> None:
+def test_the_pytest_fixture_imports_the_manager_only_for_a_test_that_uses_it(tmp_path: Path) -> None:
     assert SETUP["options.entry_points"]["pytest11"].strip() == "panguard-manager = pytest_panguard_manager"
     (tmp_path / "test_agent.py").write_text(PLUGIN_EXAMPLES)
     environ = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -10689,12 +10709,12 @@ def test_the_fixture_for_pytest_costs_nothing_until_a_test_asks_for_it(tmp_path:
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_package_ends_the_start_with_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-I", "-S", manager.__file__], text=True, capture_output=True, check=False)
     assert done.returncode == 1 and re.fullmatch(r"manager\.py needs bottle .*'bottle'.*\n", done.stderr), done.stderr
 
 
-def test_a_system_without_posix_is_one_sentence() -> None:
+def test_a_system_without_posix_ends_the_start_with_one_sentence() -> None:
     start = f"import runpy, sys; sys.modules['fcntl'] = None; runpy.run_path({manager.__file__!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", start], text=True, capture_output=True, check=False)
     assert done.returncode == 1 and re.fullmatch(r"manager\.py needs Linux or macOS; .*\n", done.stderr), done.stderr
