@@ -861,6 +861,7 @@ def test_a_process_stopped_by_a_signal_blames_nobody(tmp_path: Path) -> None:
 
         agent = running.ask("POST", "/api/agents/register", AGENT)[1]["data"]
         running.process.send_signal(signal.SIGSTOP)
+        os.waitpid(running.process.pid, os.WUNTRACED)  # send_signal() does not wait until the process has stopped
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=3)) as asking:
             asking.request("GET", "/livez")
             with pytest.raises(TimeoutError):
