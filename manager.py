@@ -3966,7 +3966,6 @@ _CORS_HEADERS = (
 class RequestState:
     """What the server and the API pass to each other about one request; see request_state()."""
 
-    streams: Streams | None = None  # from the server: opens event streams; None if it has no streams
     stream: EventStream | None = None  # from the API: the stream that takes the connection over
     authenticated: str | None = None  # from the API: the id of the agent whose token it was, "" for a role's
     requests_left: int | None = None  # that its client may send in this minute; None: not counted yet
@@ -4303,7 +4302,7 @@ class Api:
         self._requests = Throttle("requests", config.rate_limit) if config.rate_limit else None
         self._newcomers = Throttle("registrations without a token", _NEWCOMERS_PER_MINUTE)
         self.latencies, self.refusals = Latencies(), Refusals()
-        self.streams_open: Callable[[], int] = lambda: 0  # whoever serves streams says otherwise
+        self.streams: Streams | None = None  # set by a server that can serve event streams
         self.notifier: Notifier | None = None  # whoever serves notifications says otherwise
         self.proved_s = 0.0  # when the manager made its last backup by itself, in s since 1970
         self.backups_failed = 0  # since then
@@ -4396,7 +4395,7 @@ class Api:
             ("purged_for_space_total", "counter",
              "Threat events and entries removed because of MANAGER_MAX_DB_BYTES.", manager.purged_for_space),
             ("write_ahead_log_bytes", "gauge", "Size of the write-ahead log.", manager.store.log_bytes()),
-            ("event_streams_open", "gauge", "Event streams open.", self.streams_open()),
+            ("event_streams_open", "gauge", "Event streams open.", self.streams.count if self.streams else 0),
             ("notifications_delivered_total", "counter",
              "Notifications that a receiver took, since the start.", notifier.delivered if notifier else 0),
             ("notification_receivers_failing", "gauge",
@@ -4446,10 +4445,9 @@ class Api:
         if authorization is None:
             newcomer = self.manager.config.open_enrollment and path == "/api/agents/register"
             return network_of(address) if newcomer else None
-        scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer":
+        token_digest = _bearer_digest(authorization)
+        if token_digest is None:
             return None
-        token_digest = digest(token.strip())
         role = self._role(token_digest)
         try:
             known = (role or self.manager.knows_token(token_digest)
@@ -4464,8 +4462,8 @@ class Api:
 
     def is_operator(self, environ: Mapping[str, Any]) -> bool:
         """Whether a request has an admin's or the viewer's token; does not read the database."""
-        scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        return scheme.lower() == "bearer" and self._role(digest(token.strip())) in (ADMIN, VIEWER)
+        token_digest = _bearer_digest(environ.get("HTTP_AUTHORIZATION", ""))
+        return token_digest is not None and self._role(token_digest) in (ADMIN, VIEWER)
 
     def _admit(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str]) -> Caller:
         """Who calls, if they may. Where anyone may, a credential is not looked at."""
@@ -4502,11 +4500,11 @@ class Api:
 
     def _authenticate(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str],
                       address: str) -> Caller:
-        scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        token = token.strip()
-        if not token:
+        authorization = environ.get("HTTP_AUTHORIZATION", "")
+        if not authorization.partition(" ")[2].strip():
             raise Unauthorized("a token is required: Authorization: Bearer …")
-        caller = self._identify(token, address) if scheme.lower() == "bearer" else None
+        token_digest = _bearer_digest(authorization)
+        caller = self._identify(token_digest, address) if token_digest else None
         if caller is None:
             self._failed_logins.count(address, self.manager.clock.now().tick_ms)
             raise Unauthorized("the token is wrong, or its agent was deregistered")
@@ -4517,8 +4515,7 @@ class Api:
             raise Forbidden("an agent's token reaches that agent only")
         return caller
 
-    def _identify(self, token: str, address: str) -> Caller | None:
-        token_digest = digest(token)
+    def _identify(self, token_digest: bytes, address: str) -> Caller | None:
         if role := self._role(token_digest):
             return Caller(role, address, credential=token_digest.hex()[:8] if role == ADMIN else None)
         if agent := self.manager.holder(token_digest):
@@ -4579,6 +4576,12 @@ def _as_address(text: str) -> str:
     """An IP address in canonical form, or nothing if it is none."""
     address = _as_ip(text.strip())
     return str(getattr(address, "ipv4_mapped", None) or address or "")
+
+
+def _bearer_digest(authorization: str) -> bytes | None:
+    """The digest of the token in an Authorization header; None if its scheme is not Bearer."""
+    scheme, _, token = authorization.partition(" ")
+    return digest(token.strip()) if scheme.lower() == "bearer" else None
 
 
 def request_id(environ: dict[str, Any]) -> str:
@@ -4789,14 +4792,14 @@ def _entries(call: Call) -> Sequence[Any]:
 @endpoint("GET", "/api/events/stream", "Follow the journal as server-sent events; `Last-Event-ID` resumes",
           query=STREAM_FILTER, media="text/event-stream; charset=utf-8", headers=(":Last-Event-ID",))
 def _stream(call: Call) -> bytes:
-    request = request_state(call.environ)
-    if request.streams is None:
+    if call.api.streams is None:
         raise ManagerError("event streams need the manager's own server; page through GET /api/events here",
                            status=501)
     last = call.environ.get("HTTP_LAST_EVENT_ID", "")
     if last and not re.fullmatch("[0-9]{1,15}", last):
         raise Invalid("Last-Event-ID: must be the id of an event")
-    request.stream = request.streams.open(int(last) if last else None, call.query)
+    stream = call.api.streams.open(int(last) if last else None, call.query)
+    request_state(call.environ).stream = stream
     return b""
 
 
@@ -5930,7 +5933,6 @@ class Task(WSGITask):  # type: ignore[misc]
     def get_environment(self) -> Environ:
         environ: Environ = super().get_environment()
         environ["PATH_INFO"] = self.request.path  # waitress takes away slashes in front of it
-        request_state(environ).streams = self.channel.server.site.streams
         return environ
 
     def service(self) -> None:
@@ -6546,10 +6548,10 @@ class WebServer:
     None serves plaintext to all.
     """
 
-    def __init__(self, owner: Server[Any], application: Application, api: Api, streams: Streams,
+    def __init__(self, owner: Server[Any], application: Application, api: Api,
                  tls_context: ssl.SSLContext | None) -> None:
         config = owner.config
-        self.owner, self.application, self.api, self.streams = owner, application, api, streams
+        self.owner, self.application, self.api = owner, application, api
         self.tls_context, self.batch = tls_context, HeartbeatBatch(api)
         self.config = config
         # Routes that anyone may call do not read the database.
@@ -6789,8 +6791,7 @@ class Server(Generic[_ClockT]):
             self.faults = self._api.faults
             if self.config.data_dir is None or isinstance(self.clock, ManualClock):  # a test's, not an operator's
                 self._api.exchanges = self._exchanges
-            self._streams = Streams(self.manager)
-            self._api.streams_open = lambda: self._streams.count
+            self._api.streams = self._streams = Streams(self.manager)
             self._notifier = self._api.notifier = Notifier(self.manager)
             for receiver in self._notifier.receivers:
                 undo.callback(run_thread("panguard-notify", receiver.run, receiver.stop))
@@ -6970,7 +6971,7 @@ class Server(Generic[_ClockT]):
 
         context = self._tls(folder)
         try:
-            self._web = WebServer(self, app, self._api, self._streams, context)  # looks the host up
+            self._web = WebServer(self, app, self._api, context)  # looks the host up
             undo.callback(run_thread("panguard-streams", follow, end))
             self._web.start()
         except (OSError, ValueError) as error:
