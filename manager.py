@@ -2431,6 +2431,12 @@ def _extract(backup: Path, work: Path) -> None:
         raise Unavailable(f"{backup} is no whole backup of this manager; take another")
 
 
+def _give_to_owner(path: Path, folder: Path) -> None:
+    """Let root's file belong to the owner of the folder, which may be a service's user."""
+    if os.geteuid() == 0:
+        os.chown(path, folder.stat().st_uid, folder.stat().st_gid)
+
+
 def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
     """Put a backup in the place of what a data folder holds; what the backup holds, and where the former files are.
 
@@ -2441,6 +2447,7 @@ def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
     make_folder(folder)
     with contextlib.ExitStack() as undo:
         undo.enter_context(contextlib.closing(take_folder(folder)))
+        _give_to_owner(folder / "lock", folder)
         if (folder / "manager.db").exists():
             undo.callback(os.close, lock_file(folder / "manager.db"))
         work = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix=".restore-", dir=folder)))
@@ -2450,8 +2457,7 @@ def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
                 shutil.copyfile(folder / name, work / name)
             if (work / name).exists():
                 (work / name).chmod(0o600)
-                if os.geteuid() == 0:  # the folder may be a service's, with a user of its own
-                    os.chown(work / name, folder.stat().st_uid, folder.stat().st_gid)
+                _give_to_owner(work / name, folder)
                 sync_path(work / name)
         former = [folder / name for name in (*_KEPT, "manager.db-wal", "manager.db-shm") if (folder / name).exists()]
         kept = folder / f"before-restore-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
@@ -3458,11 +3464,10 @@ class Manager:
             changed = {name: {"from": before[name], "to": given[name]} for name in ("state", "note")
                        if given[name] not in (None, before[name])}
             if changed:
-                changing = f"SELECT {_COUNTED} FROM threats WHERE key = :key"
-                self._count_threats(db, db.execute(changing, given).fetchall(), -1)
-                db.execute("UPDATE threats SET state = coalesce(:state, state), note = coalesce(:note, note) "
-                           "WHERE key = :key", given)
-                self._count_threats(db, db.execute(changing, given).fetchall())
+                after = db.execute(f"UPDATE threats SET state = coalesce(:state, state), note = coalesce(:note, note) "
+                                   f"WHERE key = :key RETURNING {_COUNTED}", given).fetchall()
+                self._count_threats(db, [[before[name] for name in _COUNTED.split(", ")]], -1)
+                self._count_threats(db, after)
                 self.store.journal(now.wall_ms, "threat_updated", caller, before["agent_id"], before["org_id"], {
                     "hostname": before["hostname"], "eventId": f"evt_{key:012x}", "threatType": before["type"],
                     **changed})
@@ -3737,30 +3742,34 @@ class Manager:
         if now.steady_ms - self._stepped_ms < _HOUR_MS:
             return self._purge_for_space() > 0
         removed = 0
-        for table, key, column, counted, before_ms in (
-                ("threats", "key", "received_ms", _COUNTED, self._cutoff_ms(now, self.config.threat_retention_ms)),
-                ("sightings", "org_id, indicator, agent_id", "at_ms", "1",
-                 now.steady_ms - self.config.correlation_window_ms - 1)):
-            old = f"SELECT {key} FROM {table} WHERE {column} < ? ORDER BY {column} LIMIT {_PURGE_STEP}"
-            with self.store.read() as db:
-                if not db.execute(old, (before_ms,)).fetchone():
-                    continue
+        old = f"SELECT {{}} FROM {{}} WHERE {{}} < ? ORDER BY {{}} LIMIT {_PURGE_STEP}"
+        threats = old.format("key", "threats", "received_ms", "received_ms")
+        sightings = old.format("org_id, indicator, agent_id", "sightings", "at_ms", "at_ms")
+        received_ms = self._cutoff_ms(now, self.config.threat_retention_ms)
+        at_ms = now.steady_ms - self.config.correlation_window_ms - 1
+        with self.store.read() as db:
+            expired = db.execute(threats, (received_ms,)).fetchone(), db.execute(sightings, (at_ms,)).fetchone()
+        if any(expired):
             with self.store.transaction(durable=False) as db:
-                gone = db.execute(f"DELETE FROM {table} WHERE ({key}) IN ({old}) RETURNING {counted}",
-                                  (before_ms,)).fetchall()
-                if table == "threats":
-                    self._count_threats(db, gone, -1)
-                removed += len(gone)
+                removed += self._remove_threats(db, threats, received_ms)
+                removed += db.execute(f"DELETE FROM sightings WHERE (org_id, indicator, agent_id) IN ({sightings})",
+                                      (at_ms,)).rowcount
         before_ms = self._cutoff_ms(now, self.config.journal_retention_ms)
         with self.store.read() as db:
             rows = db.execute("SELECT seq, at_ms FROM journal WHERE seq > 0 ORDER BY seq LIMIT ?",
                               (_PURGE_STEP,)).fetchall()
-        expired = [*itertools.takewhile(lambda row: self._entry_steady_ms(now, *row) < before_ms, rows)]
-        if expired:
+        entries = [*itertools.takewhile(lambda row: self._entry_steady_ms(now, *row) < before_ms, rows)]
+        if entries:
             with self.store.transaction(durable=False) as db:
-                removed += db.execute("DELETE FROM journal WHERE seq <= ?", (expired[-1]["seq"],)).rowcount
+                removed += db.execute("DELETE FROM journal WHERE seq <= ?", (entries[-1]["seq"],)).rowcount
         removed += self._purge_for_space()
         return removed > 0
+
+    def _remove_threats(self, db: sqlite3.Connection, keys: str, given: Any) -> int:
+        """Remove the events whose keys a query finds, and take them out of the totals; how many."""
+        gone = db.execute(f"DELETE FROM threats WHERE key IN ({keys}) RETURNING {_COUNTED}", (given,)).fetchall()
+        self._count_threats(db, gone, -1)
+        return len(gone)
 
     def _purge_for_space(self) -> int:
         """Remove some of the oldest threat events and entries if the database is larger than it may be; how many."""
@@ -3776,10 +3785,7 @@ class Manager:
             db.execute("DELETE FROM sightings WHERE (org_id, indicator, agent_id) IN (SELECT org_id, indicator, "
                        "agent_id FROM sightings ORDER BY at_ms LIMIT ?)", (step,))
             keys = to_json([row["key"] for row in rows if row["source"] == "threats"])
-            gone = db.execute(f"DELETE FROM threats WHERE key IN (SELECT value FROM json_each(?)) RETURNING {_COUNTED}",
-                              (keys,)).fetchall()
-            self._count_threats(db, gone, -1)
-            removed += len(gone)
+            removed += self._remove_threats(db, "SELECT value FROM json_each(?)", keys)
             # Entries go by number, which is not the order of their instants: the journal must have no gaps.
             last = max((row["key"] for row in rows if row["source"] == "journal"), default=0)
             removed += db.execute("DELETE FROM journal WHERE seq <= ?", (last,)).rowcount
@@ -4309,7 +4315,7 @@ class Api:
         self.faults = Faults()
         self.exchanges: deque[Exchange] | None = None  # set by a Server under test
 
-    def note(self, route: Endpoint | None, environ: Mapping[str, Any], reply: Reply | None) -> None:
+    def keep_exchange(self, route: Endpoint | None, environ: Mapping[str, Any], reply: Reply | None) -> None:
         """Add a request and its reply to `exchanges`, if the server keeps those."""
         if self.exchanges is None:
             return
@@ -4340,7 +4346,7 @@ class Api:
             if fault and fault.drop == "after":
                 raise Dropped
         except Dropped:
-            self.note(route, environ, None)
+            self.keep_exchange(route, environ, None)
             raise
         except ManagerError as error:
             reply = failure(error)
@@ -4349,7 +4355,7 @@ class Api:
             reply = failure(ManagerError("internal error; the log has its details under this request's id"))
         if not in_batch:
             self.latencies.observe(route.method, route.path, reply.status, time.perf_counter() - began_s)
-            self.note(route, environ, reply)
+            self.keep_exchange(route, environ, reply)
         return self.finish(reply, environ)
 
     def _serve(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str],
@@ -4436,7 +4442,7 @@ class Api:
         reply = self.finish(refusal._replace(headers=(*headers, *refusal.headers)), environ)
         # One name for all of them: made-up paths must not become labels.
         self.latencies.observe("-", "none", reply.status, 0.0)
-        self.note(None, environ, reply)
+        self.keep_exchange(None, environ, reply)
         return reply
 
     def body_owner(self, path: str, authorization: str | None, address: str) -> str | None:
@@ -6409,7 +6415,7 @@ class HeartbeatBatch:
             authenticated = request_state(environ).authenticated
             if not channel.authenticated and authenticated is not None:
                 channel.authenticate(authenticated)
-            self._api.note(route, environ, reply)
+            self._api.keep_exchange(route, environ, reply)
             closing = site.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
             lines = "".join([f"{name}: {value}\r\n" for name, value in reply.headers])
             channel.write_now(

@@ -9239,7 +9239,7 @@ def test_what_root_restores_belongs_to_the_owner_of_the_folder(furnished: Client
     other.mkdir(mode=0o700)
     os.chown(other, 12345, 12346)
     assert shell("restore", "kept", "--data-dir", other, "--yes")[0] == 0
-    for name in ("manager.db", "token"):
+    for name in ("manager.db", "token", "lock"):
         found = (other / name).stat()
         assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12345, 12346, 0o600)
 
