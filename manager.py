@@ -3401,7 +3401,7 @@ class Manager:
             del self._reported[next(iter(self._reported))]
         if refused:
             raise Throttled(f"more than {share_bytes} bytes of threat events in a minute from one agent",
-                            retry_after_s=(began_ms + 60_000 - now.tick_ms) // 1000 + 1)
+                            retry_after_s=math.ceil((began_ms + 60_000 - now.tick_ms) / 1000))
 
     def _correlate(self, db: sqlite3.Connection, now: Moment, agent_id: str, org_id: str | None, name: str,
                    value: str) -> None:

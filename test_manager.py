@@ -3092,7 +3092,7 @@ def test_one_agent_pushes_out_nobodys_events_and_the_database_keeps_its_bound() 
                  for number in range(100)]
         statuses = Counter[int]()
         for _ in range(30):
-            for _ in range(4):
+            for _ in range(6):
                 answer = api.app.request(f"/api/agents/{flooder['id']}/events", method="POST", expect_errors=True,
                                          body=json.dumps({"events": large}).encode(), headers={
                                              "Authorization": f"Bearer {flooder['token']}",
