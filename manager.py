@@ -2553,7 +2553,7 @@ _SWEEP_STEP = 2000  # agents announced in one transaction: some 30 ms, so that n
 _SILENT = "announced != 'online'"  # repeats the partial index's predicate so that SQLite uses it
 _SWEEP_READ = 50 * _SWEEP_STEP
 _ENTRIES_PER_MINUTE = 30  # that one agent can cause in the journal
-_ROW_BYTES = 512  # of a threat event beside its details, its indexes included
+_ROW_BYTES = 512  # of a threat event beside its texts, its indexes included
 _LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that one agent may report in a minute; or a twentieth of the database
 _LEAST_EXCESS_BYTES = 8 * 2**20  # by which the database may exceed its bound before reports are refused; or a tenth
 _AGENTS_COUNTED = 100_000  # for that bound, the latest
@@ -3351,7 +3351,7 @@ class Manager:
         details = [to_json(event["details"]) for event in events]
         indicators = [(source_address(event["details"]), file_hash(event["details"])) for event in events]
         if caller.role == "agent":
-            self._bound_report(now, agent_id, sum(map(len, details)) + _ROW_BYTES * len(details))
+            self._bound_report(now, agent_id, sum(map(_stored_bytes, events, details, indicators)))
         ids, stored = [], []
         with self.store.transaction() as db:
             agent = self._row(db, now, agent_id)
@@ -3916,6 +3916,17 @@ class Manager:
         (total,) = db.execute(f"SELECT count(*) FROM {source} WHERE TRUE{scope}" if scope else
                               "SELECT count(*) FROM contacts", given).fetchone()
         return {Status.ONLINE: total - sum(counts.values()), **counts}
+
+
+def _stored_bytes(event: Mapping[str, Any], details: str, indicators: Sequence[str | None]) -> int:
+    """About what a threat event takes in the database, with its keys in tables and indexes."""
+    source_ip, hash = indicators
+    copies = ((event["type"], 3), (event.get("id"), 2), (source_ip, 5), (hash, 4))
+    bytes_of = ((len(key.encode()), count) for key, count in copies if key)
+    # SQLite gives the rest of a long key a page of its own.
+    keys = sum(count * (size if size < _PAGE_BYTES // 5 else _PAGE_BYTES) for size, count in bytes_of)
+    rule = event.get("sigma_rule_id") or event.get("rule_id") or ""
+    return _ROW_BYTES + len(details.encode()) + len(rule.encode()) + keys
 
 
 def _window(page: int | None, limit: int | None, unpaged: int = -1) -> tuple[bool, dict[str, int]]:

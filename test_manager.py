@@ -3106,6 +3106,28 @@ def test_one_agent_pushes_out_nobodys_events_and_the_database_keeps_its_bound() 
         report(api, victim, threat(type="later"))
 
 
+@pytest.mark.parametrize("names", [("type",), ("id",), ("ruleId",), ("sourceIp",), ("sha256",),
+                                   ("type", "id", "ruleId", "sourceIp", "sha256")], ids="-".join)
+@pytest.mark.parametrize("letter", ["x", "\N{GRINNING FACE}"], ids=["ascii", "emoji"])
+def test_what_an_agent_reports_in_a_minute_is_bounded_as_it_takes_room_in_the_database(
+        names: tuple[str, ...], letter: str) -> None:
+    share_bytes = 4 * 2**20
+    with fleet(max_db_bytes=20 * share_bytes) as api:
+        agent, store = api.register(), api.server.manager.store
+        before_bytes, statuses = store.used_bytes(), Counter[int]()
+        while not statuses[429]:
+            texts = [f"{statuses[201]}-{each}".ljust(255, letter) for each in range(50)]
+            values = [dict.fromkeys(names, text) for text in texts]
+            events = [{"type": "t", "severity": "low", "details": value, **value} for value in values]
+            body = json.dumps({"events": events}, ensure_ascii=False).encode()
+            answer = api.app.request(f"/api/agents/{agent['id']}/events", method="POST", expect_errors=True,
+                                     body=body, headers={"Authorization": f"Bearer {agent['token']}",
+                                                         "Content-Type": "application/json"})
+            statuses[answer.status_int] += 1
+        assert set(statuses) == {201, 429}
+        assert share_bytes / 2 < store.used_bytes() - before_bytes < 1.5 * share_bytes
+
+
 TEN_YEARS_S = 10 * 365 * 86_400
 
 
