@@ -3743,6 +3743,15 @@ def test_rankings_end_at_ten(api: Client) -> None:
 
 
 
+def test_a_summary_names_the_thousand_most_frequent_types_and_counts_all(api: Client) -> None:
+    agent = api.register()
+    report(api, agent, *[threat(type=f"t{number}") for number in range(1000)])
+    report(api, agent, threat(type="rare"), threat(type="frequent"), threat(type="frequent"))
+    summary = api.get("/api/threats/summary")
+    assert summary["total"] == 1003 and len(summary["byType"]) == 1000
+    assert next(iter(summary["byType"].items())) == ("frequent", 2)
+
+
 # Policies
 
 SCOPES = {"all": ("block_ip", "custom"), "org": ("custom", "alert_threshold"), "agent": ("alert_threshold",
