@@ -2950,6 +2950,7 @@ class Manager:
             if clone:
                 self.store.journal(now.wall_ms, "identity_conflict", caller, agent_id, org_id, {
                     "hostname": hostname, "machineId": machine_id, "otherAgentId": clone})
+        with self.store.read() as db:  # while others write: counting its threat events may take long
             return Registration(self._agent(db, now, agent_id), token, row is None)
 
     def _known(self, db: sqlite3.Connection, now: Moment, org_id: str | None, machine_id: str | None,

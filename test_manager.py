@@ -2881,6 +2881,18 @@ def test_an_enrolment_token_used_at_once_registers_no_more_agents_than_it_may(se
     assert Counter(status for status, _ in answers) == {201: 3, 401: 5}
 
 
+def test_a_registration_counts_the_agents_threat_events_once_others_may_write(server: Server) -> None:
+    fleet_manager, store = server.manager, server.manager.store
+    first = fleet_manager.register("web-1", "linux", "1.2.0", machine_id="m1")
+
+    def write() -> None:  # called after the commit
+        store.listeners.remove(write)
+        fleet_manager.report_events(first.agent.id, [THREAT])
+    store.listeners.append(write)
+    again = fleet_manager.register("web-1", "linux", "1.2.0", machine_id="m1")
+    assert (again.agent.id, again.agent.recent_threats) == (first.agent.id, 1)
+
+
 def test_without_machine_id_every_registration_is_another_agent(api: Client, clock: ManualClock) -> None:
     first = api.register()
     clock.advance(1000)
