@@ -5503,9 +5503,9 @@ def _sentence(entry: Entry) -> str:
 #   HTTPChannel       readable, writable          idle connections and those that a worker serves cost the loop nothing
 #                     handle_read, received       TLS on the same port; heartbeats in the loop
 #                     handle_write, handle_close  the last answer arrives before the connection ends
-#                     recv, send                  never two threads in one SSL object
-#                     _flush_some                 a worker leaves to the loop what the client does not take yet
-#                     _flush_outbufs_below_…      no worker waits for a client
+#                     write_soon, send_continue   workers leave all sending to the loop: none waits for a client,
+#                                                 and no two threads use one SSL object
+#                     recv, send                  a client that is gone is no error
 #                     service                     the loop goes on with the next request
 #   TcpWSGIServer     handle_accept, add_task     connections are bounded per address; refusals need no worker, nor does
 #                                                 what is answered from memory
@@ -5652,7 +5652,9 @@ GRACE_S = 4.0  # at the stop, for what is in flight
 MAX_HEADERS = 32 * KIB
 MAX_HEADER_LINES = 512
 CHUNK_LINE_BYTES = 4 * KIB  # of a chunk line, and of all trailers
-SEND_BYTES = 64 * KIB
+SEND_BYTES = 64 * KIB  # at once
+SENDS_AT_ONCE = 16  # then other clients have their turn
+OUTPUT_BUFFER_BYTES = 8 * KIB  # up to that waitress' buffers are of bytes, which take the least time and memory
 STREAM_BACKLOG = 1 * MIB  # a reader further behind than this is dropped
 LINGER_BYTES = 8 * MIB  # what a client may still send after its last answer
 SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that there are too many
@@ -5760,20 +5762,23 @@ class SocketMap(dict[int, Any]):
 
     def update_interest(self, channel: Any) -> None:
         """Send what can be sent at once, then wait for what the channel now wants."""
-        fd: int = channel._fileno
-        if fd in self and (writes := channel.writable()):
+        fd: int = channel.fd
+        if self._has(channel) and (writes := channel.writable()):
             wasyncore.write(channel)
             writes = channel.writable()
-        if channel._fileno not in self:  # closed, by this or before
+        if not self._has(channel):  # closed, by this or before
             return
         wanted = self._interest[fd] & READ  # withdrawn only if it fires unwanted: saves two calls per request
         if not wanted and channel.readable():
             wanted = READ
         self._watch(fd, wanted | WRITE if writes else wanted)
 
+    def _has(self, channel: Any) -> bool:
+        return self.get(channel.fd) is channel
+
     def reads(self, channel: Any) -> bool:
         """Whether the poller reports data that arrive for the channel."""
-        return bool(self._interest.get(channel._fileno, READ) & READ)
+        return bool(self._interest.get(channel.fd, READ) & READ)
 
     def _watch(self, fd: int, wanted: int) -> None:
         if wanted != self._interest[fd]:
@@ -6040,7 +6045,7 @@ class Phase(enum.Enum):
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """One connection. Only the loop receives and closes; whoever sends holds `sending`."""
+    """One connection. Only the loop uses its socket; other threads add to what it has to send."""
 
     task_class, error_task_class = Task, ErrorReply
     phase = Phase.HTTP
@@ -6060,23 +6065,24 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def __init__(self, server: Listener, sock: socket.socket, addr: Any, adj: Any, map: SocketMap) -> None:
         self.opened_s = self.active_s = time.monotonic()  # active: when something was last sent
         super().__init__(server, sock, addr, adj, map=map)
-        self.sockets = map
-        self.sending = threading.RLock()
-        self.outbuf_lock = threading.Condition(self.sending)  # what waitress locks
+        self.sockets, self.fd = map, sock.fileno()
+        self.output: deque[OverflowableBuffer] = deque()  # what is to be sent; a large buffer is a temporary file
+        self.output_bytes = 0
+        self.output_lock = threading.RLock()  # for both of these, `stream` and `connected`
         if server.site.tls_context is not None:
             self.phase = Phase.FIRST_BYTE
 
     # What the loop asks
 
     def readable(self) -> bool:
-        busy = self.requests or self.in_batch or self.total_outbufs_len or self.close_when_flushed
+        busy = self.requests or self.in_batch or self.output_bytes or self.close_when_flushed
         return not (self.will_close or (busy and self.phase is Phase.HTTP))
 
     def writable(self) -> bool:
         if self.requests:  # its worker calls update_interest() when it has finished
-            return bool(self.will_close or self.total_outbufs_len >= self.adj.send_bytes)
+            return bool(self.will_close)
         closing = self.will_close or self.close_when_flushed
-        return bool(self.total_outbufs_len or closing or self.handshake_writes)
+        return bool(self.output_bytes or closing or self.handshake_writes)
 
     def expires_s(self) -> float:
         """When this client will have had its time, on the monotonic clock."""
@@ -6084,11 +6090,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return self.opened_s + HANDSHAKE_S
         if self.phase is Phase.LINGER:
             return self.active_s + HANDSHAKE_S
-        if self.phase is Phase.STREAM and not self.total_outbufs_len:
+        if self.phase is Phase.STREAM and not self.output_bytes:
             return math.inf
-        if self.in_batch or (self.requests and self.total_outbufs_len < self.adj.send_bytes):
+        if self.in_batch or self.requests:
             return math.inf  # no time limit while the answer is made
-        if (self.request is not None or self.held) and not self.requests and not self.total_outbufs_len:
+        if (self.request is not None or self.held) and not self.output_bytes:
             return self.began_s + REQUEST_S + self.taken / SLOWEST_UPLOAD_BYTES_PER_S
         return self.active_s + (IDLE_S if self.authenticated else UNAUTHENTICATED_IDLE_S)
 
@@ -6127,7 +6133,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def read_next(self) -> None:
         """Read the request that came with the one before, if the client has taken all answers."""
-        busy = self.requests or self.in_batch or self.total_outbufs_len or self.wanted
+        busy = self.requests or self.in_batch or self.output_bytes or self.wanted
         if self.held and not busy and self.phase is Phase.HTTP and self.connected:
             self.received(b"")
 
@@ -6150,20 +6156,21 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.phase is Phase.HANDSHAKE:
             self._handshake()
         elif not self.requests:
-            self._flush_some()
-        elif self.total_outbufs_len >= self.adj.send_bytes:
-            self._flush_some_if_lockable()
+            self._send_output()
         if self.will_close:
             self.handle_close()
-        elif self.close_when_flushed and not self.total_outbufs_len:
+        elif self.close_when_flushed and not self.output_bytes:
             self._linger()
         else:
             self.read_next()
 
     def handle_close(self) -> None:
-        with self.sending:
+        with self.output_lock:
             stream, self.stream = self.stream, None
             super().handle_close()
+            self.output_bytes = 0
+            while self.output:
+                self.output.popleft().close()
         self.server.site.count_connection(self.counted_as, -1)
         self.counted_as = ""
         if self.request is not None:
@@ -6180,7 +6187,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.socket = site.tls_context.wrap_socket(
                     self.socket, server_side=True, do_handshake_on_connect=False)
                 self.scheme = "https"
-                self.sendbuf_len = SEND_BYTES  # OpenSSL wants a send that must wait repeated whole
                 self.phase = Phase.HANDSHAKE
             elif first:
                 self.phase = Phase.HTTP
@@ -6212,31 +6218,27 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Close our half and let the client finish its own, within bounds."""
         self.close_when_flushed = False
         self.phase, self.tolerance, self.active_s = Phase.LINGER, LINGER_BYTES, time.monotonic()
-        with self.sending:
-            if isinstance(self.socket, ssl.SSLSocket):
-                with contextlib.suppress(OSError, ValueError):
-                    self.socket.unwrap()  # sends close_notify; nobody waits for the client's
-            try:
-                self.socket.shutdown(socket.SHUT_WR)
-            except OSError:
-                self.handle_close()
-
-    # Sending and receiving: never two threads in one SSL object
+        if isinstance(self.socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.socket.unwrap()  # sends close_notify; nobody waits for the client's
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.handle_close()
 
     def recv(self, size: int) -> bytes:
         """What has arrived; nothing if there is nothing, or the client is gone and the channel closed."""
-        with self.sending:
-            try:
-                data: bytes = self.socket.recv(size)
-            except LATER:
-                return b""
-            except (OSError, ValueError):
-                data = b""
-            if not data:
-                self.handle_close()
-            return data
+        try:
+            data: bytes = self.socket.recv(size)
+        except LATER:
+            return b""
+        except (OSError, ValueError):
+            data = b""
+        if not data:
+            self.handle_close()
+        return data
 
-    def send(self, data: bytes, do_close: bool = True) -> int:
+    def send(self, data: bytes) -> int:
         try:
             sent = int(self.socket.send(data))
         except LATER:
@@ -6249,23 +6251,45 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def write_now(self, data: bytes, closing: bool) -> None:
         """Send in the loop, keeping only what the client cannot take yet."""
-        with self.sending:
-            sent = self.send(data) if self.connected else len(data)
-            if sent < len(data):
-                self.write_soon(data[sent:])
-            if closing or sent < len(data) or not self.sockets.reads(self):
-                self.close_when_flushed = closing
-                self.sockets.call_soon(self.sockets.update_interest, self)
+        sent = self.send(data) if self.connected else len(data)
+        if sent < len(data):
+            self.write_soon(data[sent:])
+        if closing or sent < len(data) or not self.sockets.reads(self):
+            self.close_when_flushed = closing
+            self.sockets.call_soon(self.sockets.update_interest, self)
 
-    def _flush_some(self, do_close: bool = True) -> bool:
-        with self.sending:
-            flushed = self.connected and bool(super()._flush_some(do_close))
-            if not do_close and (self.total_outbufs_len or self.will_close):  # a worker needs the loop's help
-                self.sockets.call_soon(self.sockets.update_interest, self)
-            return flushed
+    def send_continue(self) -> None:
+        """Ask for the body of the request that is being received."""
+        self.request.expect_continue = self.request.completed = False
+        self.sent_continue = True
+        self.write_now(b"HTTP/1.1 100 Continue\r\n\r\n", closing=False)
 
-    def _flush_outbufs_below_high_watermark(self) -> None:
-        """Here waitress would have the worker wait for the client; what is large goes to a file instead."""
+    def _send_output(self) -> None:
+        """Send what the client takes, within bounds; update_interest() asks for the rest."""
+        with self.output_lock:
+            for _ in range(SENDS_AT_ONCE):
+                if not self.output or not (sent := self.send(self.output[0].get(SEND_BYTES))):
+                    break
+                self.output_bytes -= sent
+                self.output[0].skip(sent, True)
+                if not self.output[0]:
+                    self.output.popleft().close()
+
+    # What workers and the threads of streams call
+
+    def write_soon(self, data: bytes) -> int:
+        """Have the loop send these data, once service() has ended or update_interest() is called."""
+        with self.output_lock:
+            if not self.connected:
+                raise ClientDisconnected
+            if not data:
+                return 0
+            # The first may have been sent in part: waitress' buffers keep what was sent until they are closed.
+            if len(self.output) < 2 or len(self.output[-1]) + len(data) > OUTPUT_BUFFER_BYTES:
+                self.output.append(OverflowableBuffer(self.adj.outbuf_overflow))
+            self.output[-1].append(data)
+            self.output_bytes += len(data)
+        return len(data)
 
     def service(self) -> None:
         super().service()
@@ -6284,7 +6308,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         request = request_state(environ)
         assert request.stream
         request.stream.start(self)
-        with self.sending:
+        with self.output_lock:
             if not self.connected:
                 raise ClientDisconnected
             self.stream, request.stream = request.stream, None
@@ -6293,7 +6317,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def backlog(self) -> int:
         """Bytes published that the client has not taken yet."""
-        return int(self.total_outbufs_len)
+        return self.output_bytes
 
     def publish(self, data: bytes) -> bool:
         """Send on a stream, from any thread and without waiting; false if it is over."""
@@ -6301,21 +6325,18 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def end(self) -> None:
         """End a stream as its reader expects it."""
-        with self.sending:
+        with self.output_lock:
             self._say(b"0\r\n\r\n" if self.chunked else b"")
             self.close_when_flushed = True
 
     def _say(self, data: bytes) -> bool:
-        with self.sending:
+        with self.output_lock:
             if not self.connected or self.close_when_flushed or self.phase is Phase.LINGER:
                 return False
-            if self.total_outbufs_len + len(data) > STREAM_BACKLOG:
+            if self.output_bytes + len(data) > STREAM_BACKLOG:
                 self.sockets.call_soon(self.handle_close)
                 return False
-            if self.outbufs[-1].buf is not None:  # past 8 KiB waitress' buffers never shrink again
-                self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
-            self.outbufs[-1].append(data)
-            self.total_outbufs_len += len(data)
+            self.write_soon(data)
         self.sockets.call_soon(self.sockets.update_interest, self)
         return True
 
@@ -6343,7 +6364,7 @@ class HeartbeatBatch:
         """Take a request, or leave what has arrived of it in `channel.held`; false if it is left to a worker."""
         line = _HEARTBEAT_LINE(data)
         end = data.find(b"\r\n\r\n")
-        if not line or end < line.end() or len(data) > BATCH_BYTES or channel.total_outbufs_len or self._api.faults:
+        if not line or end < line.end() or len(data) > BATCH_BYTES or channel.output_bytes or self._api.faults:
             return False
         environ = self._headers(data[line.end():end])
         if environ is None or "," in environ.get("HTTP_HOST", ","):
@@ -6501,14 +6522,14 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                     time.sleep(0.01)  # the process is out of descriptors: do not spin on it
                 return
             counted_as = "" if self.site.api.is_proxy(address[0]) else network_of(address[0])
-            too_many = max(len(self._map) - self.site.connection_limit,
+            too_many = max(len(self.site.sockets) - self.site.connection_limit,
                            self.site.connections_of[counted_as] - self.site.address_limit) + 1
             if too_many > SPARE_DESCRIPTORS // 2:  # a few too many are answered 503, more are closed
                 connection.close()
                 continue
             try:
                 self.set_socket_options(connection)
-                channel = Channel(self, connection, address, self.adj, self._map)
+                channel = Channel(self, connection, address, self.adj, self.site.sockets)
             except OSError:  # gone already; let out, this would close the listener
                 connection.close()
                 continue
@@ -6584,7 +6605,6 @@ class WebServer:
             host=config.host, port=config.port, threads=config.threads, ident=None,
             clear_untrusted_proxy_headers=False, max_request_body_size=_MOST_BYTES + 1,
             max_request_header_size=MAX_HEADERS, recv_bytes=SEND_BYTES)
-        self.settings.send_bytes = SEND_BYTES  # as an argument it would warn
         self.stopping = False
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -6691,7 +6711,7 @@ class WebServer:
 
     def _in_flight(self) -> bool:
         return bool(self.workers.queue) or any(
-            channel.requests or channel.in_batch or channel.total_outbufs_len for channel in self.channels())
+            channel.requests or channel.in_batch or channel.output_bytes for channel in self.channels())
 
 
 class Backups:
