@@ -345,7 +345,7 @@ class Config:
     backup_keep: int = _setting(
         7, "MANAGER_BACKUP_KEEP", _whole(1, 10_000), "how many of these backups are kept, the latest")
     threads: int = _setting(
-        4, "MANAGER_THREADS", _whole(1, 256), "threads that serve requests")
+        16, "MANAGER_THREADS", _whole(1, 256), "threads that serve requests")
     log_level: str = _setting(
         "INFO", "MANAGER_LOG_LEVEL", _LEVEL, "least serious message written to standard error")
     log_format: str = _setting(
@@ -3008,8 +3008,10 @@ class Manager:
         """An id that no agent has, and none had whose threats or entries are still kept."""
         while True:
             agent_id = "agent-" + secrets.token_hex(4)
-            if not any(db.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", (agent_id,)).fetchone()
-                       for table, column in (("agents", "id"), ("threats", "agent_id"), ("journal", "agent_id"))):
+            (taken,) = db.execute(
+                "SELECT EXISTS (SELECT 1 FROM agents WHERE id = ?1) OR EXISTS (SELECT 1 FROM threats WHERE "
+                "agent_id = ?1) OR EXISTS (SELECT 1 FROM journal WHERE agent_id = ?1)", (agent_id,)).fetchone()
+            if not taken:
                 return agent_id
 
     @checked(HEARTBEAT)

@@ -389,7 +389,7 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
      "a whole number from 1000 to "),
     ("backup_keep", None, "MANAGER_BACKUP_KEEP", 7, [("1", 1)], ["0", "all"], "a whole number from 1 to 10000"),
     ("log_format", None, "MANAGER_LOG_FORMAT", "text", [("json", "json")], ["JSON", "xml"], "text or json"),
-    ("threads", None, "MANAGER_THREADS", 4, [("1", 1), ("256", 256)], ["0", "257"], "a whole number from 1 to 256"),
+    ("threads", None, "MANAGER_THREADS", 16, [("1", 1), ("256", 256)], ["0", "257"], "a whole number from 1 to 256"),
     ("log_level", None, "MANAGER_LOG_LEVEL", "INFO", [("DEBUG", "DEBUG"), ("ERROR", "ERROR")], ["LOUD", "10"],
      "DEBUG, INFO, WARNING or ERROR"),
 ]
