@@ -100,10 +100,10 @@ if typing.TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __version__ = "1.2.0"
-__all__ = ["Agent", "Caller", "Clock", "Config", "Conflict", "Dropped", "Entry", "Exchange", "Fault", "Faults",
-           "Forbidden", "Invalid", "Manager", "ManagerError", "ManualClock", "Moment", "NotFound", "Registration",
-           "Server", "SettingError", "Settings", "StartError", "Status", "Store", "SystemClock", "Throttled",
-           "Unauthorized", "Unavailable", "create_app", "main"]
+__all__ = ["Agent", "Caller", "Clock", "Config", "Conflict", "Dropped", "Entry", "Exchange", "Fault",
+           "Faults", "Forbidden", "Invalid", "Manager", "ManagerError", "ManualClock", "Moment", "NotFound",
+           "Registration", "Server", "SettingError", "Settings", "StartError", "Status", "Store",
+           "SystemClock", "Throttled", "Unauthorized", "Unavailable", "create_app", "main"]
 
 if __name__ == "manager":  # both names are the same module: no error class may exist twice
     sys.modules.setdefault("panguard_manager", sys.modules[__name__])
@@ -178,7 +178,8 @@ _HOST = _matching(r"[0-9A-Za-z.:_-]{1,255}", "a host name or an address")
 _DNS_NAME = _matching(r"(?=.{1,253}$)[0-9A-Za-z_-]{1,63}(\.[0-9A-Za-z_-]{1,63})*", "a host name")
 _TLS_NAMES = _several(lambda text: str(_as_ip(text) or _DNS_NAME.parse(text)), 16,
                       "host names or addresses, with commas between")
-_NETWORKS = _several(ipaddress.ip_network, 64, "addresses or networks such as 10.0.0.0/8, with commas between")
+_NETWORKS = _several(ipaddress.ip_network, 64,
+                     "addresses or networks such as 10.0.0.0/8, with commas between")
 _ORIGINS = _several(_matching(r"https?://[0-9A-Za-z.:\[\]_-]+", "").parse, 64,
                     "origins such as https://console.example.org, with commas between")
 _ORG = _matching(r"(?=.*\S)[^\x00-\x1f\x7f-\x9f]{1,128}", "1 to 128 characters without control characters")
@@ -188,9 +189,9 @@ _EVENTS_TOLD = ("offline", "online", "correlated", "conflict", *(f"threat:{sever
 
 def _parse_receiver(text: str) -> str:
     target = urlsplit(re.sub(r"^(slack|mattermost|discord)\+", "", text))
-    if target.scheme not in ("http", "https") or not target.hostname or not re.fullmatch(r"[!-~]{1,2048}", text):
+    if target.scheme not in ("http", "https") or not target.hostname:
         raise ValueError
-    if target.port == 0:  # reading it raises ValueError for what is no port
+    if not re.fullmatch(r"[!-~]{1,2048}", text) or target.port == 0:  # reading a wrong port raises ValueError
         raise ValueError
     return text
 
@@ -202,8 +203,9 @@ def _parse_secret(text: str) -> bytes:
     return secret
 
 
-_RECEIVERS = _several(_parse_receiver, 8, "1 to 8 addresses such as https://hooks.example.org/panguard, with commas "
-                      "between; slack+https://, mattermost+https:// and discord+https:// say which text one takes")
+_RECEIVERS = _several(
+    _parse_receiver, 8, "1 to 8 addresses such as https://hooks.example.org/panguard, with commas between; "
+    "slack+https://, mattermost+https:// and discord+https:// say which text one takes")
 _SECRET = Parser(_parse_secret, "whsec_ and then 16 to 64 bytes in base64")
 _TOLD = _several({name: name for name in _EVENTS_TOLD}.__getitem__, 8,
                  f"some of {', '.join(_EVENTS_TOLD)}, with commas between")
@@ -231,9 +233,9 @@ Settings = typing.TypedDict("Settings", {  # noqa: UP013 - as a class it would h
     "trusted_proxy": str | Sequence[Any], "rate_limit": int, "cors_allowed_origins": _Texts,
     "connections_per_address": int | None, "max_streams": int, "max_buffered_bytes": int,
     "tls": str, "tls_cert": _Path, "tls_key": _Path, "tls_name": _Texts,
-    "threat_retention_ms": int, "journal_retention_ms": int, "max_db_bytes": int, "correlation_window_ms": int,
-    "notify_url": _Texts, "notify_secret": str | bytes | None, "notify_on": _Texts, "notify_delay_ms": int,
-    "notify_repeat_ms": int, "prune_offline_ms": int}, total=False)
+    "threat_retention_ms": int, "journal_retention_ms": int, "max_db_bytes": int,
+    "correlation_window_ms": int, "prune_offline_ms": int, "notify_repeat_ms": int, "notify_delay_ms": int,
+    "notify_url": _Texts, "notify_secret": str | bytes | None, "notify_on": _Texts}, total=False)
 Settings.__doc__ = "The keywords of Config and Server, for type checkers; Config describes each."
 
 
@@ -254,9 +256,9 @@ class Config:
         Path("~/.panguard-manager"), "MANAGER_DATA_DIR", _FOLDER,
         "folder of manager.db and token, made if missing", option="--data-dir")
     auth_token: tuple[str, ...] = _setting(
-        (), "MANAGER_AUTH_TOKEN", _TOKENS, "the admin's token, or two with a comma between while one replaces "
-        "the other; without it one is generated and kept in the data folder", option="--auth-token",
-        shown="generated")
+        (), "MANAGER_AUTH_TOKEN", _TOKENS, "the admin's token, or two with a comma between while one "
+        "replaces the other; without it one is generated and kept in the data folder",
+        option="--auth-token", shown="generated")
     auth_token_file: Path | None = _setting(
         None, "MANAGER_AUTH_TOKEN_FILE", _FILE, "a file that holds what MANAGER_AUTH_TOKEN would",
         option="--auth-token-file")
@@ -284,11 +286,11 @@ class Config:
         30 * _DAY_MS, "MANAGER_THREAT_RETENTION_MS", _MS, "age at which a threat event is removed", unit="ms",
         shown="2592000000, 30 days")
     journal_retention_ms: int = _setting(
-        30 * _DAY_MS, "MANAGER_JOURNAL_RETENTION_MS", _MS, "age at which a journal entry is removed", unit="ms",
-        shown="2592000000, 30 days")
+        30 * _DAY_MS, "MANAGER_JOURNAL_RETENTION_MS", _MS, "age at which a journal entry is removed",
+        unit="ms", shown="2592000000, 30 days")
     max_db_bytes: int = _setting(
-        2**32, "MANAGER_MAX_DB_BYTES", _whole(2**20, 2**49), "size of the database from which on the oldest threat "
-        "events and journal entries are removed early", unit="bytes", shown="4294967296, 4 GiB")
+        2**32, "MANAGER_MAX_DB_BYTES", _whole(2**20, 2**49), "size of the database from which on the oldest "
+        "threat events and journal entries are removed early", unit="bytes", shown="4294967296, 4 GiB")
     correlation_window_ms: int = _setting(
         300_000, "MANAGER_CORRELATION_WINDOW_MS", _MS,
         "time within which events of several agents are taken for one attack", unit="ms")
@@ -296,49 +298,51 @@ class Config:
         "auto", "MANAGER_TLS", _TLS, "auto: TLS for all, plaintext for loopback and the proxy only; require: "
         "plaintext for nobody; off: plaintext for all", option="--tls")
     tls_cert: Path | None = _setting(
-        None, "MANAGER_TLS_CERT", _FILE, "certificate chain (PEM) instead of the self-signed one in the data folder",
-        option="--tls-cert")
+        None, "MANAGER_TLS_CERT", _FILE,
+        "certificate chain (PEM) instead of the self-signed one in the data folder", option="--tls-cert")
     tls_key: Path | None = _setting(
         None, "MANAGER_TLS_KEY", _FILE, "private key (PEM) of that certificate", option="--tls-key")
     tls_name: tuple[str, ...] = _setting(
-        (), "MANAGER_TLS_NAME", _TLS_NAMES, "further names and addresses, with commas between, for the self-signed "
-        "certificate", option="--tls-name", shown="none")
+        (), "MANAGER_TLS_NAME", _TLS_NAMES, "further names and addresses, with commas between, for the "
+        "self-signed certificate", option="--tls-name", shown="none")
     open_enrollment: bool = _setting(
-        False, "MANAGER_OPEN_ENROLLMENT", _SWITCH, "1 lets agents register without a token, as the Guard agent "
-        "shipped on npm does", shown="0")
+        False, "MANAGER_OPEN_ENROLLMENT", _SWITCH, "1 lets agents register without a token, as the Guard "
+        "agent shipped on npm does", shown="0")
     open_enrollment_org: str | None = _setting(
         None, "MANAGER_OPEN_ENROLLMENT_ORG", _ORG, "org of the agents that register without a token")
     reenroll: bool = _setting(
-        True, "MANAGER_REENROLL", _SWITCH, "0 lets an enroller register no known machine_id again: that takes the "
-        "admin's token or the agent's own", shown="1")
+        True, "MANAGER_REENROLL", _SWITCH, "0 lets an enroller register no known machine_id again: that "
+        "takes the admin's token or the agent's own", shown="1")
     max_streams: int = _setting(
         500, "MANAGER_MAX_STREAMS", _whole(0, 100_000), "event streams that may be open at once")
     connections_per_address: int = _setting(
-        None, "MANAGER_CONNECTIONS_PER_ADDRESS", _whole(1, 1_000_000),
-        "connections that an address may have open without a credential shown on them; a trusted proxy any number",
-        shown="an eighth of all")
+        None, "MANAGER_CONNECTIONS_PER_ADDRESS", _whole(1, 1_000_000), "connections that an address may have "
+        "open without a credential shown on them; a trusted proxy any number", shown="an eighth of all")
     max_buffered_bytes: int = _setting(
         32 * 2**20, "MANAGER_MAX_BUFFERED_BYTES", _whole(2 * 2**20, 2**40),
         "bytes of request bodies kept in memory at once; further bodies are refused with 503", unit="bytes")
     notify_url: tuple[str, ...] = _setting(
-        (), "MANAGER_NOTIFY_URL", _RECEIVERS, "receivers of notifications, up to 8 addresses with commas between",
-        shown="none")
+        (), "MANAGER_NOTIFY_URL", _RECEIVERS,
+        "receivers of notifications, up to 8 addresses with commas between", shown="none")
     notify_secret: bytes | None = _setting(
-        None, "MANAGER_NOTIFY_SECRET", _SECRET, "secret that signs notifications (Standard Webhooks): whsec_, base64")
+        None, "MANAGER_NOTIFY_SECRET", _SECRET,
+        "secret that signs notifications (Standard Webhooks): whsec_, base64")
     notify_on: tuple[str, ...] = _setting(
         ("offline", "online", "threat:high", "correlated", "conflict"), "MANAGER_NOTIFY_ON", _TOLD,
-        f"what is notified, some of {', '.join(_EVENTS_TOLD)}", shown="offline,online,threat:high,correlated,conflict")
+        f"what is notified, some of {', '.join(_EVENTS_TOLD)}",
+        shown="offline,online,threat:high,correlated,conflict")
     notify_delay_ms: int = _setting(
-        60_000, "MANAGER_NOTIFY_DELAY_MS", _MS, "time for which notifications are gathered; an agent back within it is "
-        "not mentioned", unit="ms")
+        60_000, "MANAGER_NOTIFY_DELAY_MS", _MS,
+        "time for which notifications are gathered; an agent back within it is not mentioned", unit="ms")
     notify_repeat_ms: int = _setting(
-        0, "MANAGER_NOTIFY_REPEAT_MS", _whole(0, 1000 * _DAY_MS), "time between reminders of agents that are still "
-        "silent; 0 is none", unit="ms")
+        0, "MANAGER_NOTIFY_REPEAT_MS", _whole(0, 1000 * _DAY_MS),
+        "time between reminders of agents that are still silent; 0 is none", unit="ms")
     prune_offline_ms: int = _setting(
-        0, "MANAGER_PRUNE_OFFLINE_MS", _whole(0, 1000 * _DAY_MS), "time offline after which an agent is deregistered; "
-        "0 is never", unit="ms")
+        0, "MANAGER_PRUNE_OFFLINE_MS", _whole(0, 1000 * _DAY_MS),
+        "time offline after which an agent is deregistered; 0 is never", unit="ms")
     backup_dir: Path | None = _setting(
-        None, "MANAGER_BACKUP_DIR", _FOLDER, "folder for backups that the manager makes itself, not the data folder")
+        None, "MANAGER_BACKUP_DIR", _FOLDER,
+        "folder for backups that the manager makes itself, not the data folder")
     backup_every_ms: int = _setting(
         _DAY_MS, "MANAGER_BACKUP_EVERY_MS", _whole(1000, 1000 * _DAY_MS), "time between two of these backups",
         unit="ms", shown="86400000, a day")
@@ -349,7 +353,8 @@ class Config:
     log_level: str = _setting(
         "INFO", "MANAGER_LOG_LEVEL", _LEVEL, "least serious message written to standard error")
     log_format: str = _setting(
-        "text", "MANAGER_LOG_FORMAT", _LOG_FORMAT, "how messages are written: text, or json with one object a line")
+        "text", "MANAGER_LOG_FORMAT", _LOG_FORMAT,
+        "how messages are written: text, or json with one object a line")
 
     if typing.TYPE_CHECKING:
         def __init__(self, **settings: Unpack[Settings]) -> None: ...
@@ -364,10 +369,12 @@ class Config:
             text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
             if isinstance(value, bool) and not isinstance(each.default, bool):
                 raise SettingError(_refusal(each, text))
-            object.__setattr__(self, each.name, _parsed(each, text.lower() if isinstance(value, bool) else text))
+            parsed = _parsed(each, text.lower() if isinstance(value, bool) else text)
+            object.__setattr__(self, each.name, parsed)
         if self.auth_token_file:
             if self.auth_token:
-                raise SettingError("MANAGER_AUTH_TOKEN and MANAGER_AUTH_TOKEN_FILE must not be given together")
+                raise SettingError(
+                    "MANAGER_AUTH_TOKEN and MANAGER_AUTH_TOKEN_FILE must not be given together")
             object.__setattr__(self, "auth_token", self._read_secret("auth_token", self.auth_token_file))
         self._check_timeouts()
         self._check_pairs()
@@ -376,23 +383,26 @@ class Config:
         if self.enroll_token in self.auth_token:
             raise SettingError("MANAGER_ENROLL_TOKEN must differ from MANAGER_AUTH_TOKEN")
         if self.viewer_token and self.viewer_token in (*self.auth_token, self.enroll_token):
-            raise SettingError("MANAGER_VIEWER_TOKEN must differ from MANAGER_AUTH_TOKEN and MANAGER_ENROLL_TOKEN")
+            raise SettingError(
+                "MANAGER_VIEWER_TOKEN must differ from MANAGER_AUTH_TOKEN and MANAGER_ENROLL_TOKEN")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingError("MANAGER_TLS_CERT and MANAGER_TLS_KEY must be given together")
         if self.backup_dir and self.data_dir and self.backup_dir.absolute() == self.data_dir.absolute():
             raise SettingError("MANAGER_BACKUP_DIR must differ from MANAGER_DATA_DIR")
         if self.tls_cert and self.tls == "off":
-            raise SettingError("MANAGER_TLS_CERT has no use with MANAGER_TLS 'off'; it must be auto or require")
+            raise SettingError(
+                "MANAGER_TLS_CERT has no use with MANAGER_TLS 'off'; it must be auto or require")
 
     def _check_timeouts(self) -> None:
         timeout = self.heartbeat_timeout_ms
         if self.heartbeat_grace_ms is None:
             object.__setattr__(self, "heartbeat_grace_ms", timeout // 10)
+        stale_after_ms = timeout + self.heartbeat_grace_ms
         if self.offline_timeout_ms is None:
-            object.__setattr__(self, "offline_timeout_ms", max(5 * timeout, timeout + self.heartbeat_grace_ms + 1))
-        elif self.offline_timeout_ms <= timeout + self.heartbeat_grace_ms:
-            raise SettingError(f"MANAGER_OFFLINE_TIMEOUT_MS is '{self.offline_timeout_ms}' and must be more than "
-                               f"the heartbeat timeout and its grace together, {timeout + self.heartbeat_grace_ms}")
+            object.__setattr__(self, "offline_timeout_ms", max(5 * timeout, stale_after_ms + 1))
+        elif self.offline_timeout_ms <= stale_after_ms:
+            raise SettingError(f"MANAGER_OFFLINE_TIMEOUT_MS is '{self.offline_timeout_ms}' and must be more "
+                               f"than the heartbeat timeout and its grace together, {stale_after_ms}")
 
     @classmethod
     def load(cls, argv: Sequence[str], environ: Mapping[str, str], more_help: str = "") -> Config:
@@ -429,8 +439,8 @@ class Config:
         for name in _TOKEN_SETTINGS:
             value = getattr(config, name) or ()
             if any(len(token) < _LEAST_TOKEN for token in ((value,) if isinstance(value, str) else value)):
-                raise SettingError(f"MANAGER_{name.upper()} is (not shown) and must be of {_LEAST_TOKEN} characters "
-                                   "or more, each of two; `openssl rand -hex 16` makes one")
+                raise SettingError(f"MANAGER_{name.upper()} is (not shown) and must be of {_LEAST_TOKEN} "
+                                   "characters or more, each of two; `openssl rand -hex 16` makes one")
         return config
 
     @classmethod
@@ -449,7 +459,8 @@ class Config:
             text = path.read_text("ascii").strip()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
-            raise SettingError(f"the file {path} of MANAGER_{name.upper()} cannot be read ({reason})") from None
+            raise SettingError(
+                f"the file {path} of MANAGER_{name.upper()} cannot be read ({reason})") from None
         return _parsed(cls.__dataclass_fields__[name], text, f"the text of {path}")
 
 
