@@ -2514,15 +2514,16 @@ def sql_iso(column: str) -> str:
 
 _STATUS = """CASE WHEN c.seen_ms >= :online_from THEN 'online'
     WHEN c.seen_ms >= :stale_from THEN 'stale' ELSE 'offline' END"""
-_AGENT = f"SELECT a.*, c.*, {_STATUS} AS status FROM agents a JOIN contacts c ON c.agent = a.key WHERE a.id = :id"
+_AGENT = (f"SELECT a.*, c.*, {_STATUS} AS status FROM agents a JOIN contacts c ON c.agent = a.key "
+          "WHERE a.id = :id")
 _RECENT_THREATS = "(SELECT count(*) FROM threats WHERE agent_id = a.id AND received_ms >= :day_ago_ms)"
 _AGENT_DETAIL = f"""
-    SELECT a.*, c.*, c.heartbeat_ms AS last_heartbeat_ms, coalesce(c.announced_ms, a.registered_ms) AS since_ms,
-        {_RECENT_THREATS} AS recent_threats,
+    SELECT a.*, c.*, c.heartbeat_ms AS last_heartbeat_ms,
+        coalesce(c.announced_ms, a.registered_ms) AS since_ms, {_RECENT_THREATS} AS recent_threats,
         (SELECT version FROM policies_in_force WHERE scope = 'all') AS for_all,
         (SELECT version FROM policies_in_force WHERE scope = 'org:' || a.org_id) AS for_org,
         (SELECT version FROM policies_in_force WHERE scope = 'agent:' || a.id) AS for_agent"""
-# Tables that choose agents, by the letter that a query names them by, with the column that is the agent's key.
+# The tables that choose agents, by their letter in queries: the table, and its column with the agent's key.
 _CHOOSE = {"t": ("agent_tags t", "t.agent"), "a": ("agents a", "a.key"), "c": ("contacts c", "c.agent")}
 _SORTS = {
     "hostname": ("a", "a.hostname"), "lastHeartbeat": ("c", "c.heartbeat_ms"), "version": ("c", "c.version"),
@@ -2532,16 +2533,16 @@ _SORTS = {
 _FOUND = """(instr(lower(a.hostname || char(10) || a.id || char(10) || a.ip), lower(:q))
     OR a.key IN (SELECT agent FROM agent_tags WHERE tag IN (
         WITH RECURSIVE every (tag) AS (SELECT min(tag) FROM agent_tags UNION ALL
-            SELECT (SELECT min(tag) FROM agent_tags t WHERE t.tag > every.tag) FROM every WHERE every.tag IS NOT NULL)
+            SELECT (SELECT min(tag) FROM agent_tags WHERE tag > every.tag) FROM every WHERE tag IS NOT NULL)
         SELECT tag FROM every WHERE instr(lower(tag), lower(:q)))))"""
-_BULK_STEP = 50  # agents changed in one transaction of a bulk change: some 10 ms, so that no heartbeat waits long
+_BULK_STEP = 50  # agents changed in one transaction of a bulk change: about 10 ms, for which heartbeats wait
 _STORED = ("id", "hostname", "os", "version", "ip", "org_id", "machine_id", "arch", "cpu", "memory", "uptime",
            "last_heartbeat_ms", "registered_ms", "acknowledged", "recent_threats")
-_AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'version', c.version, 'ip', a.ip,
-    'status', {_STATUS}, 'tags', json(a.tags), 'lastHeartbeat', {sql_iso('c.heartbeat_ms')},
+_AGENT_LIST = f"""json_object('id', a.id, 'hostname', a.hostname, 'os', a.os, 'version', c.version,
+    'ip', a.ip, 'status', {_STATUS}, 'tags', json(a.tags), 'lastHeartbeat', {sql_iso('c.heartbeat_ms')},
     'registeredAt', {sql_iso('a.registered_ms')})"""
-# The heartbeat of an agent of whom there is nothing new to tell: one statement. Any other takes the longer way.
-# Places, not names: binding nine names costs more than all the rest.
+# One statement records the heartbeat of an agent that stays online and changes nothing else.
+# Its parameters are `?`: binding nine names takes longer than everything else.
 _BEAT = """
     UPDATE contacts SET seen_ms = max(seen_ms, ?), heartbeat_ms = ?, uptime = coalesce(?, uptime),
         cpu = coalesce(?, cpu), memory = coalesce(?, memory), heard = 1
@@ -2565,9 +2566,9 @@ _SILENT = "announced != 'online'"  # repeats the partial index's predicate so th
 _SWEEP_READ = 50 * _SWEEP_STEP
 _ENTRIES_PER_MINUTE = 30  # that one agent can cause in the journal
 _ROW_BYTES = 512  # of a threat event beside its texts, its indexes included
-_LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that one agent may report in a minute; or a twentieth of the database
-_LEAST_EXCESS_BYTES = 8 * 2**20  # by which the database may exceed its bound before reports are refused; or a tenth
-_AGENTS_COUNTED = 100_000  # for that bound, the latest
+_LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that an agent may report in a minute; or 5 % of the bound
+_LEAST_EXCESS_BYTES = 8 * 2**20  # of the database over its bound, beyond which reports are refused; or 10 %
+_AGENTS_COUNTED = 100_000  # agents whose bytes in a minute are remembered, the latest
 _PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
 _COUNTED = "received_ms, org_id, severity, type, agent_id, source_ip, state"  # what threat_totals count by
 _ALL_THREATS = "SELECT coalesce(sum(n), 0) FROM threat_totals WHERE kind IN ('severity', 'false_positives')"
@@ -2577,7 +2578,7 @@ _LOOKED_AT = 2000  # events of one indicator within the window that are looked a
 
 
 def _shared(column: str) -> str:
-    """The latest events of other agents that share an indicator with `t`: SQLite stops reading once it has enough."""
+    """The latest events of other agents that share an indicator with `t`; the LIMITs bound what is read."""
     return f"""SELECT key FROM (SELECT key FROM (
         SELECT key, agent_id FROM threats WHERE {column} = t.{column} AND org_id IS t.org_id
             AND received_ms BETWEEN t.received_ms - :window_ms AND t.received_ms + :window_ms
@@ -2593,13 +2594,13 @@ _THREAT = f"""json_object('id', {_EVENT_ID.format('t.key')}, 'agentId', t.agent_
     'correlatedWith', json((SELECT json_group_array({_EVENT_ID.format('key')}) FROM (
         {_shared('source_ip')} UNION {_shared('file_hash')} ORDER BY key DESC LIMIT {_LISTED}))),
     'state', t.state, 'note', t.note)"""
-_ENTRY_CONDITIONS = {"agent_id": "agent_id = :agent_id", "org_id": "org_id = :org_id", "since": "at_ms >= :since",
-                     "until": "at_ms < :until"}
+_ENTRY_CONDITIONS = {"agent_id": "agent_id = :agent_id", "org_id": "org_id = :org_id",
+                     "since": "at_ms >= :since", "until": "at_ms < :until"}
 # Entries that change an agent's status: which it has after them, and before them if no earlier entry tells.
-_AFTER = {"agent_registered": "online", "agent_online": "online", "agent_stale": "stale", "agent_offline": "offline",
-          "agent_deregistered": ""}
-_BEFORE = {"agent_registered": "", "agent_online": "offline", "agent_stale": "online", "agent_offline": "stale",
-           "agent_deregistered": "online"}
+_AFTER = {"agent_registered": "online", "agent_online": "online", "agent_stale": "stale",
+          "agent_offline": "offline", "agent_deregistered": ""}
+_BEFORE = {"agent_registered": "", "agent_online": "offline", "agent_stale": "online",
+           "agent_offline": "stale", "agent_deregistered": "online"}
 _STATUS_ENTRIES = ", ".join(f"'{type}'" for type in _AFTER)
 THE_MANAGER = Caller("manager")
 
@@ -2628,9 +2629,9 @@ class Manager:
         self._agent_counts = (0, 0)  # agents in all, and online, when check_health() last counted them
         self._fleet_changed = True  # an agent was added or removed since then
         self._problem: str | None = None  # why it could not write
-        # By agent: the tick at which its minute began, entries since then, entries suppressed, worst severity reported
+        # By agent: the tick its minute began at, its entries since, those suppressed, the worst severity.
         self._entries: dict[str, tuple[int, int, int, int]] = {}
-        self._reported: dict[str, tuple[int, int]] = {}  # by agent: the same tick, bytes of events reported since then
+        self._reported: dict[str, tuple[int, int]] = {}  # by agent: the same tick, bytes of events since
         self.purged_for_space = 0  # threat events and entries removed because of MANAGER_MAX_DB_BYTES
         self._purged_for_space_ms: int | None = None  # on the clock's tick: when that last happened
         self._prune_due_ms = self.started.tick_ms + _HOUR_MS  # on the clock's tick
@@ -2663,7 +2664,7 @@ class Manager:
         return self._steady_offset_ms + now.tick_ms + now.suspended_ms
 
     def _start_clock(self) -> None:
-        """Go on from where the steady clock stood when the manager ran last, and the time since on the wall clock."""
+        """Continue the steady clock from where it last stood, plus the time since then on the wall clock."""
         wall_ms = self.started.wall_ms
         with self.store.transaction() as db:
             columns = ", ".join(Span._fields)
@@ -2685,7 +2686,8 @@ class Manager:
 
     def _begin_span(self, db: sqlite3.Connection, wall_ms: int, steady_ms: int, stepped_ms: int) -> Span:
         used = dict(db.execute("SELECT name, seq FROM sqlite_sequence").fetchall())
-        span = Span(used.get("threats", 0) + 1, used.get("journal", 0) + 1, wall_ms - steady_ms, steady_ms, steady_ms)
+        span = Span(used.get("threats", 0) + 1, used.get("journal", 0) + 1, wall_ms - steady_ms, steady_ms,
+                    steady_ms)
         self._insert_span(db, span)
         if stepped_ms:
             log.warning("the system clock was stepped by %d ms; nothing is purged for an hour", stepped_ms)
@@ -2697,7 +2699,7 @@ class Manager:
         db.execute(f"INSERT INTO clock_spans ({', '.join(span._fields)}) VALUES (?, ?, ?, ?, ?)", span)
 
     def follow_clock(self, *, record: bool = False) -> None:
-        """Called by the timer: notice a step of the wall clock; once a minute, or to `record`, write how late it is."""
+        """Called by the timer: notice a step of the wall clock; write the time each minute or to `record`."""
         now, last = self.now(), self._spans[-1]
         stepped_ms = now.wall_ms - last.shift_ms - now.steady_ms
         if not (record or stepped_ms or now.steady_ms - last.until_ms >= _RECORD_MS):
@@ -2742,15 +2744,15 @@ class Manager:
                 db.execute("UPDATE contacts SET seen_ms = ?, heard = 0 WHERE announced = ?",
                            (now.tick_ms - age_ms, status))
             # NULL in rows of schema 8 and before.
-            db.execute(f"UPDATE contacts SET announced_steady_ms = ? WHERE {_SILENT} AND announced = 'offline' "
-                       "AND announced_steady_ms IS NULL", (now.steady_ms,))
+            db.execute(f"UPDATE contacts SET announced_steady_ms = ? WHERE {_SILENT} "
+                       "AND announced = 'offline' AND announced_steady_ms IS NULL", (now.steady_ms,))
         self._none_due_until_ms = now.tick_ms + self.liveness.stale_after_ms
 
     def forgive_suspend(self) -> None:
         """Leave out of every agent's silence the time in which this process was stopped.
 
-        Called by the timer, and before an agent is found to have been silent. That the manager was busy forgives
-        nothing. At most ten times are forgiven in an hour of what is not forgiven, each of any length.
+        Called by the timer, and before an agent's silence is judged. Time in which the manager was only busy
+        is not left out. At most ten stops, of any length, are forgiven in an hour, which does not count them.
         """
         before_ms, self._stalled_ms = self._stalled_ms, self.clock.stalled_ms()
         self._forgive("process_stopped", self._stalled_ms - before_ms)
@@ -2779,7 +2781,8 @@ class Manager:
         now = self.clock.now()
         tick_ms = now.tick_ms - self._forgiven_ms - duration_ms
         if not self._may_forgive(tick_ms):
-            log.warning("%s for %d ms; it counts as silence, because this happened too often", cause, duration_ms)
+            log.warning("%s for %d ms; it counts as silence, because this happened too often", cause,
+                        duration_ms)
             return
         self._forgiven_at.append(tick_ms)
         self._forgiven_ms += duration_ms
@@ -2810,8 +2813,8 @@ class Manager:
         return announced
 
     def _fallen_due(self, now: Moment) -> list[tuple[int, int, str]]:
-        """The next changes of status to announce as (due_ms on the tick, agent's key, status), oldest first."""
-        # Online agents have no index: it would slow heartbeats. All are read once the longest silent may be due.
+        """Changes of status to announce next: (due_ms on the tick, agent's key, status), oldest first."""
+        # An index of online agents would slow heartbeats: all are read once the longest silent may be due.
         online_from, stale_from = self.liveness.cutoffs(now.tick_ms).values()
         select = f"SELECT seen_ms + ? AS due_ms, agent, ? FROM contacts WHERE {{}} AND seen_ms < ? " \
                  f"ORDER BY seen_ms LIMIT {_SWEEP_READ}"
@@ -2823,7 +2826,8 @@ class Manager:
                 due += rows.execute(select.format("announced = 'online'"),
                                     (self.liveness.stale_after_ms, "stale", online_from))
                 if not due:
-                    (seen_ms,) = rows.execute("SELECT min(seen_ms) FROM contacts WHERE announced = 'online'").fetchone()
+                    (seen_ms,) = rows.execute(
+                        "SELECT min(seen_ms) FROM contacts WHERE announced = 'online'").fetchone()
                     self._none_due_until_ms = self.liveness.stale_after_ms + (
                         now.tick_ms if seen_ms is None else seen_ms)
             due += rows.execute(select.format(f"{_SILENT} AND announced = 'stale'"),
@@ -2834,13 +2838,13 @@ class Manager:
         return [change for change in due[:_SWEEP_READ] if change[0] < due[0][0] + gap_ms]
 
     def _announce_step(self, due: Sequence[tuple[int, int, str]], now: Moment) -> int:
-        """Announce those changes of status that nobody has been heard to avert meanwhile, in one short transaction."""
+        """Announce changes of status in one short transaction, each unless its agent was heard meanwhile."""
         with self.store.transaction(durable=False) as db:
             db.executemany("INSERT INTO temp.due (due_ms, agent, status) VALUES (?, ?, ?)", due)
             db.execute(
-                "DELETE FROM temp.due WHERE NOT EXISTS (SELECT 1 FROM contacts c WHERE c.agent = due.agent AND "
-                "(c.announced, c.seen_ms) = (iif(status = 'stale', 'online', 'stale'), "
-                "due_ms - iif(status = 'stale', :stale_after_ms, :offline_after_ms)))", self.liveness._asdict())
+                "DELETE FROM temp.due WHERE NOT EXISTS (SELECT 1 FROM contacts c WHERE c.agent = due.agent "
+                "AND (c.announced, c.seen_ms) = (iif(status = 'stale', 'online', 'stale'), due_ms - "
+                "iif(status = 'stale', :stale_after_ms, :offline_after_ms)))", self.liveness._asdict())
             step = db.execute(
                 "INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) "
                 "SELECT ? + due_ms, 'agent_' || status, ?, org_id, id, json_object("
@@ -2848,9 +2852,10 @@ class Manager:
                 "CROSS JOIN agents ON key = due.agent CROSS JOIN contacts c ON c.agent = due.agent "
                 "ORDER BY due_ms, due.agent",
                 (now.wall_of(0), to_json(THE_MANAGER.actor()))).rowcount
-            db.execute("UPDATE contacts SET (announced, announced_ms, announced_steady_ms) = "
-                       "(SELECT status, ? + due_ms, ? + due_ms FROM temp.due WHERE due.agent = contacts.agent) "
-                       "WHERE agent IN (SELECT agent FROM temp.due)", (now.wall_of(0), now.steady_ms - now.tick_ms))
+            db.execute(
+                "UPDATE contacts SET (announced, announced_ms, announced_steady_ms) = "
+                "(SELECT status, ? + due_ms, ? + due_ms FROM temp.due WHERE due.agent = contacts.agent) "
+                "WHERE agent IN (SELECT agent FROM temp.due)", (now.wall_of(0), now.steady_ms - now.tick_ms))
             db.execute("DELETE FROM temp.due")
             self.store.journaled = True
         return step
@@ -2866,14 +2871,18 @@ class Manager:
             "c.seen_ms < :online_from AND c.seen_ms >= :stale_from")
 
     def _announce(self, db: sqlite3.Connection, at_ms: int, status: Status, row: Mapping[str, Any]) -> None:
-        db.execute("UPDATE contacts SET announced = ?, announced_ms = ? WHERE agent = ?", (status, at_ms, row["key"]))
+        db.execute("UPDATE contacts SET announced = ?, announced_ms = ? WHERE agent = ?",
+                   (status, at_ms, row["key"]))
         more = {"ip": row["ip"]} if status is Status.ONLINE else {"lastSeen": iso(row["heartbeat_ms"])}
         self.store.journal(at_ms, "agent_" + status, THE_MANAGER, row["id"], row["org_id"],
                            {"hostname": row["hostname"], **more})
 
-    def _contact(self, db: sqlite3.Connection, now: Moment, row: Mapping[str, Any], *, heard: bool = True) -> None:
-        """Record a contact: announce what fell due before, then that the agent is back. A registration does not
-        count as `heard`: its answer may have been lost."""
+    def _contact(self, db: sqlite3.Connection, now: Moment, row: Mapping[str, Any], *,
+                 heard: bool = True) -> None:
+        """Record a contact: announce what fell due before, then that the agent is back.
+
+        A registration does not count as `heard`: its answer may have been lost.
+        """
         announced, seen_ms = Status(row["announced"]), row["seen_ms"]
         for before, after, age_ms in ((Status.ONLINE, Status.STALE, self.liveness.stale_after_ms),
                                       (Status.STALE, Status.OFFLINE, self.liveness.offline_after_ms)):
@@ -2886,9 +2895,10 @@ class Manager:
                    (now.tick_ms, now.wall_ms, heard, row["key"]))
 
     def _journal_of_agent(self, now: Moment, type: str, caller: Caller, agent_id: str, org_id: str | None,
-                          data: Mapping[str, Any], *, severity: int = len(SEVERITIES), always: bool = False) -> None:
-        """Journal what an agent caused, at most 30 entries a minute: the next one counts those `suppressed`. Some of
-        the 30 are kept for threats worse than any reported in that minute."""
+                          data: Mapping[str, Any], *, severity: int = len(SEVERITIES),
+                          always: bool = False) -> None:
+        """Journal what an agent caused, at most 30 entries a minute: the next one counts those `suppressed`.
+        Some of the 30 are kept for threats worse than any reported in that minute."""
         began_ms, count, suppressed, worst = self._entries.pop(agent_id, (now.tick_ms, 0, 0, len(SEVERITIES)))
         if now.tick_ms - began_ms >= 60_000:
             began_ms, count, worst = now.tick_ms, 0, len(SEVERITIES)
@@ -2905,19 +2915,19 @@ class Manager:
     # Agents
 
     @checked(REGISTER)
-    def register(self, hostname: str, os: str, version: str, *, ip: str | None = None, org_id: str | None = None,
-                 tags: Sequence[str] | None = None, arch: str | None = None, machine_id: str | None = None,
-                 caller: Caller = LOCAL) -> Registration:
+    def register(self, hostname: str, os: str, version: str, *, ip: str | None = None,
+                 org_id: str | None = None, tags: Sequence[str] | None = None, arch: str | None = None,
+                 machine_id: str | None = None, caller: Caller = LOCAL) -> Registration:
         """Register an agent, or an agent again (contract, section Agents, rules 1 to 3).
 
-        The token of an agent that registers again works beside its former one until it is first used. A caller of
-        role "anyone" (open enrolment) chooses neither org_id nor machine_id nor tags: the journal has them as claimed.
+        When an agent registers again, its former token works until the new one is first used. A caller of
+        role "anyone" (open enrolment) sets no org_id, machine_id or tags: the journal has them as `claimed`.
         Raises Conflict when the fleet is full, Forbidden, Unauthorized.
         """
         token = "pga_" + secrets.token_urlsafe(24)
         newcomer = caller.role == "anyone"
-        claimed = {name: value for name, value in (("org_id", org_id), ("machine_id", machine_id), ("tags", tags))
-                   if newcomer and value is not None}
+        claims = {"org_id": org_id, "machine_id": machine_id, "tags": tags}
+        claimed = {name: value for name, value in claims.items() if newcomer and value is not None}
         if newcomer:
             org_id, machine_id, tags = self.config.open_enrollment_org, None, None
         with self.store.transaction() as db:
@@ -2948,16 +2958,18 @@ class Manager:
             else:
                 self._check_fleet_size(db, newcomer)
                 agent_id = self._new_id(db)
-                given |= {"id": agent_id, "org_id": org_id, "machine_id": machine_id, "registered_ms": now.wall_ms,
-                          "tags": given["tags"] or "[]", "token_digest": digest(token), "newcomer": newcomer}
+                given |= {"id": agent_id, "org_id": org_id, "machine_id": machine_id,
+                          "registered_ms": now.wall_ms, "tags": given["tags"] or "[]",
+                          "token_digest": digest(token), "newcomer": newcomer}
                 key = db.execute(f"INSERT INTO agents ({', '.join(given)}) VALUES "
                                  f"({', '.join(':' + name for name in given)})", given).lastrowid
                 db.execute("INSERT INTO contacts (agent, seen_ms, heartbeat_ms, announced, version) "
                            "VALUES (?, ?, ?, 'online', ?)", (key, now.tick_ms, now.wall_ms, version))
                 entry |= {"claimed": claimed} if claimed else {}
-                self._agent_counts, self._fleet_changed = (self._agent_counts[0] + 1, self._agent_counts[1] + 1), True
-            self._journal_of_agent(now, "agent_reregistered" if row else "agent_registered", caller, agent_id, org_id,
-                                   entry, always=row is None or caller.role == "admin")
+                total, online = self._agent_counts
+                self._agent_counts, self._fleet_changed = (total + 1, online + 1), True
+            self._journal_of_agent(now, "agent_reregistered" if row else "agent_registered", caller,
+                                   agent_id, org_id, entry, always=row is None or caller.role == "admin")
             if clone:
                 self.store.journal(now.wall_ms, "identity_conflict", caller, agent_id, org_id, {
                     "hostname": hostname, "machineId": machine_id, "otherAgentId": clone})
@@ -2980,8 +2992,8 @@ class Manager:
         for row in rows:
             if not row["heard"] or self.liveness.status(row["seen_ms"], now.tick_ms) is not Status.ONLINE:
                 if caller.role == "enroller" and not self.config.reenroll:
-                    raise Forbidden(f"machine_id: is that of {row['id']}; registering it again takes an admin's token "
-                                    "or the agent's own (MANAGER_REENROLL is 0)")
+                    raise Forbidden(f"machine_id: is that of {row['id']}; registering it again takes an "
+                                    "admin's token or the agent's own (MANAGER_REENROLL is 0)")
                 return row, None
         return None, rows[0]["id"] if rows else None
 
@@ -3004,16 +3016,16 @@ class Manager:
             raise Unauthorized("the enrolment token is used up")
 
     def _check_fleet_size(self, db: sqlite3.Connection, newcomer: bool) -> None:
-        """Raises Conflict when the fleet is full, or the half of it that is open to newcomers without a token."""
+        """Raises Conflict when the fleet is full, or the half of it for newcomers without a token is."""
         most = self.config.max_agents
         (newest,) = db.execute("SELECT coalesce(max(key), 0) FROM agents").fetchone()
-        # There are never more agents than keys, so until these run out nothing need be counted.
+        # No more agents exist than the newest key: while it is below the limit, none need be counted.
         if newest >= most and db.execute("SELECT count(*) FROM agents").fetchone()[0] >= most:
             raise Conflict(f"the fleet is full: MANAGER_MAX_AGENTS allows {most} agents")
         if newcomer and newest >= most // 2 and db.execute(
                 "SELECT count(*) FROM agents WHERE newcomer").fetchone()[0] >= most // 2:
-            raise Conflict(f"no more agents may register without a token: they may be half of MANAGER_MAX_AGENTS, "
-                           f"{most // 2}")
+            raise Conflict("no more agents may register without a token: they may be half of "
+                           f"MANAGER_MAX_AGENTS, {most // 2}")
 
     def _new_id(self, db: sqlite3.Connection) -> str:
         """An id that no agent has, and none had whose threats or entries are still kept."""
@@ -3029,7 +3041,7 @@ class Manager:
     def heartbeat(self, agent_id: str, *, uptime: float | None = None, cpu: float | None = None,
                   memory: float | None = None, version: str | None = None, policy_version: int | None = None,
                   caller: Caller = LOCAL) -> Beat:
-        """Hear that an agent is alive: `uptime` in s, `cpu` and `memory` in percent; None keeps the last value.
+        """Record that an agent is alive: `uptime` in s, `cpu` and `memory` in %; None keeps the last value.
 
         Raises NotFound.
         """
@@ -3050,8 +3062,9 @@ class Manager:
                     self._contact(db, now, dict(row))
                     if version not in (None, row["version"]):
                         db.execute("UPDATE contacts SET version = ? WHERE agent = ?", (version, key))
-                        self._journal_of_agent(now, "agent_updated", Caller("agent", agent=agent), agent_id, org_id, {
-                            "hostname": row["hostname"], "version": {"from": row["version"], "to": version}})
+                        self._journal_of_agent(
+                            now, "agent_updated", Caller("agent", agent=agent), agent_id, org_id,
+                            {"hostname": row["hostname"], "version": {"from": row["version"], "to": version}})
                     if policy_version:
                         self._acknowledge(db, now, key, policy_version)
                     db.execute(_BEAT, (now.tick_ms, now.wall_ms, uptime, cpu, memory, key,
@@ -3059,7 +3072,8 @@ class Manager:
             acknowledged, *versions = db.execute(_IN_FORCE, (org_id, agent_id, key)).fetchone()
             self.store.on_commit(self._count_heartbeat)
         in_force = [(version, ()) for version in versions if version]
-        return Beat(agent_id, Status.ONLINE, now.wall_ms, resolve(in_force, acknowledged).pending if in_force else 0)
+        pending = resolve(in_force, acknowledged).pending if in_force else 0
+        return Beat(agent_id, Status.ONLINE, now.wall_ms, pending)
 
     def _count_heartbeat(self) -> None:
         self.heartbeats += 1
@@ -3083,15 +3097,18 @@ class Manager:
         return found
 
     def _agent(self, db: sqlite3.Connection, now: Moment, agent_id: str) -> Agent:
-        found = self._agents(db, now, "agents a JOIN contacts c ON c.agent = a.key WHERE a.id = :id", {"id": agent_id})
+        source = "agents a JOIN contacts c ON c.agent = a.key WHERE a.id = :id"
+        found = self._agents(db, now, source, {"id": agent_id})
         if not found:
             raise NotFound(f"agent {agent_id} is not registered")
         return found[0]
 
-    def _agents(self, db: sqlite3.Connection, now: Moment, source: str, given: Mapping[str, Any]) -> list[Agent]:
+    def _agents(self, db: sqlite3.Connection, now: Moment, source: str,
+                given: Mapping[str, Any]) -> list[Agent]:
         agents = []
-        for row in db.execute(f"{_AGENT_DETAIL} FROM {source}", {**given, "day_ago_ms": now.steady_ms - _DAY_MS}):
-            in_force = [(version, ()) for version in (row["for_all"], row["for_org"], row["for_agent"]) if version]
+        given = {**given, "day_ago_ms": now.steady_ms - _DAY_MS}
+        for row in db.execute(f"{_AGENT_DETAIL} FROM {source}", given):
+            in_force = [(row[scope], ()) for scope in ("for_all", "for_org", "for_agent") if row[scope]]
             agents.append(Agent(
                 **{name: row[name] for name in _STORED}, tags=tuple(self.store.loads(row["tags"])),
                 pending_policies=resolve(in_force, row["acknowledged"]).pending,
@@ -3110,9 +3127,9 @@ class Manager:
     def agents_json(self, **filters: Any) -> tuple[bytes, int | None]:
         """A JSON array of agents in registration order, and, if paged, how many match in all. Raises Invalid.
 
-        `filters`: `status`, `org_id`, `tag` (a list, all of which an agent must carry), `os`, `version`, `q` (text in
-        hostname, id, ip or a tag), `silent_ms`, `sort` (one of SORTS, `-` before it reverses), `page`, `limit`.
-        SQLite writes the JSON, so that a list of the whole fleet is made outside Python's lock.
+        `filters`: `status`, `org_id`, `tag` (a list, all of which an agent must carry), `os`, `version`,
+        `q` (text in hostname, id, ip or a tag), `silent_ms`, `sort` (one of SORTS, `-` before it reverses),
+        `page`, `limit`. SQLite writes the JSON: making a list of the whole fleet does not hold Python's lock.
         """
         now = self.now()
         with self.store.read() as db:
@@ -3121,8 +3138,8 @@ class Manager:
                                  f"(SELECT {_AGENT_LIST} AS item FROM {source})", given).fetchone()
             return body, total
 
-    def _choose(self, db: sqlite3.Connection, now: Moment, *, sort: str | None, page: int | None, limit: int | None,
-                **filters: Any) -> tuple[str, dict[str, Any], int | None]:
+    def _choose(self, db: sqlite3.Connection, now: Moment, *, sort: str | None, page: int | None,
+                limit: int | None, **filters: Any) -> tuple[str, dict[str, Any], int | None]:
         """FROM for SQL of a list, with the tables a and c; its parameters; and, if paged, the total."""
         paged, window = _window(page, limit)
         tables, where, given, total = self._filter(db, now, **filters)
@@ -3140,23 +3157,23 @@ class Manager:
         # The page is chosen before the rest of its agents is read.
         chosen = (f"SELECT {key} AS key FROM {_joined(tables)}{where} ORDER BY {order} {key}"
                   f"{' DESC' if 'DESC' in order else ''} LIMIT :size OFFSET :skip")
-        return (f"({chosen}) chosen CROSS JOIN agents a ON a.key = chosen.key CROSS JOIN contacts c ON c.agent = a.key",
-                {**given, **window}, total if paged else None)
+        return (f"({chosen}) chosen CROSS JOIN agents a ON a.key = chosen.key "
+                "CROSS JOIN contacts c ON c.agent = a.key", {**given, **window}, total if paged else None)
 
-    def _filter(self, db: sqlite3.Connection, now: Moment, *, status: str | None = None, org_id: str | None = None,
-                tag: Sequence[str] | None = None, os: str | None = None, version: str | None = None,
-                q: str | None = None, silent_ms: float | None = None, ids: Sequence[str] | None = None,
-                ) -> tuple[str, str, dict[str, Any], int | None]:
-        """The letters of the tables that filters need, in an order that finds few agents first and in the order of
-        registration; the WHERE for SQL, or nothing; its parameters; how many agents match, if that is known."""
+    def _filter(self, db: sqlite3.Connection, now: Moment, *, status: str | None = None,
+                org_id: str | None = None, tag: Sequence[str] | None = None, os: str | None = None,
+                version: str | None = None, q: str | None = None, silent_ms: float | None = None,
+                ids: Sequence[str] | None = None) -> tuple[str, str, dict[str, Any], int | None]:
+        """The letters of the tables that filters need, in an order that finds few agents first and in the
+        order of registration; the WHERE, or nothing; its parameters; how many agents match, if known."""
         wanted = list(dict.fromkeys(tag or ()))
         if len(wanted) > 1:  # the rarest first, so that few agents are looked at
             carriers = "SELECT count(*) FROM (SELECT 1 FROM agent_tags WHERE tag = ? LIMIT 10000)"
             wanted.sort(key=lambda each: db.execute(carriers, (each,)).fetchone()[0])
         tags = {f"tag{number}": each for number, each in enumerate(wanted)}
-        given = {**self.liveness.cutoffs(now.tick_ms), "day_ago_ms": now.steady_ms - _DAY_MS, "org_id": org_id,
-                 "os": os, "version": version, "q": q, "heard_ms": now.tick_ms - (silent_ms or 0),
-                 "ids": to_json(ids), **tags}
+        given = {**self.liveness.cutoffs(now.tick_ms), "day_ago_ms": now.steady_ms - _DAY_MS,
+                 "org_id": org_id, "os": os, "version": version, "q": q, "ids": to_json(ids),
+                 "heard_ms": now.tick_ms - (silent_ms or 0), **tags}
         plus = "" if ids is None else "+"  # keeps SQLite to the index of ids
         of_agent = [condition for value, condition in (
             (ids, "a.id IN (SELECT value FROM json_each(:ids))"), (org_id, f"{plus}a.org_id = :org_id"),
@@ -3182,7 +3199,7 @@ class Manager:
     @staticmethod
     def _threats(db: sqlite3.Connection, where: Sequence[str], given: Mapping[str, Any], page: int | None,
                  limit: int | None) -> tuple[bytes, int | None]:
-        """A JSON array of threat events, newest first, and, if a page is asked for, how many there are in all."""
+        """A JSON array of threat events, newest first, and, if paged, how many there are in all."""
         matching = "WHERE " + " AND ".join(where) if where else ""
         paged, window = _window(page, limit, 50)
         count = f"SELECT count(*) FROM threats t {matching}" if where else _ALL_THREATS
@@ -3190,13 +3207,15 @@ class Manager:
         order = "ORDER BY t.received_ms DESC, t.key DESC"
         # Keys are chosen first, or SQLite would make the JSON of all events that have the same received_ms.
         (body,) = db.execute(f"""SELECT CAST(json_group_array(json(item)) AS BLOB) FROM (
-            SELECT {_THREAT} AS item FROM (SELECT t.key FROM threats t {matching} {order} LIMIT :size OFFSET :skip)
-                AS chosen CROSS JOIN threats t ON t.key = chosen.key {order})""", {**given, **window}).fetchone()
+            SELECT {_THREAT} AS item FROM (
+                SELECT t.key FROM threats t {matching} {order} LIMIT :size OFFSET :skip)
+            AS chosen CROSS JOIN threats t ON t.key = chosen.key {order})""", {**given, **window}).fetchone()
         return body, total
 
     @checked(RETAG)
-    def retag(self, agent_id: str, *, tags: Sequence[str] | None = None, add_tags: Sequence[str] | None = None,
-              remove_tags: Sequence[str] | None = None, caller: Caller = LOCAL) -> Agent:
+    def retag(self, agent_id: str, *, tags: Sequence[str] | None = None,
+              add_tags: Sequence[str] | None = None, remove_tags: Sequence[str] | None = None,
+              caller: Caller = LOCAL) -> Agent:
         """Replace an agent's tags, or add some and remove others. Raises NotFound, Invalid."""
         if (tags is None) == (add_tags is None and remove_tags is None):
             raise Invalid("tags: must be given, or else addTags, removeTags or both")
@@ -3225,8 +3244,8 @@ class Manager:
     def _remove(self, db: sqlite3.Connection, now: Moment, row: sqlite3.Row, caller: Caller) -> bool:
         db.execute("DELETE FROM agents WHERE key = ?", (row["key"],))
         total, online = self._agent_counts
-        self._agent_counts = total - 1, online - (self.liveness.status(row["seen_ms"], now.tick_ms) is Status.ONLINE)
-        self._fleet_changed = True
+        was_online = self.liveness.status(row["seen_ms"], now.tick_ms) is Status.ONLINE
+        self._agent_counts, self._fleet_changed = (total - 1, online - was_online), True
         db.execute("DELETE FROM policies_in_force WHERE scope = 'agent:' || ?", (row["id"],))
         self.store.journal(now.wall_ms, "agent_deregistered", caller, row["id"], row["org_id"],
                            {"hostname": row["hostname"]})
@@ -3236,12 +3255,12 @@ class Manager:
     def bulk(self, *, ids: Sequence[str] | None = None, filter: Mapping[str, Any] | None = None,
              add_tags: Sequence[str] | None = None, remove_tags: Sequence[str] | None = None,
              deregister: bool | None = None, dry_run: bool = False, caller: Caller = LOCAL) -> dict[str, Any]:
-        """Change the tags of many agents, or deregister them: those of `ids` that are registered, or those that
-        `filter` (a mapping with the fields of BULK_FILTER) finds; `{"all": True}` finds all.
+        """Change the tags of many agents, or deregister them: those of `ids` that are registered, or those
+        that `filter` (a mapping with the fields of BULK_FILTER) finds; `{"all": True}` finds all.
 
-        Gives `matched`, `changed`, and `ids` of at most 1,000 that are changed, or would be if not for `dry_run`.
-        It is done in transactions of a few agents, between which heartbeats pass; each looks again whether its agents
-        still match. A fault leaves done what was done before it, and the same call goes on. Raises Invalid.
+        Gives `matched`, `changed`, and `ids` of at most 1,000 that are changed, or would be if not `dry_run`.
+        Each transaction changes a few agents, if they still match; heartbeats pass in between. A fault keeps
+        what was done before it; the same call then does the rest. Raises Invalid.
         """
         filters = {name: value for name, value in (filter or {}).items() if value}
         everyone = filters.pop("all", False)
@@ -3255,7 +3274,8 @@ class Manager:
         def matching(db: sqlite3.Connection, ids: Sequence[str] | None) -> list[sqlite3.Row]:
             tables, where, given, _ = self._filter(db, self.now(), **filters, ids=ids)
             tables += "".join(each for each in "ac" if each not in tables)
-            return db.execute(f"SELECT a.*, c.seen_ms FROM {_joined(tables)}{where} ORDER BY a.key", given).fetchall()
+            agents = f"SELECT a.*, c.seen_ms FROM {_joined(tables)}{where} ORDER BY a.key"
+            return db.execute(agents, given).fetchall()
 
         with self.store.read() as db:
             rows = matching(db, ids)
@@ -3273,8 +3293,8 @@ class Manager:
     def holder(self, token_digest: bytes) -> Identity | None:
         """The agent to whom the token of this digest was given.
 
-        The first use of a token issued by registering again ends its agent's former one, and shows that the answer
-        to that registration arrived.
+        The first use of the new token of an agent that registered again shows that the answer to it arrived:
+        the former token ends.
         """
         select = "SELECT key, id, org_id FROM agents WHERE "
         with self.store.read() as db:
@@ -3290,25 +3310,26 @@ class Manager:
         return row and Identity(*row)
 
     def knows_token(self, token_digest: bytes) -> bool:
-        """Whether an agent has the token of this digest, or will have it once it uses it. Never waits for a writer."""
+        """Whether this is the digest of an agent's token, in use or new. Never waits for a writer."""
         with self.store.read() as db:
-            return db.execute("SELECT 1 FROM agents WHERE token_digest = ? UNION SELECT 1 FROM agents "
-                              "WHERE new_token_digest = ?", (token_digest, token_digest)).fetchone() is not None
+            return db.execute("SELECT 1 FROM agents WHERE token_digest = ?1 UNION SELECT 1 FROM agents "
+                              "WHERE new_token_digest = ?1", (token_digest,)).fetchone() is not None
 
     # Enrolment tokens
 
     def issue_enroll_token(self, *, ttl_ms: int = _DAY_MS, max_uses: int = 1, org_id: str | None = None,
                            tags: Sequence[str] | None = None, note: str | None = None,
                            caller: Caller = LOCAL) -> EnrollToken:
-        """Issue a token with which `max_uses` agents may register within `ttl_ms`, with this org and these tags."""
+        """Issue a token for `max_uses` registrations within `ttl_ms`, with this org and these tags."""
         token = "pge_" + secrets.token_urlsafe(24)
         now = self.now()
         issued = EnrollToken("enr_" + secrets.token_hex(6), now.wall_ms + ttl_ms, max_uses, 0, org_id,
                              tuple(dict.fromkeys(tags or ())), note, token)
         with self.store.transaction() as db:
-            db.execute("INSERT INTO enroll_tokens (id, token_digest, expires_ms, max_uses, org_id, tags, note) "
-                       "VALUES (?, ?, ?, ?, ?, ?, ?)", (issued.id, digest(token), issued.expires_ms, max_uses, org_id,
-                                                        to_json(issued.tags), note))
+            db.execute(
+                "INSERT INTO enroll_tokens (id, token_digest, expires_ms, max_uses, org_id, tags, note) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (issued.id, digest(token), issued.expires_ms, max_uses, org_id, to_json(issued.tags), note))
             self.store.journal(now.wall_ms, "enroll_token_issued", caller, None, org_id, {
                 "enrollToken": issued.id, "expiresAt": iso(issued.expires_ms), "maxUses": max_uses,
                 "tags": issued.tags, "note": note})
@@ -3325,14 +3346,15 @@ class Manager:
         """End an enrolment token; the agents it registered stay. Raises NotFound."""
         now = self.now()
         with self.store.transaction() as db:
-            row = db.execute("DELETE FROM enroll_tokens WHERE id = ? RETURNING org_id, uses", (token_id,)).fetchone()
+            row = db.execute("DELETE FROM enroll_tokens WHERE id = ? RETURNING org_id, uses",
+                             (token_id,)).fetchone()
             if row is None:
                 raise NotFound(f"there is no enrolment token {token_id}")
             self.store.journal(now.wall_ms, "enroll_token_revoked", caller, None, row["org_id"], {
                 "enrollToken": token_id, "uses": row["uses"]})
 
     def enroll_token_id(self, token_digest: bytes) -> str | None:
-        """The id of the enrolment token of this digest unless it has expired; register() knows if it is used up."""
+        """The id of the enrolment token of this digest unless it has expired; register() checks its uses."""
         now = self.now()
         with self.store.read() as db:
             row = db.execute("SELECT id FROM enroll_tokens WHERE token_digest = ? AND expires_ms > ?",
@@ -3372,7 +3394,8 @@ class Manager:
             agent = self._row(db, now, agent_id)
             for event, text, (source_ip, hash) in zip(events, details, indicators, strict=True):
                 known = event.get("id") and db.execute(
-                    "SELECT key FROM threats WHERE agent_id = ? AND own_id = ?", (agent_id, event["id"])).fetchone()
+                    "SELECT key FROM threats WHERE agent_id = ? AND own_id = ?",
+                    (agent_id, event["id"])).fetchone()
                 if known:
                     ids.append(f"evt_{known[0]:012x}")
                     continue
@@ -3380,12 +3403,13 @@ class Manager:
                     "INSERT INTO threats (agent_id, hostname, org_id, own_id, type, severity, confidence, "
                     "sigma_rule_id, timestamp, received_ms, source_ip, file_hash, details) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (agent_id, agent["hostname"], agent["org_id"], event.get("id"), event["type"], event["severity"],
-                     event.get("confidence"), event.get("sigma_rule_id") or event.get("rule_id"),
-                     event.get("timestamp"), now.steady_ms, source_ip, hash, text)).lastrowid
+                    (agent_id, agent["hostname"], agent["org_id"], event.get("id"), event["type"],
+                     event["severity"], event.get("confidence"),
+                     event.get("sigma_rule_id") or event.get("rule_id"), event.get("timestamp"),
+                     now.steady_ms, source_ip, hash, text)).lastrowid
                 ids.append(f"evt_{key:012x}")
-                stored.append((now.steady_ms, agent["org_id"], event["severity"], event["type"], agent_id, source_ip,
-                               "open", hash))
+                stored.append((now.steady_ms, agent["org_id"], event["severity"], event["type"], agent_id,
+                               source_ip, "open", hash))
             db.execute("UPDATE contacts SET heard = 1 WHERE agent = ? AND NOT heard", (agent["key"],))
             if stored:
                 self._count_threats(db, stored)
@@ -3401,8 +3425,8 @@ class Manager:
         return ids
 
     def _bound_report(self, now: Moment, agent_id: str, more_bytes: int) -> None:
-        """Raises Throttled for an agent that would push out what others reported, Unavailable while the database is
-        larger than it may be by more than is removed in a moment."""
+        """Raises Throttled for an agent whose events would displace those of others, and Unavailable while
+        the database is larger than it may be by more than is removed at once."""
         most = self.config.max_db_bytes
         if self.store.used_bytes() - most > max(most // 10, _LEAST_EXCESS_BYTES):
             raise Unavailable(_FULL, retry_after_s=5)
@@ -3423,14 +3447,15 @@ class Manager:
         """Announce an indicator that three or more agents of an org have seen, once per window."""
         given = {"org": org_id or "", "indicator": f"{name}:{value}", "agent": agent_id, "at": now.steady_ms,
                  "since": now.steady_ms - self.config.correlation_window_ms}
-        seen = "INSERT INTO sightings VALUES (:org, :indicator, {}, :at) ON CONFLICT DO UPDATE SET at_ms = :at"
+        seen = ("INSERT INTO sightings VALUES (:org, :indicator, {}, :at) "
+                "ON CONFLICT DO UPDATE SET at_ms = :at")
         db.execute(seen.format(":agent"), given)
-        if db.execute("SELECT 1 FROM sightings WHERE org_id = :org AND indicator = :indicator AND agent_id = '' "
-                      "AND at_ms > :since", given).fetchone():
+        if db.execute("SELECT 1 FROM sightings WHERE org_id = :org AND indicator = :indicator "
+                      "AND agent_id = '' AND at_ms > :since", given).fetchone():
             return
         agents = [row[0] for row in db.execute(
-            "SELECT agent_id FROM sightings WHERE org_id = :org AND indicator = :indicator AND agent_id != '' "
-            "AND at_ms >= :since ORDER BY agent_id", given)]
+            "SELECT agent_id FROM sightings WHERE org_id = :org AND indicator = :indicator "
+            "AND agent_id != '' AND at_ms >= :since ORDER BY agent_id", given)]
         if len(agents) >= 3:
             db.execute(seen.format("''"), given)
             self.store.journal(now.wall_ms, "threats_correlated", THE_MANAGER, None, org_id, {
@@ -3444,8 +3469,8 @@ class Manager:
         """A JSON array of threat events, newest first, received at or after `since` and before `until` (ms
         since 1970), and, if paged, how many match in all.
 
-        `before` is the key of the last event read: the list goes on with the next older one. It is empty if that
-        event is past its retention, for then the older ones are too.
+        `before` is the key of the last event read: the list continues with the next older one. It is empty if
+        that event is past its retention, for then the older ones are too.
         """
         shift_ms = self._spans[-1].shift_ms
         given: dict[str, Any] = {
@@ -3454,7 +3479,8 @@ class Manager:
             "type": type, "source_ip": source_ip and source_address({"sourceIp": source_ip}),
             "file_hash": file_hash and file_hash.strip().lower(), "state": state, "before": before,
             "window_ms": self.config.correlation_window_ms}
-        where = ["t.received_ms >= :since"] * (since is not None) + ["t.received_ms < :until"] * (until is not None)
+        where = ["t.received_ms >= :since"] * (since is not None)
+        where += ["t.received_ms < :until"] * (until is not None)
         where += [f"t.{name} = :{name}" for name in ("org_id", "agent_id", "severity", "type", "source_ip",
                                                      "file_hash", "state") if given[name] is not None]
         if state not in (None, "open"):
@@ -3466,7 +3492,8 @@ class Manager:
                 where += ["t.received_ms <= :before_ms", "(t.received_ms < :before_ms OR t.key < :before)"]
             return self._threats(db, where, given, page, limit)
 
-    def triage(self, key: int, *, state: str | None = None, note: str | None = None, caller: Caller = LOCAL) -> bytes:
+    def triage(self, key: int, *, state: str | None = None, note: str | None = None,
+               caller: Caller = LOCAL) -> bytes:
         """Set the state of a threat event, its note, or both; the event as JSON. Raises NotFound, Invalid."""
         if state is None and note is None:
             raise Invalid("state: must be given, or note, or both")
@@ -3479,13 +3506,15 @@ class Manager:
             changed = {name: {"from": before[name], "to": given[name]} for name in ("state", "note")
                        if given[name] not in (None, before[name])}
             if changed:
-                after = db.execute(f"UPDATE threats SET state = coalesce(:state, state), note = coalesce(:note, note) "
-                                   f"WHERE key = :key RETURNING {_COUNTED}", given).fetchall()
+                after = db.execute(
+                    "UPDATE threats SET state = coalesce(:state, state), note = coalesce(:note, note) "
+                    f"WHERE key = :key RETURNING {_COUNTED}", given).fetchall()
                 self._count_threats(db, [[before[name] for name in _COUNTED.split(", ")]], -1)
                 self._count_threats(db, after)
-                self.store.journal(now.wall_ms, "threat_updated", caller, before["agent_id"], before["org_id"], {
-                    "hostname": before["hostname"], "eventId": f"evt_{key:012x}", "threatType": before["type"],
-                    **changed})
+                self.store.journal(
+                    now.wall_ms, "threat_updated", caller, before["agent_id"], before["org_id"],
+                    {"hostname": before["hostname"], "eventId": f"evt_{key:012x}",
+                     "threatType": before["type"], **changed})
             items, _ = self._threats(db, ["t.key = :key"], given, None, None)
         return items[1:-1]
 
@@ -3500,8 +3529,9 @@ class Manager:
             return {
                 "period": period, "total": summary["total"], "bySeverity": severities,
                 "byType": count("type", _TYPES_SUMMED_UP),
-                "topAgents": [{"agentId": agent, "hostname": db.execute(hostname, (agent,)).fetchone()[0], "count": n}
-                              for agent, n in agents.items()],
+                "topAgents": [
+                    {"agentId": agent, "hostname": db.execute(hostname, (agent,)).fetchone()[0], "count": n}
+                    for agent, n in agents.items()],
                 "topSourceIps": [{"ip": ip, "count": n} for ip, n in sources.items()],
                 "falsePositives": summary["falsePositives"]}
 
@@ -3524,8 +3554,9 @@ class Manager:
         return dict(db.execute(f"""
             SELECT value, sum(n) FROM (
                 SELECT value, n FROM threat_totals WHERE kind = :kind AND hour >= :hour {of_org} UNION ALL
-                SELECT {column}, count(*) FROM threats INDEXED BY threats_time WHERE received_ms >= :since_ms
-                    AND received_ms < :hour * {_HOUR_MS} AND state {equals} 'false_positive' {of_org} GROUP BY 1)
+                SELECT {column}, count(*) FROM threats INDEXED BY threats_time
+                    WHERE received_ms >= :since_ms AND received_ms < :hour * {_HOUR_MS}
+                    AND state {equals} 'false_positive' {of_org} GROUP BY 1)
             WHERE value IS NOT NULL GROUP BY value ORDER BY sum(n) DESC, value LIMIT :most""", {
                 "kind": kind, "hour": since_ms // _HOUR_MS + 1, "since_ms": since_ms, "org_id": org_id,
                 "most": most}).fetchall())
@@ -3541,17 +3572,18 @@ class Manager:
             for kind, value in values.items():
                 if value is not None:
                     totals[kind, received_ms // _HOUR_MS, org_id or "", value] += by
-        db.executemany("INSERT INTO threat_totals VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
-                       ((*total, n) for total, n in totals.items()))
+        db.executemany("INSERT INTO threat_totals VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
+                       "SET n = n + excluded.n", ((*total, n) for total, n in totals.items()))
         if by < 0:
-            db.executemany("DELETE FROM threat_totals WHERE (kind, hour, org_id, value) = (?, ?, ?, ?) AND n = 0",
-                           totals)
+            db.executemany("DELETE FROM threat_totals WHERE (kind, hour, org_id, value) = (?, ?, ?, ?) "
+                           "AND n = 0", totals)
 
     # Policies
 
     @checked(POLICY)
-    def create_policy(self, name: str, rules: Sequence[Mapping[str, Any]], *, description: str | None = None,
-                      org_id: str | None = None, agent_id: str | None = None, caller: Caller = LOCAL) -> Policy:
+    def create_policy(self, name: str, rules: Sequence[Mapping[str, Any]], *,
+                      description: str | None = None, org_id: str | None = None,
+                      agent_id: str | None = None, caller: Caller = LOCAL) -> Policy:
         """Issue a policy, which replaces its scope's former one. Raises Invalid, NotFound."""
         now = self.now()
         with self.store.transaction() as db:
@@ -3564,8 +3596,8 @@ class Manager:
 
     def preview_policy(self, rules: Sequence[Mapping[str, Any]], *, org_id: str | None = None,
                        agent_id: str | None = None) -> dict[str, Any]:
-        """What issuing a policy would change, without issuing it: how many agents are in scope and online, which
-        version it would replace, and the rules that it would add and remove there. Raises Invalid, NotFound."""
+        """What issuing a policy would change: how many agents are in scope and online, the version that it
+        would replace, and the rules that it would add and remove there. Raises Invalid, NotFound."""
         now = self.now()
         with self.store.read() as db:
             self._policy_scope(db, now, org_id, agent_id)
@@ -3578,7 +3610,8 @@ class Manager:
                 "added": [rule for rule in rules if rule not in held],
                 "removed": [rule for rule in held if rule not in rules]}
 
-    def _policy_scope(self, db: sqlite3.Connection, now: Moment, org_id: str | None, agent_id: str | None) -> Any:
+    def _policy_scope(self, db: sqlite3.Connection, now: Moment, org_id: str | None,
+                      agent_id: str | None) -> Any:
         """The org of the agent whom an override is for. Raises Invalid, NotFound."""
         if org_id and agent_id:
             raise Invalid("agent_id: must not be given together with org_id")
@@ -3589,11 +3622,12 @@ class Manager:
         reached = self._counts(db, now, org_id, agent_id)[Status.ONLINE]
         policy_id = "pol_" + secrets.token_hex(6)
         version = db.execute(
-            "INSERT INTO policies (id, name, description, rules, org_id, agent_id, broadcasted_to, created_ms) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (policy_id, name, description, to_json(rules), org_id, agent_id,
-                                                reached, now.wall_ms)).lastrowid
+            "INSERT INTO policies (id, name, description, rules, org_id, agent_id, broadcasted_to, "
+            "created_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (policy_id, name, description, to_json(rules),
+                                                            org_id, agent_id, reached, now.wall_ms)).lastrowid
         assert version is not None
-        db.execute("INSERT OR REPLACE INTO policies_in_force VALUES (?, ?)", (_scopes(org_id, agent_id)[-1], version))
+        db.execute("INSERT OR REPLACE INTO policies_in_force VALUES (?, ?)",
+                   (_scopes(org_id, agent_id)[-1], version))
         return Policy(version, policy_id, name, description, rules, org_id, agent_id, reached, now.wall_ms)
 
     def active_policy(self, *, org_id: str | None = None) -> Policy | None:
@@ -3601,7 +3635,8 @@ class Manager:
         with self.store.read() as db:
             return next(iter(self._in_force(db, _scopes(org_id, None)[-1:])), None)
 
-    def policies(self, *, page: int | None = None, limit: int | None = None) -> tuple[list[Policy], int | None]:
+    def policies(self, *, page: int | None = None,
+                 limit: int | None = None) -> tuple[list[Policy], int | None]:
         """Every policy ever issued, newest first, and, if paged, how many there are."""
         paged, window = _window(page, limit)
         with self.store.read() as db:
@@ -3611,7 +3646,7 @@ class Manager:
         return found, total
 
     def custom_rules(self, agent_id: str | None) -> list[str]:
-        """The text of the enabled `custom` rules of an agent, or of all: `config.text`, or else `config` as JSON."""
+        """The texts of enabled `custom` rules, of an agent or of all: `config.text`, or `config` as JSON."""
         if agent_id:
             rules = self.agent_policy(agent_id, ack=False).effective.rules
         else:
@@ -3620,8 +3655,8 @@ class Manager:
                 for rule in rules if rule["type"] == "custom" and rule.get("enabled", True)]
 
     def drop_override(self, agent_id: str, *, caller: Caller = LOCAL) -> int:
-        """Put an agent back under the policies of its org and of all, by issuing a version without rules for it,
-        so that it sees a pending policy; that version. Raises NotFound."""
+        """Put an agent back under the policies of its org and of all: issue a version without rules for it,
+        so that it sees a pending policy. Gives that version. Raises NotFound."""
         now = self.now()
         with self.store.transaction() as db:
             agent = self._row(db, now, agent_id)
@@ -3682,15 +3717,15 @@ class Manager:
 
     @checked(TIMELINE)
     def timeline(self, *, agent_id: str | None = None, hours: int = 24) -> dict[str, Any]:
-        """The present hour and those before it, `hours` in all, oldest first: threat events by severity, without false
-        positives, and how many agents had which status at the hour's end (now, of the present one); of one agent
-        instead the `intervals` in which it had a status. The journal tells as far back as it is kept. Raises NotFound.
+        """The last `hours` hours, oldest first: threat events by severity, without false positives, and how
+        many agents had which status at the hour's end, or now; of one agent, instead, the `intervals` of each
+        status. The journal tells as far back as it is kept. Raises NotFound.
         """
         now = self.now()
         first_ms = now.wall_ms // _HOUR_MS * _HOUR_MS - (hours - 1) * _HOUR_MS
         shift_ms = self._spans[-1].shift_ms
-        given = {"agent_id": agent_id, "first_ms": first_ms, "shift_ms": shift_ms, "since_ms": first_ms - shift_ms,
-                 "last": hours - 1}
+        given = {"agent_id": agent_id, "first_ms": first_ms, "shift_ms": shift_ms,
+                 "since_ms": first_ms - shift_ms, "last": hours - 1}
         shown: list[dict[str, Any]] = [{"at": iso(first_ms + hour * _HOUR_MS)} for hour in range(hours)]
         with self.store.read() as db:
             intervals = {"intervals": self._intervals(db, now, agent_id, given)} if agent_id else {}
@@ -3698,15 +3733,16 @@ class Manager:
                 hour |= counts
             for hour in shown:
                 hour["threats"] = dict.fromkeys(SEVERITIES, 0)
-            source = "threats WHERE agent_id = :agent_id" if agent_id else "threats INDEXED BY threats_time WHERE TRUE"
+            source = "WHERE agent_id = :agent_id" if agent_id else "INDEXED BY threats_time WHERE TRUE"
             for index, severity, count in db.execute(
-                    f"SELECT min((received_ms + :shift_ms - :first_ms) / {_HOUR_MS}, :last), severity, count(*) "
-                    f"FROM {source} AND received_ms >= :since_ms AND state != 'false_positive' GROUP BY 1, 2", given):
+                    f"SELECT min((received_ms + :shift_ms - :first_ms) / {_HOUR_MS}, :last), severity, "
+                    f"count(*) FROM threats {source} AND received_ms >= :since_ms "
+                    "AND state != 'false_positive' GROUP BY 1, 2", given):
                 shown[index]["threats"][severity] = count
         return {"agentId": agent_id, "hours": shown, **intervals}
 
     def _hourly_counts(self, db: sqlite3.Connection, given: Mapping[str, Any]) -> list[dict[str, int]]:
-        """How many agents were announced as what at the end of each hour: today's number, less what changed since."""
+        """How many agents had which status at each hour's end: the present numbers less the changes since."""
         silent = db.execute(f"SELECT announced, count(*) FROM contacts WHERE {_SILENT} GROUP BY 1").fetchall()
         counts = Counter(dict(silent))
         counts["online"] = db.execute("SELECT count(*) FROM contacts").fetchone()[0] - counts.total()
@@ -3715,8 +3751,9 @@ class Manager:
                   f"({_STATUS_ENTRIES}) ORDER BY p.seq DESC LIMIT 1")
         for index, entry, former, count in db.execute(
                 f"SELECT min((at_ms - :first_ms) / {_HOUR_MS}, :last), type, "
-                f"iif(type IN ('agent_online', 'agent_deregistered'), ({before}), NULL), count(*) FROM journal j "
-                f"WHERE at_ms >= :first_ms AND type IN ({_STATUS_ENTRIES}) GROUP BY 1, 2, 3", given):
+                f"iif(type IN ('agent_online', 'agent_deregistered'), ({before}), NULL), count(*) "
+                f"FROM journal j WHERE at_ms >= :first_ms AND type IN ({_STATUS_ENTRIES}) "
+                "GROUP BY 1, 2, 3", given):
             changed[index][_AFTER[entry]] -= count
             changed[index][_AFTER[former] if former else _BEFORE[entry]] += count
         found = []
@@ -3728,11 +3765,12 @@ class Manager:
     def _intervals(self, db: sqlite3.Connection, now: Moment, agent_id: str,
                    given: Mapping[str, Any]) -> list[dict[str, Any]]:
         agent = self._agent(db, now, agent_id)
-        select = (f"SELECT at_ms, type FROM journal WHERE agent_id = :agent_id AND type IN ({_STATUS_ENTRIES}) "
-                  "AND at_ms ")
+        select = ("SELECT at_ms, type FROM journal WHERE agent_id = :agent_id "
+                  f"AND type IN ({_STATUS_ENTRIES}) AND at_ms ")
         entries = db.execute(select + ">= :first_ms ORDER BY seq", given).fetchall()
         before = db.execute(select + "< :first_ms ORDER BY seq DESC LIMIT 1", given).fetchone()
-        at_first = _AFTER[before["type"]] if before else _BEFORE[entries[0]["type"]] if entries else agent.status
+        at_first = _AFTER[before["type"]] if before else (
+            _BEFORE[entries[0]["type"]] if entries else agent.status)
         changes = [(given["first_ms"], at_first), *((at_ms, _AFTER[type]) for at_ms, type in entries)]
         if changes[-1][1] != agent.status:  # not announced yet
             changes.append((agent.status_since_ms, agent.status))
@@ -3752,7 +3790,7 @@ class Manager:
     def purge(self) -> bool:
         """Remove a little of what is past its retention, in time that has passed; whether there may be more.
 
-        After a step of the wall clock nothing is removed, except for space, until an hour has passed without another.
+        After a step of the wall clock nothing is removed, except for space, for an hour after the last step.
         """
         now = self.now()
         if now.steady_ms - self._stepped_ms < _HOUR_MS:
@@ -3764,12 +3802,13 @@ class Manager:
         received_ms = self._cutoff_ms(now, self.config.threat_retention_ms)
         at_ms = now.steady_ms - self.config.correlation_window_ms - 1
         with self.store.read() as db:
-            expired = db.execute(threats, (received_ms,)).fetchone(), db.execute(sightings, (at_ms,)).fetchone()
+            expired = (db.execute(threats, (received_ms,)).fetchone(),
+                       db.execute(sightings, (at_ms,)).fetchone())
         if any(expired):
             with self.store.transaction(durable=False) as db:
                 removed += self._remove_threats(db, threats, received_ms)
-                removed += db.execute(f"DELETE FROM sightings WHERE (org_id, indicator, agent_id) IN ({sightings})",
-                                      (at_ms,)).rowcount
+                removed += db.execute("DELETE FROM sightings WHERE (org_id, indicator, agent_id) IN "
+                                      f"({sightings})", (at_ms,)).rowcount
         before_ms = self._cutoff_ms(now, self.config.journal_retention_ms)
         with self.store.read() as db:
             rows = db.execute("SELECT seq, at_ms FROM journal WHERE seq > 0 ORDER BY seq LIMIT ?",
@@ -3783,23 +3822,25 @@ class Manager:
 
     def _remove_threats(self, db: sqlite3.Connection, keys: str, given: Any) -> int:
         """Remove the events whose keys a query finds, and take them out of the totals; how many."""
-        gone = db.execute(f"DELETE FROM threats WHERE key IN ({keys}) RETURNING {_COUNTED}", (given,)).fetchall()
+        gone = db.execute(f"DELETE FROM threats WHERE key IN ({keys}) RETURNING {_COUNTED}",
+                          (given,)).fetchall()
         self._count_threats(db, gone, -1)
         return len(gone)
 
     def _purge_for_space(self) -> int:
-        """Remove some of the oldest threat events and entries if the database is larger than it may be; how many."""
+        """Remove some of the oldest threat events and entries if the database is too large; how many."""
         excess_bytes = self.store.used_bytes() - self.config.max_db_bytes
         if excess_bytes <= 0:
             return 0
         removed, step = 0, max(_PURGE_STEP, min(excess_bytes // 4096, 10 * _PURGE_STEP))
         with self.store.transaction(durable=False) as db:
             rows = db.execute(
-                f"SELECT * FROM (SELECT 'threats' AS source, t.key, {_RECEIVED} AS at_ms FROM threats t ORDER BY t.key "
-                "LIMIT :step) UNION ALL SELECT * FROM (SELECT 'journal', seq, at_ms FROM journal ORDER BY seq "
-                "LIMIT :step) ORDER BY at_ms LIMIT :step", {"step": step}).fetchall()
-            db.execute("DELETE FROM sightings WHERE (org_id, indicator, agent_id) IN (SELECT org_id, indicator, "
-                       "agent_id FROM sightings ORDER BY at_ms LIMIT ?)", (step,))
+                f"SELECT * FROM (SELECT 'threats' AS source, t.key, {_RECEIVED} AS at_ms FROM threats t "
+                "ORDER BY t.key LIMIT :step) UNION ALL "
+                "SELECT * FROM (SELECT 'journal', seq, at_ms FROM journal ORDER BY seq LIMIT :step) "
+                "ORDER BY at_ms LIMIT :step", {"step": step}).fetchall()
+            db.execute("DELETE FROM sightings WHERE (org_id, indicator, agent_id) IN (SELECT org_id, "
+                       "indicator, agent_id FROM sightings ORDER BY at_ms LIMIT ?)", (step,))
             keys = to_json([row["key"] for row in rows if row["source"] == "threats"])
             removed += self._remove_threats(db, "SELECT value FROM json_each(?)", keys)
             # Entries go by number, which is not the order of their instants: the journal must have no gaps.
@@ -3815,8 +3856,8 @@ class Manager:
     def prune(self) -> None:
         """Deregister agents that have been offline for long, if that is wanted; looked at once an hour.
 
-        A tenth of the fleet a day at most, and nobody while more than half of it is silent: then it is the manager that
-        is cut off. Nor within an hour of a start or of a time that was forgiven, in which the others are heard again.
+        At most a tenth of the fleet a day, and none while more than half of it is silent: then the manager is
+        cut off. None within an hour of a start or of time that was forgiven: agents are heard again first.
         Time in which the manager was stopped does not count. The timer calls it.
         """
         tick_ms = self.clock.now().tick_ms
@@ -3827,8 +3868,9 @@ class Manager:
         with self.store.read() as db:
             counts = self._counts(db, now)
             total = sum(counts.values())
-            (pruned,) = db.execute("SELECT coalesce(sum(json_extract(data, '$.count')), 0) FROM journal "
-                                   "WHERE type = 'agents_pruned' AND at_ms > ?", (now.wall_ms - _DAY_MS,)).fetchone()
+            (pruned,) = db.execute(
+                "SELECT coalesce(sum(json_extract(data, '$.count')), 0) FROM journal "
+                "WHERE type = 'agents_pruned' AND at_ms > ?", (now.wall_ms - _DAY_MS,)).fetchone()
         allowed = min(max(1, total // 10) - pruned, 1000)
         while 2 * counts[Status.ONLINE] >= total and allowed > 0:
             pruned = self._prune_step(now, min(allowed, _BULK_STEP))
@@ -3859,8 +3901,8 @@ class Manager:
     def journal(self, *, after: int = 0, limit: int = -1, type: str | Sequence[str] | None = None,
                 agent_id: str | None = None, org_id: str | None = None, since: int | None = None,
                 until: int | None = None, order: str = "asc") -> list[Entry]:
-        """Entries with a `seq` above `after`, of one type or several, at or after `since` and before `until` (ms
-        since 1970), in order or the latest first ("desc"); at most `limit` of them, if not negative."""
+        """Entries with a `seq` above `after`, of one type or several, at or after `since` and before `until`
+        (ms since 1970), in order or the latest first ("desc"); at most `limit`, if not negative."""
         types = [type] if isinstance(type, str) else list(type or ())
         given = {"after": after, "limit": limit, "agent_id": agent_id, "org_id": org_id, "since": since,
                  "until": until, **{f"type{number}": each for number, each in enumerate(types)}}
@@ -3869,11 +3911,11 @@ class Manager:
             where.append(f"type IN ({', '.join(f':type{number}' for number in range(len(types)))})")
         where += [condition for name, condition in _ENTRY_CONDITIONS.items() if given[name] is not None]
         with self.store.read() as db:
-            rows = db.execute(f"SELECT * FROM journal WHERE {' AND '.join(where)} "
-                              f"ORDER BY seq {'DESC' if order == 'desc' else ''} LIMIT :limit", given).fetchall()
+            rows = db.execute(f"SELECT * FROM journal WHERE {' AND '.join(where)} ORDER BY seq "
+                              f"{'DESC' if order == 'desc' else ''} LIMIT :limit", given).fetchall()
         loads = self.store.loads
-        return [Entry(row["seq"], row["at_ms"], row["type"], loads(row["actor"]), row["org_id"], row["agent_id"],
-                      loads(row["data"])) for row in rows]
+        return [Entry(row["seq"], row["at_ms"], row["type"], loads(row["actor"]), row["org_id"],
+                      row["agent_id"], loads(row["data"])) for row in rows]
 
     def last_seq(self) -> int:
         """The sequence number of the latest entry, removed ones included."""
@@ -3881,8 +3923,8 @@ class Manager:
             return int(db.execute(_LAST_SEQ).fetchone()[0])
 
     def check_health(self) -> None:
-        """Learn for health() whether the database can be written, and count the agents. The timer calls it."""
-        now, tick_ms = self.now(), self.clock.now().tick_ms  # the former stands still while nothing can be written
+        """For health(): learn if the database can be written, and count the agents. The timer calls it."""
+        now, tick_ms = self.now(), self.clock.now().tick_ms  # now() stops while nothing can be written
         failed = self._problem is not None or self.store.failed
         if tick_ms - self._checked_ms < min(900, self.config.heartbeat_timeout_ms // 10) and not failed:
             return  # the timer comes more often while it purges
@@ -3895,9 +3937,10 @@ class Manager:
                 total = self._agent_counts[0]
                 if self._fleet_changed:
                     (total,) = db.execute("SELECT count(*) FROM agents").fetchone()
-                silent = sum(db.execute(f"SELECT count(*) FROM contacts c WHERE {self._of_status(now, status)}",
-                                        self.liveness.cutoffs(now.tick_ms)).fetchone()[0]
-                             for status in (Status.STALE, Status.OFFLINE))
+                silent = sum(db.execute(
+                    f"SELECT count(*) FROM contacts c WHERE {self._of_status(now, status)}",
+                    self.liveness.cutoffs(now.tick_ms)).fetchone()[0]
+                    for status in (Status.STALE, Status.OFFLINE))
                 self._agent_counts, self._fleet_changed = (total, total - silent), False
             self._problem = None
         except Unavailable as error:
@@ -3921,14 +3964,15 @@ class Manager:
 
     def _counts(self, db: sqlite3.Connection, now: Moment, org_id: str | None = None,
                 agent_id: str | None = None) -> dict[Status, int]:
-        """How many agents have which status, of all, of an org, or of one. Of all, the few silent ones are counted."""
+        """How many agents have which status: of all, of an org, or one. Only the silent ones are searched."""
         given = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id, "agent_id": agent_id}
         source, scope = "contacts c", ""
         if org_id or agent_id:
             source = "agents a CROSS JOIN contacts c ON c.agent = a.key"
             scope = " AND a.org_id = :org_id" * bool(org_id) + " AND a.id = :agent_id" * bool(agent_id)
-        counts = {status: db.execute(f"SELECT count(*) FROM {source} WHERE {self._of_status(now, status)}{scope}",
-                                     given).fetchone()[0] for status in (Status.STALE, Status.OFFLINE)}
+        counts = {status: db.execute(
+            f"SELECT count(*) FROM {source} WHERE {self._of_status(now, status)}{scope}", given).fetchone()[0]
+            for status in (Status.STALE, Status.OFFLINE)}
         (total,) = db.execute(f"SELECT count(*) FROM {source} WHERE TRUE{scope}" if scope else
                               "SELECT count(*) FROM contacts", given).fetchone()
         return {Status.ONLINE: total - sum(counts.values()), **counts}
@@ -3969,7 +4013,7 @@ def _edited_tags(row: sqlite3.Row, add: Sequence[str] | None, remove: Sequence[s
 
 
 def _scopes(org_id: str | None, agent_id: str | None) -> list[str]:
-    """The scopes whose policies reach an agent, or an organization's agents, from the widest to the narrowest."""
+    """The scopes whose policies reach an agent, or an org's agents, from the widest to the narrowest."""
     return ["all"] + [f"org:{org_id}"] * bool(org_id) + [f"agent:{agent_id}"] * bool(agent_id)
 
 
