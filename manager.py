@@ -5104,12 +5104,12 @@ class Streams:
         manager.store.listeners.append(self.wake.set)
 
     def open(self, last_seq: int | None, wanted: Mapping[str, Any]) -> EventStream:
-        """A stream of what comes after `last_seq`, or after now. Raises Unavailable when there are too many."""
+        """A stream of what comes after `last_seq`, or after now. Raises Unavailable if too many are open."""
         newest = self.manager.store.durable_seq()
         with self._lock:
             if self.count >= self.manager.config.max_streams:
-                raise Unavailable(f"{self.count} event streams are open and MANAGER_MAX_STREAMS allows no more",
-                                  retry_after_s=15)
+                raise Unavailable(f"{self.count} event streams are open and MANAGER_MAX_STREAMS allows no "
+                                  "more", retry_after_s=15)
             self.count += 1
         return EventStream(self, newest if last_seq is None else min(last_seq, newest), wanted)
 
@@ -5142,14 +5142,16 @@ class Streams:
             texts: list[tuple[Entry, bytes]] = []
             size = 0
             for entry in entries:
-                text = f"id: {entry.seq}\nevent: {entry.type}\ndata: {to_json(entry_shape(entry))}\n\n".encode()
+                data = to_json(entry_shape(entry))
+                text = f"id: {entry.seq}\nevent: {entry.type}\ndata: {data}\n\n".encode()
                 if size and size + len(text) > _BACKLOG:  # the rest at the next call
                     break
                 texts.append((entry, text))
                 size += len(text)
             for stream in group:
-                data = b"".join(text for entry, text in texts if entry.seq > stream.after and stream.wants(entry))
-                if data and stream.channel.publish(data):
+                wanted = b"".join(
+                    text for entry, text in texts if entry.seq > stream.after and stream.wants(entry))
+                if wanted and stream.channel.publish(wanted):
                     stream.sent_ms = self.manager.clock.now().tick_ms
                 stream.after = max(stream.after, texts[-1][0].seq if texts else 0)
                 stream.live = len(texts) == len(entries) < _BATCH
@@ -5167,8 +5169,8 @@ class Streams:
 
 # Notifications
 
-_TOLD_TYPES = ("agent_offline", "agent_online", "agent_deregistered", "threats_reported", "threats_correlated",
-               "identity_conflict")
+_TOLD_TYPES = ("agent_offline", "agent_online", "agent_deregistered", "threats_reported",
+               "threats_correlated", "identity_conflict")
 _OUTAGE = 10  # so many agents that fall silent together are one outage, or a fifth of the fleet
 _NAMED = 20  # agents or events that a text names, at most
 _MOST_ENTRIES = 1000  # of each kind in a notification
@@ -5177,8 +5179,8 @@ _CHAT_CHARACTERS = 1900
 _CONNECT_RECEIVER_S, _SEND_S = 3.0, 10.0
 _FIRST_RETRY_MS, _LONGEST_RETRY_MS = 5_000, 3_600_000
 # By the host's domain or the prefix of the address: the field that the text goes into.
-_CHATS = {"slack": "text", "slack.com": "text", "mattermost": "text", "mattermost.com": "text", "discord": "content",
-          "discord.com": "content", "discordapp.com": "content"}
+_CHATS = {"slack": "text", "slack.com": "text", "mattermost": "text", "mattermost.com": "text",
+          "discord": "content", "discord.com": "content", "discordapp.com": "content"}
 _FINAL_STATUSES = (400, 413, 422)  # the notification itself is refused: after some tries the next one is sent
 _TRIES_IF_FINAL = 5
 
@@ -5186,7 +5188,7 @@ _TRIES_IF_FINAL = 5
 class Notifier:
     """Makes notifications of the journal, in the timer, and keeps them until the receivers have had them.
 
-    It is a follower of the journal with a durable position. What came within the delay becomes one notification.
+    It follows the journal from a durable position. What comes within the delay becomes one notification.
     `receivers` send them, each in a thread of its own.
     """
 
@@ -5206,19 +5208,21 @@ class Notifier:
                 db.execute("DELETE FROM follower")
             (newest,) = db.execute("SELECT coalesce(max(key), 0) FROM notifications").fetchone()
             digests = [digest(url) for url in config.notify_url]
-            for each in digests:
-                db.execute("INSERT OR IGNORE INTO receivers (digest, delivered) VALUES (?, ?)", (each, newest))
+            db.executemany("INSERT OR IGNORE INTO receivers (digest, delivered) VALUES (?, ?)",
+                           [(each, newest) for each in digests])
             known = [row[0] for row in db.execute("SELECT digest FROM receivers")]
-            db.executemany("DELETE FROM receivers WHERE digest = ?", [(each,) for each in known if each not in digests])
+            db.executemany("DELETE FROM receivers WHERE digest = ?",
+                           [(each,) for each in known if each not in digests])
             failing = {row[0] for row in db.execute("SELECT digest FROM receivers WHERE state != 'works'")}
-        self.receivers = [Receiver(self, url, digest(url) in failing) for url in dict.fromkeys(config.notify_url)]
+        self.receivers = [Receiver(self, url, digest(url) in failing)
+                          for url in dict.fromkeys(config.notify_url)]
         self._testing = threading.Lock()
 
     def _tick_ms(self) -> int:
         return self.manager.clock.now().tick_ms
 
     def compose(self) -> None:
-        """Called by the timer: read the journal on, and make a notification of what has waited for the delay."""
+        """Called by the timer: read the journal on, and make a notification of what waited for the delay."""
         if not self.receivers:
             return
         tick_ms, config = self._tick_ms(), self.manager.config
@@ -5226,9 +5230,10 @@ class Notifier:
             self._pending.append((tick_ms, entry))
             self._read_seq = entry.seq
         first_ms = self._pending[0][0] if self._pending else tick_ms
-        group = [(read_ms, entry) for read_ms, entry in self._pending if read_ms <= first_ms + config.notify_delay_ms]
-        last_ms = max((read_ms for read_ms, entry in group if entry.type == "agent_offline"), default=first_ms)
-        if group and tick_ms >= last_ms + config.notify_delay_ms:
+        until_ms = first_ms + config.notify_delay_ms
+        group = [(read_ms, entry) for read_ms, entry in self._pending if read_ms <= until_ms]
+        silent_ms = [read_ms for read_ms, entry in group if entry.type == "agent_offline"]
+        if group and tick_ms >= max(silent_ms, default=first_ms) + config.notify_delay_ms:
             later = [entry for _, entry in self._pending[len(group):]]
             self._make([entry for _, entry in group], later)
             self._pending = self._pending[len(group):]
@@ -5247,12 +5252,12 @@ class Notifier:
         silent = [entry for entry in silent if entry.agent_id in known]
         back = [entry for entry in back if entry.agent_id in told]
         shown = sorted(filter(self._is_told, group), key=_rank)
-        lines = self._silence(rows, silent) if "offline" in wanted else []
-        lines += _listed([f"{_name(entry)} is back" for entry in back], "agents are back") if "online" in wanted else []
+        data = {"offline": silent if "offline" in wanted else [],
+                "online": back if "online" in wanted else [], "events": shown}
+        lines = self._silence(rows, data["offline"])
+        lines += _listed([f"{_name(entry)} is back" for entry in data["online"]], "agents are back")
         lines += [_sentence(entry) for entry in shown[:_NAMED]]
         lines += [f"and {len(shown) - _NAMED} more"] if len(shown) > _NAMED else []
-        data = {"offline": silent if "offline" in wanted else [], "online": back if "online" in wanted else [],
-                "events": shown}
         ended = {entry.agent_id for entry in back} | gone
         with self.manager.store.transaction() as db:
             db.executemany("INSERT OR REPLACE INTO told_silent VALUES (?, ?)",
@@ -5265,11 +5270,13 @@ class Notifier:
                                        for name, entries in data.items()})
 
     @staticmethod
-    def _changes(group: Sequence[Entry], later: Sequence[Entry]) -> tuple[list[Entry], list[Entry], set[str | None]]:
+    def _changes(group: Sequence[Entry],
+                 later: Sequence[Entry]) -> tuple[list[Entry], list[Entry], set[str | None]]:
         """Whose last change was to fall silent, whose to return, and who was deregistered."""
         last = {entry.agent_id: entry for entry in group if entry.type.startswith("agent_")}
         returned = {entry.agent_id for entry in later if entry.type in ("agent_online", "agent_deregistered")}
-        silent = [entry for entry in last.values() if entry.type == "agent_offline" and entry.agent_id not in returned]
+        silent = [entry for entry in last.values()
+                  if entry.type == "agent_offline" and entry.agent_id not in returned]
         return (silent, [entry for entry in last.values() if entry.type == "agent_online"],
                 {entry.agent_id for entry in last.values() if entry.type == "agent_deregistered"})
 
@@ -5281,7 +5288,7 @@ class Notifier:
         return {"threats_correlated": "correlated", "identity_conflict": "conflict"}.get(entry.type) in wanted
 
     def _silence(self, rows: Sequence[sqlite3.Row], silent: Sequence[Entry]) -> list[str]:
-        """What to say of agents that fell silent: who, or if many did together, how many and what they share."""
+        """What to say of agents that fell silent: who, or of many at once, how many and what they share."""
         if len(silent) < 2 or len(silent) < min(_OUTAGE, len(rows) / 5):
             return [f"{_name(entry)} fell silent, last seen {entry.data.get('lastSeen')}" for entry in silent]
         ids = {entry.agent_id for entry in silent}
@@ -5296,12 +5303,13 @@ class Notifier:
         among = min((all_of[each], each) for each, some in silent_of.items() if len(some) >= most)[1]
         inside = [entry for entry in silent if entry.agent_id in silent_of[among]]
         passed_ms = max(entry.at_ms for entry in inside) - min(entry.at_ms for entry in inside)
-        together = passed_ms <= 2 * self.manager.config.notify_delay_ms  # else the wall clock was set meanwhile
+        together = passed_ms <= 2 * self.manager.config.notify_delay_ms  # else the wall clock was set
         within = f" within {(passed_ms + 999) // 1000} s" if together else ""
         named = ", ".join(sorted(_plain(entry.data.get("hostname")) for entry in inside)[:_NAMED])
         more = ", …" if len(inside) > _NAMED else ""
         others = f"; and {len(silent) - len(inside)} others" if len(silent) > len(inside) else ""
-        return [f"{len(inside)} of {all_of[among]} {_plain(among)} fell silent{within}: {named}{more}{others}"]
+        return [f"{len(inside)} of {all_of[among]} {_plain(among)} fell silent{within}: "
+                f"{named}{more}{others}"]
 
     def _shared(self, row: sqlite3.Row) -> list[str]:
         """What an agent may share with others, as it is said of several."""
@@ -5313,16 +5321,17 @@ class Notifier:
     def _remind(self) -> None:
         self._reminded_ms = self._tick_ms()
         with self.manager.store.transaction() as db:
-            told = [_plain(row[0]) for row in db.execute("SELECT hostname FROM told_silent ORDER BY hostname")]
+            rows = db.execute("SELECT hostname FROM told_silent ORDER BY hostname")
+            told = [_plain(row[0]) for row in rows]
             if told:
-                self._keep(db, _listed([f"{name} is still silent" for name in told], "agents are still silent"),
-                           {"reminder": told})
+                lines = _listed([f"{name} is still silent" for name in told], "agents are still silent")
+                self._keep(db, lines, {"reminder": told})
 
     def _keep(self, db: sqlite3.Connection, lines: Sequence[str], data: Mapping[str, Any]) -> None:
-        """Keep a notification for those that still take any, and let go of those that nobody took for a day."""
+        """Keep a notification for the receivers that take any; remove those that none took for a day."""
         now = self.manager.now()
-        db.execute("UPDATE receivers SET delivered = max(delivered, coalesce((SELECT max(key) FROM notifications "
-                   "WHERE at_ms < ?), 0))", (now.steady_ms - _DAY_MS,))
+        db.execute("UPDATE receivers SET delivered = max(delivered, coalesce((SELECT max(key) FROM "
+                   "notifications WHERE at_ms < ?), 0))", (now.steady_ms - _DAY_MS,))
         takers = db.execute("SELECT min(delivered) FROM receivers WHERE state != 'gone'").fetchone()[0]
         db.execute("DELETE FROM notifications WHERE key <= coalesce(?, key)", (takers,))
         if takers is not None:
@@ -5332,7 +5341,7 @@ class Notifier:
                        ("msg_" + secrets.token_hex(12), now.steady_ms, to_json(body)))
 
     def test(self) -> list[dict[str, Any]]:
-        """Send a notification to every receiver; what each answered. Raises Throttled while another test runs."""
+        """Send a notification to every receiver; what each answered. Raises Throttled while a test runs."""
         if not self._testing.acquire(blocking=False):
             raise Throttled("a test of the notifications is under way", retry_after_s=int(_SEND_S))
         try:
@@ -5378,17 +5387,18 @@ class Answer(NamedTuple):
 
 
 class Receiver:
-    """One receiver of notifications. `wake` has its thread look for one to deliver; `stop()` ends a request."""
+    """A receiver of notifications. `wake` makes its thread look for one to send; `stop()` ends a request."""
 
     def __init__(self, notifier: Notifier, url: str, failing: bool) -> None:
         self.notifier = notifier
         self.url = url
-        kind, address = cast("re.Match[str]", re.fullmatch(r"(?:(slack|mattermost|discord)\+)?(.*)", url)).groups()
+        match = cast("re.Match[str]", re.fullmatch(r"(?:(slack|mattermost|discord)\+)?(.*)", url))
+        kind, address = match.groups()
         self._target = urlsplit(address)
         host = self._target.hostname or ""
         domain = next((each for each in _CHATS if "." in each and f".{host}".endswith(f".{each}")), "")
         self._chat = kind or domain.partition(".")[0].replace("discordapp", "discord")
-        self.name = f"{self._target.scheme}://{self._target.netloc.rpartition('@')[2]}"  # a chat's path is a secret
+        self.name = f"{self._target.scheme}://{self._target.netloc.rpartition('@')[2]}"  # the path is secret
         self.failing = failing
         self.wake = threading.Event()
         self._digest = digest(url)
@@ -5423,9 +5433,10 @@ class Receiver:
         if manager.clock.now().tick_ms < self._next_ms:
             return False
         with manager.store.read() as db:
-            row = db.execute("SELECT n.*, r.state FROM receivers r JOIN notifications n ON n.key > max(r.delivered, ?) "
-                             "WHERE r.digest = ? AND n.at_ms >= ? ORDER BY n.key LIMIT 1", (
-                                 self._sent_key, self._digest, manager.now().steady_ms - _DAY_MS)).fetchone()
+            row = db.execute(
+                "SELECT n.*, r.state FROM receivers r JOIN notifications n ON n.key > max(r.delivered, ?) "
+                "WHERE r.digest = ? AND n.at_ms >= ? ORDER BY n.key LIMIT 1",
+                (self._sent_key, self._digest, manager.now().steady_ms - _DAY_MS)).fetchone()
         if row is None or row["state"] == "gone":
             return False
         answer = self.send(row["id"], row["body"])
@@ -5452,7 +5463,7 @@ class Receiver:
         return min(_DAY_MS, max(1000 * answer.retry_after_s, backoff_ms))
 
     def _chat_body(self, text: str) -> dict[str, Any]:
-        """What a chat takes: the text, in which nothing that an agent sent calls people or hides an address."""
+        """The body for a chat. What an agent sent in the text cannot mention people or hide an address."""
         if len(text) > _CHAT_CHARACTERS:
             text = text[:_CHAT_CHARACTERS].rpartition("\n")[0] + "\n…"
         if self._chat == "discord":
@@ -5477,7 +5488,7 @@ class Receiver:
         kind = http.client.HTTPSConnection if self._target.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._target.hostname or "", self._target.port, timeout=_CONNECT_RECEIVER_S)
         self._connections.add(connection)
-        limit = threading.Timer(_CONNECT_RECEIVER_S + _SEND_S, _cut, (connection,))  # of the whole, however it drips
+        limit = threading.Timer(_CONNECT_RECEIVER_S + _SEND_S, _cut, (connection,))  # for the whole exchange
         limit.daemon = True
         limit.start()
         path = (self._target.path or "/") + ("?" + self._target.query if self._target.query else "")
@@ -5521,7 +5532,8 @@ def _plain(value: Any) -> str:
 
 def _rank(entry: Entry) -> int:
     """The worst threats first, then the others."""
-    return SEVERITIES.index(str(entry.data["maxSeverity"])) if entry.type == "threats_reported" else len(SEVERITIES)
+    severity = str(entry.data["maxSeverity"]) if entry.type == "threats_reported" else None
+    return SEVERITIES.index(severity) if severity else len(SEVERITIES)
 
 
 def _name(entry: Entry) -> str:
@@ -5539,8 +5551,8 @@ def _sentence(entry: Entry) -> str:
     if entry.type == "threats_correlated":
         (kind, value), = entry.data["indicator"].items()
         return f"{entry.data['count']} agents saw {kind} {_plain(value)}"
-    return (f"{_name(entry)} registered with the machine_id of {entry.data['otherAgentId']}, which is online: "
-            "a cloned machine")
+    return (f"{_name(entry)} registered with the machine_id of {entry.data['otherAgentId']}, which is "
+            "online: a cloned machine")
 
 
 ########################################################################################################
