@@ -8260,7 +8260,7 @@ def _explained(error: Exception) -> tuple[str, int]:
 # 10  Dashboard ########################################################################################
 ########################################################################################################
 
-# One page without a library and without a build step. Everything that came from an agent goes in as a text node.
+# One page without a library or a build step. What came from an agent goes in as text nodes only.
 _STYLE = r""":root{color-scheme:light dark;--bg:light-dark(#f5f6f8,#0e1216);--card:light-dark(#fff,#151a20);
 --text:light-dark(#1a2027,#e2e7ec);--soft:light-dark(#586370,#98a4b0);--line:light-dark(#dde1e6,#29313a);
 --hover:light-dark(#f0f3f7,#1b222a);--accent:light-dark(#0a5cc2,#74b3ff);--edge:light-dark(#b9c1ca,#3d4854);
@@ -8291,8 +8291,8 @@ h2{font-size:14px;margin:0 0 8px}
 .bar{flex-wrap:wrap;gap:8px;margin:0 0 12px}
 .card,.scroll,dialog{background:var(--card);border:1px solid var(--line);border-radius:8px;min-width:0}
 .card{padding:14px 16px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr));gap:12px;margin-bottom:12px}
-.wide{grid-column:1/-1}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr));gap:12px;
+margin-bottom:12px}.wide{grid-column:1/-1}
 button,input,select,textarea,.menu>summary{font:inherit;color:inherit;background:var(--card);
 border:1px solid var(--edge);border-radius:6px;padding:4px 10px;min-height:32px}
 button{cursor:pointer;white-space:nowrap}
@@ -8326,9 +8326,9 @@ td{overflow-wrap:break-word;max-width:420px}time{white-space:nowrap}
 .state+.soft{margin-left:6px;font-size:12.5px;white-space:nowrap}
 .online{color:var(--green)}.stale,.medium{color:var(--amber)}.offline,.high{color:var(--red)}
 .critical{color:var(--rose)}.low{color:var(--blue)}
-.tag{display:inline-block;background:var(--hover);border:1px solid var(--line);border-radius:4px;padding:0 6px;
-margin:1px 4px 1px 0;font-size:12.5px;max-width:190px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;
-vertical-align:middle}
+.tag{display:inline-block;background:var(--hover);border:1px solid var(--line);border-radius:4px;
+padding:0 6px;margin:1px 4px 1px 0;font-size:12.5px;max-width:190px;overflow:hidden;text-overflow:ellipsis;
+white-space:nowrap;vertical-align:middle}
 .meter{display:inline-block;width:40px;height:6px;background:var(--line);margin-right:7px;vertical-align:1px}
 .meter i,.hbar{display:block;height:100%;background:var(--blue)}
 .hbar{height:4px}
@@ -8356,8 +8356,9 @@ border-radius:8px;padding:9px 16px;max-width:92vw;z-index:5}
 .ends{display:flex;justify-content:space-between;gap:8px}
 @media(prefers-reduced-motion:reduce){.changed{animation:none}}
 @media(max-width:1180px){.c-ip,.c-org_id,.c-os{display:none}}
-@media(max-width:980px){header{flex-wrap:wrap;padding:6px 12px 0}.tools{margin-left:auto}nav{order:3;flex:1 0 100%}
-nav a{padding:7px 9px 6px}main{padding:12px 12px 40px}.c-policy,.c-memory{display:none}}
+@media(max-width:980px){header{flex-wrap:wrap;padding:6px 12px 0}.tools{margin-left:auto}
+nav{order:3;flex:1 0 100%}nav a{padding:7px 9px 6px}main{padding:12px 12px 40px}
+.c-policy,.c-memory{display:none}}
 @media(max-width:640px){.c-tags,.c-version,.c-cpu,.c-recentThreats,.roomy{display:none}th,td{padding:6px 7px}
 [type=search]{width:100%}.host{min-width:0}.counts{display:grid;grid-template-columns:1fr 1fr}
 .c-status .state+.soft{display:block;margin-left:17px}}
@@ -8384,7 +8385,8 @@ const t = (text, ...args) => (zh && ZH[text] || text).replace(/%s/g, () => args.
 function h(what, props, ...kids) {
   const [tag, name] = what.split(".");
   const svg = /^(svg|path|rect|circle|title)$/.test(tag);
-  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
   if (props?.constructor !== Object) [props, kids] = [{}, [props, ...kids]];
   node.append(...kids.flat(3).filter((kid) => kid || kid === 0));
   if (name) node.setAttribute("class", name);
@@ -8400,8 +8402,8 @@ const card = (title, ...kids) => h("section.card", h("h2", title), kids);
 const tag = (text, ...more) => h("span.tag", text, more);
 const head = (title, ...kids) => h("div.bar", h("h1", t(title)), kids);
 const to = (text, name, query) => h("a", {href: link(name, query)}, text);
-const box = (checked, change, more) => h("input", {type: "checkbox", checked, onchange: ({target}) => change(target.checked),
-  ...more});
+const box = (checked, change, more) => h("input",
+  {type: "checkbox", checked, onchange: ({target}) => change(target.checked), ...more});
 const named = (label) => ({"aria-label": t(label), placeholder: t(label), maxlength: 64});
 const put = (node, ...kids) => node?.replaceChildren(...kids);
 const $ = (selector) => document.querySelector(selector);
@@ -8409,7 +8411,8 @@ const fact = (label, ...value) => [h("dt", t(label)), h("dd", value)];
 const empty = (title, ...rest) => h("div.empty", h("b", title), rest);
 const row = (...cells) => h("tr", cells.map((cell) => h("td", cell)));
 const table = (heads, rows, more = {}) => h("div.scroll",
-  h("table", more, h("thead", h("tr", heads.map((head) => h("th", {scope: "col"}, t(head))))), h("tbody", rows)));
+  h("table", more, h("thead", h("tr", heads.map((head) => h("th", {scope: "col"}, t(head))))),
+    h("tbody", rows)));
 
 const now = () => Date.now() + skewMs;
 const locale = () => zh ? "zh-Hant" : "en-GB";
@@ -8421,7 +8424,8 @@ function span(ms) {
 }
 // An instant in the reader's zone, with the UTC one on hover.
 const time = (iso, text, more) => iso ? h("time", {datetime: iso, title: iso, ...more}, text) : "–";
-const stamp = (iso) => time(iso, new Date(iso).toLocaleString(locale(), {dateStyle: "short", timeStyle: "medium"}));
+const stamp = (iso) => time(iso,
+  new Date(iso).toLocaleString(locale(), {dateStyle: "short", timeStyle: "medium"}));
 // How long ago, kept up to date by tick(). Heartbeats are not in the journal: `capMs` is the most it can be.
 const living = (iso, form, capMs) => time(iso, age(iso, form, capMs), {"data-form": form,
   "data-cap": capMs});
@@ -8430,17 +8434,22 @@ function age(iso, form, capMs) {
   return t(form, capMs && ms > capMs ? "< " + span(capMs) : span(ms));
 }
 const shape = (...kids) => h("svg", {viewBox: "0 0 12 12", "aria-hidden": "true"}, kids);
-const SHAPES = {online: "M6 0a6 6 0 1 0 0 12a6 6 0 1 0 0-12", stale: "M6 0L12 12H0z", offline: "M0 0H12V12H0z"};
-const state = (status) => h("span", {class: "state " + status}, shape(h("path", {d: SHAPES[status]})), t(status));
-const mark = (bad) => h("svg.mark", {viewBox: "0 0 32 32", "aria-hidden": "true", xmlns: "http://www.w3.org/2000/svg"},
-  h("path", {d: "M3 14a13 13 0 0 1 26 0l-13-5zM3 18l13 5 13-5a13 13 0 0 1-26 0z", fill: "#2f7fe0"}), bad && h("circle", {cx: 23, cy: 9, r: 9, fill: "#d3212f"}));
+const SHAPES = {online: "M6 0a6 6 0 1 0 0 12a6 6 0 1 0 0-12", stale: "M6 0L12 12H0z",
+  offline: "M0 0H12V12H0z"};
+const state = (status) => h("span", {class: "state " + status},
+  shape(h("path", {d: SHAPES[status]})), t(status));
+const mark = (bad) => h("svg.mark",
+  {viewBox: "0 0 32 32", "aria-hidden": "true", xmlns: "http://www.w3.org/2000/svg"},
+  h("path", {d: "M3 14a13 13 0 0 1 26 0l-13-5zM3 18l13 5 13-5a13 13 0 0 1-26 0z", fill: "#2f7fe0"}),
+  bad && h("circle", {cx: 23, cy: 9, r: 9, fill: "#d3212f"}));
 
 // The API
 
 const may = (method, path) => paths[path]?.[method] && (role === "admin" || method === "get");
 const takes = (path, name) => paths[path].get.parameters.find((each) => each.name === name)?.schema;
 function address(path, query) {
-  const given = new URLSearchParams(Object.entries(query || {}).filter(([, value]) => value || value === 0 || value === false));
+  const given = new URLSearchParams(Object.entries(query || {})
+    .filter(([, value]) => value || value === 0 || value === false));
   return path + (given.size ? "?" + given : "");
 }
 async function api(method, path, body) {
@@ -8542,14 +8551,16 @@ async function stream(signal) {
     clearTimeout(silence);
     if (signal.aborted) return;
     setLamp("reconnecting");
-    await new Promise((done) => setTimeout(done, Math.min(15000, 500 * 2 ** tries) * (1 + Math.random()) / 2));
+    await new Promise((done) => setTimeout(done,
+      Math.min(15000, 500 * 2 ** tries) * (1 + Math.random()) / 2));
   }
 }
 
 // Read again what is shown: at most every 2 s, and only while somebody looks at it.
 let timer = 0;
 function soon() {
-  if (!timer && view.load && !document.hidden) timer = setTimeout(refresh, Math.max(200, shownMs + 2000 - Date.now()));
+  if (timer || !view.load || document.hidden) return;
+  timer = setTimeout(refresh, Math.max(200, shownMs + 2000 - Date.now()));
 }
 async function refresh() {
   clearTimeout(timer);
@@ -8568,7 +8579,8 @@ function tick() {
     if (each.textContent !== text) each.textContent = text;
   }
   const live = lamp === "live";
-  put($(".lamp"), h("i", {class: lamp}), t(live ? "Live" : "Reconnecting"), live ? "" : h("span.roomy", t("as of %s ago", span(Date.now() - shownMs))));
+  put($(".lamp"), h("i", {class: lamp}), t(live ? "Live" : "Reconnecting"), live ? ""
+    : h("span.roomy", t("as of %s ago", span(Date.now() - shownMs))));
 }
 setInterval(tick, 1000);
 
@@ -8631,8 +8643,9 @@ function signIn(message = "") {
       token = "";
       $(".error").textContent ||= error.message;
     }
-  }}, h("div.name", mark(), h("h1", "Panguard Manager")), h("label", {for: "token"}, t("Token"), field), problem,
-  h("button.main", t("Sign in")), h("div.soft", t("An admin's or a viewer's token.")), h("div", switches()))));
+  }}, h("div.name", mark(), h("h1", "Panguard Manager")), h("label", {for: "token"}, t("Token"), field),
+  problem, h("button.main", t("Sign in")), h("div.soft", t("An admin's or a viewer's token.")),
+  h("div", switches()))));
   field.focus();
 }
 
@@ -8647,10 +8660,12 @@ async function start(message) {
     frame(h("main", empty(error.message)));
     return setTimeout(start, 3000);
   }
-  frame(h("header", h("a.name", {href: "#fleet", "aria-label": "Panguard Manager"}, mark(), h("span.roomy", "Panguard")),
-    h("nav", {"aria-label": t("Views")}, Object.entries(VIEWS).filter(([, [title]]) => title).map(([name, [title]]) =>
-      h("a", {href: "#" + name}, t(title)))),
-    h("div.tools", h("span.lamp"), role !== "admin" && tag(t(role)), switches(), btn(t("Sign out"), () => signOut(), "plain"))),
+  frame(h("header",
+    h("a.name", {href: "#fleet", "aria-label": "Panguard Manager"}, mark(), h("span.roomy", "Panguard")),
+    h("nav", {"aria-label": t("Views")}, Object.entries(VIEWS).filter(([, [title]]) => title)
+      .map(([name, [title]]) => h("a", {href: "#" + name}, t(title)))),
+    h("div.tools", h("span.lamp"), role !== "admin" && tag(t(role)), switches(),
+      btn(t("Sign out"), () => signOut(), "plain"))),
   h("main", {tabindex: -1}));
   tick();
   if (!session) follow();
@@ -8667,7 +8682,8 @@ const link = (name, query, id) => address("#" + name + (id ? one("/", id) : ""),
 const param = (name) => where().params.get(name) || "";
 function setParams(changes, replace) {
   const {name, id, params} = where();
-  const target = link(name, {...Object.fromEntries(params), page: "", ...changes}, id && decodeURIComponent(id));
+  const target = link(name, {...Object.fromEntries(params), page: "", ...changes},
+    id && decodeURIComponent(id));
   if (!replace) location.hash = target;
   else {
     history.replaceState(null, "", target);
@@ -8677,7 +8693,8 @@ function setParams(changes, replace) {
 const show = () => token && attempt(async () => {
   const {name, id} = where();
   for (const each of document.querySelectorAll("nav a")) {
-    each.setAttribute("aria-current", each.hash === "#" + (name === "agent" ? "fleet" : name) ? "page" : "false");
+    each.setAttribute("aria-current",
+      each.hash === "#" + (name === "agent" ? "fleet" : name) ? "page" : "false");
   }
   const main = $("main");
   main.ariaBusy = true;
@@ -8690,7 +8707,8 @@ const show = () => token && attempt(async () => {
   await view.load();
   for (const each of main.querySelectorAll("[data-param]")) {
     const value = param(each.dataset.param);
-    if (each.options && ![...each.options].some((option) => option.value === value)) each.append(h("option", value));
+    const missing = each.options && ![...each.options].some((option) => option.value === value);
+    if (missing) each.append(h("option", value));
     if (each.options || each !== document.activeElement) each.value = value;
   }
   shownMs = Date.now();
@@ -8721,7 +8739,8 @@ addEventListener("keydown", (event) => {
   else if (key === "x") rows[at]?.querySelector("[type=checkbox]")?.click();
   else if (key === "?") {
     ask(t("Keys"), h("dl", Object.entries(KEYS).map(([each, what]) => fact(each, t(what)))));
-  } else rows[Math.max(0, Math.min(rows.length - 1, at + (key === "j" ? 1 : -1)))]?.querySelector("a, button")?.focus();
+  } else rows[Math.max(0, Math.min(rows.length - 1, at + (key === "j" ? 1 : -1)))]
+    ?.querySelector("a, button")?.focus();
 });
 
 // Parts that several views use
@@ -8742,13 +8761,16 @@ function filter(name, label, choices) {
 }
 const agentLink = (id, hostname) => id ? h("a.host", {href: link("agent", {}, id)}, hostname || id) : "–";
 const quoted = (text) => "'" + text.replaceAll("'", "'\\''") + "'";
-const asCurl = (path, method, body) => ["curl", method && "-X " + method, '-H "Authorization: Bearer $TOKEN"', body
-  && "-H 'Content-Type: application/json' -d " + quoted(JSON.stringify(body)), quoted(location.origin + path)]
-  .filter(Boolean).join(" ");
-const asCommand = (words, options = {}) => ["panguard-manager " + words, ...Object.entries(options).filter(([, value]) => value)
-  .map(([name, value]) => "--" + name.replace("q", "find").replace("_ms", "").replace("_", "-") + " "
+const asCurl = (path, method, body) => ["curl", method && "-X " + method,
+  '-H "Authorization: Bearer $TOKEN"',
+  body && "-H 'Content-Type: application/json' -d " + quoted(JSON.stringify(body)),
+  quoted(location.origin + path)].filter(Boolean).join(" ");
+const asCommand = (words, options = {}) => ["panguard-manager " + words,
+  ...Object.entries(options).filter(([, value]) => value).map(([name, value]) =>
+    "--" + name.replace("q", "find").replace("_ms", "").replace("_", "-") + " "
     + quoted(name === "silent_ms" ? value / 1000 + "s" : value + ""))].join(" ");
-const foot = (...lines) => h("details.foot", h("summary", t("As curl, as command")), lines.map((line) => h("pre", line)));
+const foot = (...lines) => h("details.foot", h("summary", t("As curl, as command")),
+  lines.map((line) => h("pre", line)));
 const pager = (page, total) => total > LIMIT && h("div.bar",
   btn(t("Former page"), () => setParams({page: page - 1}), "", {disabled: page < 2}),
   t("Page %s of %s", page, Math.ceil(total / LIMIT)),
@@ -8768,18 +8790,21 @@ function meter(value) {
   fill.style.width = value + "%";
   return [h("span.meter", fill), Math.round(value) + " %"];
 }
-const beatCap = (a) => a.status === "online" && a.staleAt ? Date.parse(a.staleAt) - Date.parse(a.lastHeartbeat) : 0;
+const beatCap = (a) => a.status === "online" && a.staleAt
+  ? Date.parse(a.staleAt) - Date.parse(a.lastHeartbeat) : 0;
 const policyState = (a) => a.pendingPolicies ? h("span.stale", t("%s pending", a.pendingPolicies))
   : a.activePolicyVersion ? a.activePolicyVersion + " ✓" : h("span.soft", t("none"));
 // name (also the key to sort by), heading, cell, whether it is a number
 const COLUMNS = [
-  ["status", "Status", (a) => [state(a.status), a.statusSince && h("span.soft", living(a.statusSince, "for %s"))]],
+  ["status", "Status", (a) => [state(a.status),
+    a.statusSince && h("span.soft", living(a.statusSince, "for %s"))]],
   ["hostname", "Hostname", (a) => agentLink(a.id, a.hostname)],
   ["tags", "Tags", (a) => a.tags.map((each) => tag(each))], ["os", "OS", (a) => a.os],
   ["version", "Version", (a) => a.version === newest ? a.version
     : h("span.stale", {title: t("The newest in the fleet is %s", newest)}, a.version + " ↑")],
   ["ip", "Address", (a) => h("span.nowrap", a.ip)], ["policy", "Policy", policyState],
-  ["recentThreats", "Threats 24 h", (a) => a.recentThreats ? to(number(a.recentThreats), "threats", {agent_id: a.id}) : a.recentThreats ?? "–", true],
+  ["recentThreats", "Threats 24 h", (a) => a.recentThreats
+    ? to(number(a.recentThreats), "threats", {agent_id: a.id}) : a.recentThreats ?? "–", true],
   ["cpu", "CPU", (a) => meter(a.cpu), true], ["memory", "Memory", (a) => meter(a.memory), true],
   ["lastHeartbeat", "Last heartbeat", (a) => living(a.lastHeartbeat, "%s ago", beatCap(a)), true],
   ["org_id", "Org", (a) => a.org_id || "–"]];
@@ -8817,31 +8842,39 @@ function buildFleet(view, main) {
 
   function draw() {
     changes.hidden = true;
-    const [sort, page, bulky] = [param("sort") || "status", +param("page") || 1, may("post", "/api/agents/bulk")];
-    const shown = COLUMNS.filter(([name]) => !hidden.has(name) && (name !== "org_id" || items.some((a) => a.org_id)));
+    const [sort, page] = [param("sort") || "status", +param("page") || 1];
+    const bulky = may("post", "/api/agents/bulk");
+    const shown = COLUMNS.filter(([name]) => !hidden.has(name)
+      && (name !== "org_id" || items.some((a) => a.org_id)));
     const kept = layout === (layout = shown.join() + newest) ? rows : new Map();
     rows = new Map(items.map((a) => {
       const text = JSON.stringify(a);
       const old = kept.get(a.id);
       return [a.id, old?.text === text ? old : {text, node: h("tr", {class: old && "changed"},
-        bulky && h("td", box(selected.has(a.id), (on) => pick(a.id, a.hostname, on), {"aria-label": t("Select %s", a.hostname)})),
-        shown.map(([name, , cell, numeric]) => h("td", {class: "c-" + name + (numeric ? " n" : "")}, cell(a))))}];
+        bulky && h("td", box(selected.has(a.id), (on) => pick(a.id, a.hostname, on),
+          {"aria-label": t("Select %s", a.hostname)})),
+        shown.map(([name, , cell, numeric]) =>
+          h("td", {class: "c-" + name + (numeric ? " n" : "")}, cell(a))))}];
     }));
     const heads = shown.map(([name, label, , numeric]) => {
       const way = sort === name ? "ascending" : sort === "-" + name && "descending";
-      return h("th", {scope: "col", class: "c-" + name + (numeric ? " n" : ""), "aria-sort": way}, SORTS.includes(name) && takes("/api/agents", "sort")
-        ? btn(t(label) + (way ? way === "ascending" ? " ▲" : " ▼" : ""),
-          () => setParams({sort: (way === "ascending" ? "-" : "") + name})) : t(label));
+      return h("th", {scope: "col", class: "c-" + name + (numeric ? " n" : ""), "aria-sort": way},
+        SORTS.includes(name) && takes("/api/agents", "sort")
+          ? btn(t(label) + (way ? way === "ascending" ? " ▲" : " ▼" : ""),
+            () => setParams({sort: (way === "ascending" ? "-" : "") + name})) : t(label));
     });
-    const all = box(items.every((a) => selected.has(a.id)), (on) => items.forEach((a) => pick(a.id, a.hostname, on)),
-      {"aria-label": t("Select this page")});
+    const all = box(items.every((a) => selected.has(a.id)),
+      (on) => items.forEach((a) => pick(a.id, a.hostname, on)), {"aria-label": t("Select this page")});
     const {activeElement} = document;
     if (!items.length) {
-      put(body, location.hash.includes("?") ? empty(t("No agent matches."), h("a", {href: "#fleet"}, t("Show all")))
-        : empty(t("No agents yet"), t("Register the first one. On its machine, run:"), h("pre", registerLine("TOKEN"))));
+      put(body, location.hash.includes("?")
+        ? empty(t("No agent matches."), h("a", {href: "#fleet"}, t("Show all")))
+        : empty(t("No agents yet"), t("Register the first one. On its machine, run:"),
+          h("pre", registerLine("TOKEN"))));
     } else {
       if (!body.querySelector("tbody")) {
-        put(body, table([], [], {"aria-label": t("Fleet"), onmouseleave: () => changes.hidden || draw()}), h("div"));
+        put(body, table([], [], {"aria-label": t("Fleet"),
+          onmouseleave: () => changes.hidden || draw()}), h("div"));
       }
       const [top, rest] = body.querySelectorAll("thead, tbody");
       put(top, h("tr", bulky && h("th", {scope: "col"}, all), heads));
@@ -8866,7 +8899,8 @@ function buildFleet(view, main) {
     const tagging = (label, field) => btn(t(label), () => name.value.trim() ? change(every.checked,
       t(label) + ": " + name.value.trim(), {[field]: [name.value.trim()]}) : name.focus());
     return put(bulk, h("b", title), total > items.length && h("label", every, " ",
-      t("all %s that match", number(total))) || "", name, tagging("Add tag", "addTags"), tagging("Remove tag", "removeTags"),
+      t("all %s that match", number(total))) || "", name, tagging("Add tag", "addTags"),
+    tagging("Remove tag", "removeTags"),
     btn(t("Deregister") + "…", () => change(every.checked, t("Deregister"), {deregister: true}), "danger"),
     btn(t("Clear"), () => {
       selected.clear();
@@ -8879,12 +8913,13 @@ function buildFleet(view, main) {
     const given = fleetFilter();
     if (given.tag) given.tag = [given.tag];
     if (given.silent_ms) given.silent_ms = +given.silent_ms;
-    const which = every ? {filter: Object.keys(given).length ? given : {all: true}} : {ids: [...selected.keys()]};
+    const which = every ? {filter: Object.keys(given).length ? given : {all: true}}
+      : {ids: [...selected.keys()]};
     const {data} = await api("POST", "/api/agents/bulk", {...which, ...what, dryRun: true});
     const names = new Map([...items.map((a) => [a.id, a.hostname]), ...selected]);
     if (!await ask(title, [h("p", t("%s match, %s would change.", data.matched, data.changed)),
-      h("p", data.ids.slice(0, 20).map((id) => tag(names.get(id) || id)), data.ids.length > 20 && "…")], title,
-    what.deregister && "danger")) return "";
+      h("p", data.ids.slice(0, 20).map((id) => tag(names.get(id) || id)), data.ids.length > 20 && "…")],
+    title, what.deregister && "danger")) return "";
     const done = (await api("POST", "/api/agents/bulk", {...which, ...what})).data;
     if (what.deregister) selected.clear();
     return t("Done: %s of %s changed.", done.changed, done.matched);
@@ -8894,8 +8929,10 @@ function buildFleet(view, main) {
     const all = await get("/api/agents", {...fleetFilter(), detail: true});
     const names = Object.keys(all[0] || {});
     // A cell that begins like a formula would be run by a spreadsheet.
-    const cell = (value) => '"' + String(value ?? "").replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""') + '"';
-    const lines = [names, ...all.map((a) => names.map((name) => a[name]))].map((row) => row.map(cell).join() + "\r\n");
+    const cell = (value) => '"'
+      + String(value ?? "").replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""') + '"';
+    const lines = [names, ...all.map((a) => names.map((name) => a[name]))]
+      .map((row) => row.map(cell).join() + "\r\n");
     const href = URL.createObjectURL(new Blob(["\ufeff", ...lines], {type: "text/csv"}));
     h("a", {href, download: "fleet.csv"}).click();
     setTimeout(() => URL.revokeObjectURL(href), 9999);
@@ -8904,23 +8941,26 @@ function buildFleet(view, main) {
 
   view.load = async (live) => {
     const turn = view.turn = {};
-    const path = address("/api/agents", {...fleetFilter(), sort: param("sort") || "status", page: +param("page") || 1,
-      limit: LIMIT, detail: true});
+    const path = address("/api/agents", {...fleetFilter(), sort: param("sort") || "status",
+      page: +param("page") || 1, limit: LIMIT, detail: true});
     const [answer, silent, [top]] = await Promise.all([api("GET", path),
       api("GET", "/api/agents?limit=1&silent_ms=" + MONTH_MS),
       get("/api/agents", {sort: "-version", limit: 1})]);
     if (turn !== view.turn) return;
     newest = top?.version;
     const count = (label, value, filters) => btn([label, h("b", number(value))],
-      () => setParams({status: "", silent_ms: "", ...filters}), "", {"aria-pressed": String(["status", "silent_ms"].every(
-        (name) => param(name) === (filters[name] || "")))});
+      () => setParams({status: "", silent_ms: "", ...filters}), "", {"aria-pressed": String(
+        ["status", "silent_ms"].every((name) => param(name) === (filters[name] || "")))});
     const at = [...counts.children].indexOf(document.activeElement);
     put(counts, count(t("All"), overview.totalAgents, {}),
-      ...["online", "stale", "offline"].map((status) => count(state(status), overview[status + "Agents"], {status})),
-      takes("/api/agents", "silent_ms") ? count(t("Silent 30 days"), silent.total, {silent_ms: MONTH_MS + ""}) : "");
+      ...["online", "stale", "offline"].map((status) =>
+        count(state(status), overview[status + "Agents"], {status})),
+      takes("/api/agents", "silent_ms")
+        ? count(t("Silent 30 days"), silent.total, {silent_ms: MONTH_MS + ""}) : "");
     counts.children[at]?.focus();
     put(end, foot(asCurl(path), asCommand("agents", fleetFilter())));
-    const changed = answer.data.filter((a, at) => a.id !== items[at]?.id || JSON.stringify(a) !== rows.get(a.id)?.text);
+    const changed = answer.data.filter((a, at) =>
+      a.id !== items[at]?.id || JSON.stringify(a) !== rows.get(a.id)?.text);
     [items, total] = [answer.data, answer.total];
     // Rows do not move away under the pointer.
     if (live && changed.length && matchMedia("(hover: hover)").matches && body.querySelector("table:hover")) {
@@ -8949,9 +8989,9 @@ function buildAgent(view, main, id) {
     const a = await get(path).catch((error) => put(main, h("h1", id), empty(error.message,
       h("a", {href: link("threats", {agent_id: id})}, t("Threats")))));
     if (!a) return;
-    const [threats, policy, policies, entries, day] = await Promise.all([get("/api/threats", {agent_id: id, limit: 10}),
-      get(one("/api/policy/agent/", id), {ack: false}), get("/api/policy", {limit: 200}), latest({agent_id: id}, 30),
-      get("/api/timeline", {agent_id: id})]);
+    const [threats, policy, policies, entries, day] = await Promise.all([
+      get("/api/threats", {agent_id: id, limit: 10}), get(one("/api/policy/agent/", id), {ack: false}),
+      get("/api/policy", {limit: 200}), latest({agent_id: id}, 30), get("/api/timeline", {agent_id: id})]);
     const second = (iso) => (Date.parse(iso) - Date.parse(day.hours[0].at)) / 1000;
     const edits = may("patch", "/api/agents/{id}");
     const [falls, next] = {online: [a.staleAt, "stale"], stale: [a.offlineAt, "offline"]}[a.status] || [];
@@ -8965,8 +9005,9 @@ function buildAgent(view, main, id) {
         location.hash = "#fleet";
         return t("%s is deregistered.", a.hostname);
       }), "danger")),
-    h("svg.chart strip", {viewBox: "0 0 " + (second(day.intervals.at(-1)?.until) || 1) + " 9", preserveAspectRatio: "none",
-      role: "img", "aria-label": t("24 hours")}, day.intervals.map((each) => h("rect", {class: each.status,
+    h("svg.chart strip", {viewBox: "0 0 " + (second(day.intervals.at(-1)?.until) || 1) + " 9",
+      preserveAspectRatio: "none", role: "img", "aria-label": t("24 hours")},
+    day.intervals.map((each) => h("rect", {class: each.status,
       x: second(each.from), y: 0, width: second(each.until) - second(each.from), height: 9},
     h("title", t(each.status) + " " + each.from)))),
     h("div.cards",
@@ -8974,22 +9015,27 @@ function buildAgent(view, main, id) {
         a.statusSince && fact("Since", stamp(a.statusSince), ", ", living(a.statusSince, "for %s")),
         fact("Last heartbeat", stamp(a.lastHeartbeat), ", ", living(a.lastHeartbeat, "%s ago", beatCap(a))),
         falls && fact("Next", t("%s, without a further heartbeat, at", t(next)), " ", stamp(falls)))),
-      card(t("Machine"), h("dl", fact("Id", h("code", a.id)), fact("OS", a.os, " ", a.arch), fact("Version", a.version),
-        fact("Address", a.ip), fact("Org", a.org_id || "–"), fact("Machine id", a.machine_id || "–"),
-        fact("CPU", meter(a.cpu)), fact("Memory", meter(a.memory)),
-        fact("Uptime", a.uptime === null ? "–" : span(a.uptime * 1000)), fact("Registered", stamp(a.registeredAt)))),
-      card(t("Tags"), h("p", a.tags.map((each) => tag(each, edits && btn("×", () => retag({removeTags: [each]}), "plain",
-        {"aria-label": t("Remove tag %s", each)}))), !a.tags.length && t("none")), edits && adding),
+      card(t("Machine"), h("dl", fact("Id", h("code", a.id)), fact("OS", a.os, " ", a.arch),
+        fact("Version", a.version), fact("Address", a.ip), fact("Org", a.org_id || "–"),
+        fact("Machine id", a.machine_id || "–"), fact("CPU", meter(a.cpu)), fact("Memory", meter(a.memory)),
+        fact("Uptime", a.uptime === null ? "–" : span(a.uptime * 1000)),
+        fact("Registered", stamp(a.registeredAt)))),
+      card(t("Tags"), h("p", a.tags.map((each) => tag(each, edits && btn("×",
+        () => retag({removeTags: [each]}), "plain", {"aria-label": t("Remove tag %s", each)}))),
+      !a.tags.length && t("none")), edits && adding),
       card(t("Policy"), h("p", policyState(a)), policy.rules.length ? table(["Rule", "From", "Settings"],
         policy.rules.map((rule) => {
           const from = scopesOf(a, policies).find((p) => p.rules.some(({type}) => type === rule.type));
-          return row(rule.type, from && [from.version, ", ", scopeName(from)], h("code", JSON.stringify(rule.config)));
+          return row(rule.type, from && [from.version, ", ", scopeName(from)],
+            h("code", JSON.stringify(rule.config)));
         })) : t("No rules.")),
-      h("section.card wide", h("h2", t("Threats")), threats.length ? table(["Severity", "Type", "Source", "When"],
-        threats.map((e) => row(severity(e.severity), to(e.type, "threats", {agent_id: id, type: e.type}),
-          indicator(e), stamp(e.receivedAt)))) : t("none")),
+      h("section.card wide", h("h2", t("Threats")), threats.length
+        ? table(["Severity", "Type", "Source", "When"], threats.map((e) =>
+          row(severity(e.severity), to(e.type, "threats", {agent_id: id, type: e.type}),
+            indicator(e), stamp(e.receivedAt)))) : t("none")),
       h("section.card wide", h("h2", t("Journal")), journalTable(entries)),
-      h("details.wide", {open}, h("summary", t("Raw JSON")), h("pre", JSON.stringify(a, null, 2)))), foot(asCurl(path), asCommand("agent " + id), asCommand("doctor " + id)));
+      h("details.wide", {open}, h("summary", t("Raw JSON")), h("pre", JSON.stringify(a, null, 2)))),
+    foot(asCurl(path), asCommand("agent " + id), asCommand("doctor " + id)));
     if (typing) name.focus();
   };
 }
@@ -9005,7 +9051,8 @@ const SEVERITIES = ["critical", "high", "medium", "low"];
 const STATES = {open: "Open", acknowledged: "Acknowledged", false_positive: "False positive"};
 const detail = (...keys) => (threat) => keys.map((key) => threat.details[key])
   .find((value) => value && typeof value === "string");
-const source = detail("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip", "client_ip");
+const source = detail("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip",
+  "client_ip");
 const fileOf = detail("sha256", "sha1", "md5", "fileHash", "hash", "malwareHash");
 const severity = (name) => h("span", {class: "state " + name}, shape([9, 6, 3, 0]
   .slice(0, 4 - SEVERITIES.indexOf(name))
@@ -9019,13 +9066,15 @@ const choices = (words) => Object.entries(words).map(([value, text]) => [value, 
 function buildThreats(view, main) {
   const body = h("div");
   main.append(head("Threats", filter("severity", "Severity", SEVERITIES.map((each) => [each, t(each)])),
-    filter("type", "Type"), filter("agent_id", "Agent id"), filter("source_ip", "Source"), filter("file_hash", "File hash"),
-    filter("state", "State", choices(STATES)), filter("period", "Any time",
+    filter("type", "Type"), filter("agent_id", "Agent id"), filter("source_ip", "Source"),
+    filter("file_hash", "File hash"), filter("state", "State", choices(STATES)), filter("period", "Any time",
       choices({3600000: "1 h", 86400000: "24 h", 604800000: "7 d"}))), body);
   view.load = async () => {
     const page = +param("page") || 1;
     const query = {page, limit: LIMIT};
-    for (const name of ["severity", "type", "agent_id", "source_ip", "file_hash", "state"]) query[name] = param(name);
+    for (const name of ["severity", "type", "agent_id", "source_ip", "file_hash", "state"]) {
+      query[name] = param(name);
+    }
     if (param("period")) query.since = new Date(now() - param("period")).toISOString();
     const path = address("/api/threats", query);
     const {data, total} = await api("GET", path);
@@ -9040,8 +9089,8 @@ function buildThreats(view, main) {
 }
 
 // Threats of several agents that the manager has correlated, by the source or file that they share.
-const attacks = (threats) => [...Map.groupBy(threats.filter((e) => e.correlatedWith.length), (e) => source(e) || fileOf(e))
-  .values()].slice(0, 3).map((group) => {
+const attacks = (threats) => [...Map.groupBy(threats.filter((e) => e.correlatedWith.length),
+  (e) => source(e) || fileOf(e)).values()].slice(0, 3).map((group) => {
   const hosts = new Map(group.map((e) => [e.agentId, e.hostname]));
   return h("p.card", h("b", t("Correlated attack on %s agents", hosts.size)), " ", indicator(group[0]), " · ",
     severity(SEVERITIES.find((name) => group.some((e) => e.severity === name))), " ",
@@ -9064,7 +9113,8 @@ function triage(group) {
   const note = h("input", {...named("Note"), value: group[0].note || ""});
   return act(async () => {
     if (!await ask(t("State of %s threats", group.length), h("div.bar", choice, note), t("Save"))) return "";
-    for (const {id} of group) await api("PATCH", one("/api/threats/", id), {state: choice.value, note: note.value || null});
+    const given = {state: choice.value, note: note.value || null};
+    for (const {id} of group) await api("PATCH", one("/api/threats/", id), given);
     return t("Saved.");
   });
 }
@@ -9074,9 +9124,10 @@ function triage(group) {
 function chart(title, hours, keys, of) {
   const all = (hour) => keys.reduce((sum, key) => sum + of(hour)[key], 0);
   const most = Math.max(1, ...hours.map(all));
-  return h("section.card wide", h("div.bar", h("h2", t(title)), keys.map((key) => h("span", {class: key}, "■ ", t(key)))),
-    h("svg.chart", {viewBox: "0 0 " + hours.length * 9 + " 60", preserveAspectRatio: "none", role: "img", "aria-label":
-      t(title) + ": " + hours.map(all)}, hours.map((hour, at) => {
+  return h("section.card wide",
+    h("div.bar", h("h2", t(title)), keys.map((key) => h("span", {class: key}, "■ ", t(key)))),
+    h("svg.chart", {viewBox: "0 0 " + hours.length * 9 + " 60", preserveAspectRatio: "none", role: "img",
+      "aria-label": t(title) + ": " + hours.map(all)}, hours.map((hour, at) => {
       let y = 60;
       return keys.map((key) => {
         const height = 60 * of(hour)[key] / most;
@@ -9094,22 +9145,27 @@ const hbars = (title, rows) => card(title, rows.length ? rows.map(([label, count
 
 function buildOverview(view, main) {
   view.load = async () => {
-    const [summary, agents, {hours}] = await Promise.all([get("/api/threats/summary"), everyAgent(), get("/api/timeline")]);
+    const [summary, agents, {hours}] = await Promise.all([
+      get("/api/threats/summary"), everyAgent(), get("/api/timeline")]);
     const behind = agents.filter((a) => a.pendingPolicies).length;
     put(main, head("Overview"), h("div.cards",
       chart("Threats per hour", hours, SEVERITIES.toReversed(), (hour) => hour.threats),
       chart("Agents per hour", hours, ["online", "stale", "offline"], (hour) => hour),
       card(t("Policy"), overview.activePolicyVersion ? h("p", h("b", overview.activePolicyVersion), " ", t(
-        "%s of %s agents have what holds for them", number(agents.length - behind), number(agents.length))) : t("none")),
+        "%s of %s agents have what holds for them", number(agents.length - behind), number(agents.length)))
+        : t("none")),
       hbars(t("Severity"), SEVERITIES.map((key) => [severity(key), summary.bySeverity[key]])),
       hbars(t("Type"), Object.entries(summary.byType).map(([type, count]) => [to(type, "threats", {type}),
         count])),
       hbars(t("Source"), summary.topSourceIps.map(({ip, count}) => [to(ip, "threats", {source_ip: ip}),
         count])),
-      hbars(t("Agent"), summary.topAgents.map((each) => [agentLink(each.agentId, each.hostname), each.count])),
-      ...["version", "os"].map((key) => hbars(t(key === "os" ? "OS" : "Version"), [...Map.groupBy(agents, (a) => a[key])]
-        .map(([name, list]) => [to(name, "fleet", {[key]: name}), list.length])
-        .sort((one, other) => other[1] - one[1]).slice(0, 10)))), foot(asCurl("/api/overview"), asCommand("status")));
+      hbars(t("Agent"), summary.topAgents.map((each) =>
+        [agentLink(each.agentId, each.hostname), each.count])),
+      ...["version", "os"].map((key) => hbars(t(key === "os" ? "OS" : "Version"),
+        [...Map.groupBy(agents, (a) => a[key])]
+          .map(([name, list]) => [to(name, "fleet", {[key]: name}), list.length])
+          .sort((one, other) => other[1] - one[1]).slice(0, 10)))),
+    foot(asCurl("/api/overview"), asCommand("status")));
   };
 }
 // All agents in detail, at most once in half a minute: the fleet may be large.
@@ -9125,15 +9181,17 @@ async function everyAgent() {
 
 function buildPolicies(view, main) {
   const body = h("div");
-  const text = h("textarea", {"aria-label": t("Policy as JSON"), spellcheck: "false", oninput: check, value: JSON.stringify(
-    {name: "Block an address", rules: [{type: "block_ip", config: {ip: "203.0.113.9"}}]}, null, 2)});
+  const text = h("textarea", {"aria-label": t("Policy as JSON"), spellcheck: "false", oninput: check,
+    value: JSON.stringify(
+      {name: "Block an address", rules: [{type: "block_ip", config: {ip: "203.0.113.9"}}]}, null, 2)});
   const verdict = h("span", {role: "status"});
   const issue = btn(t("Issue") + "…", () => act(async () => {
     const policy = JSON.parse(text.value);
     const scope = policy.agent_id || policy.org_id || t("all agents");
     const {data: effect} = await api("POST", "/api/policy", {...policy, dryRun: true});
-    if (!await ask(t("Issue %s?", policy.name), [h("p", t("%s rules for %s", policy.rules.length, scope), ", ",
-      t("%s agents", effect.agents)), difference(effect.removed, effect.added)], t("Issue"))) return "";
+    if (!await ask(t("Issue %s?", policy.name), [
+      h("p", t("%s rules for %s", policy.rules.length, scope), ", ", t("%s agents", effect.agents)),
+      difference(effect.removed, effect.added)], t("Issue"))) return "";
     const {data} = await api("POST", "/api/policy", policy);
     return t("Issued %s; %s agents online get it now.", data.version, data.broadcastedTo);
   }), "main");
@@ -9151,22 +9209,25 @@ function buildPolicies(view, main) {
   }
   check();
   main.append(head("Policies"), body, may("post", "/api/policy") ? h("details.card foot",
-    h("summary", t("Issue a policy")), text, h("div.bar", issue, verdict)) : "", foot(asCurl("/api/policy"), asCommand("policy list")));
+    h("summary", t("Issue a policy")), text, h("div.bar", issue, verdict)) : "",
+  foot(asCurl("/api/policy"), asCommand("policy list")));
   view.load = async () => {
     const [policies, agents] = await Promise.all([get("/api/policy", {limit: 200}), everyAgent()]);
     const sameScope = (p) => (each) => each.org_id === p.org_id && each.agent_id === p.agent_id;
-    put(body, policies.length ? table(["Version", "Name", "For", "Rules", "Issued", "Acknowledged", "Actions"],
-      policies.map((p, at) => {
+    put(body, policies.length ? table(
+      ["Version", "Name", "For", "Rules", "Issued", "Acknowledged", "Actions"], policies.map((p, at) => {
         const inForce = !policies.slice(0, at).some(sameScope(p));
-        const scope = agents.filter((a) => p.agent_id ? a.id === p.agent_id : !p.org_id || a.org_id === p.org_id);
+        const scope = agents.filter((a) =>
+          p.agent_id ? a.id === p.agent_id : !p.org_id || a.org_id === p.org_id);
         const has = (a) => +(a.activePolicyVersion || "v0").slice(1) >= +p.version.slice(1);
         return row(h("b", p.version), p.name, scopeName(p), p.rules.length,
           stamp(p.createdAt), inForce ? btn(t("%s of %s", scope.filter(has).length, scope.length), () => ask(
             t("Not acknowledged: %s", p.version), h("p", scope.filter((a) => !has(a)).slice(0, 100).map((a) =>
               tag(a.hostname)))), "plain") : h("span.soft", t("replaced")),
-          [btn(t("Changes"), () => ask(p.name + " " + p.version, changes(p, policies.slice(at + 1).find(sameScope(p)))), "plain"),
-            inForce && p.agent_id && p.rules.length && may("delete", "/api/policy/agent/{id}") && btn(t("Drop") + "…", () =>
-              act(async () => {
+          [btn(t("Changes"), () => ask(p.name + " " + p.version,
+            changes(p, policies.slice(at + 1).find(sameScope(p)))), "plain"),
+            inForce && p.agent_id && p.rules.length && may("delete", "/api/policy/agent/{id}")
+              && btn(t("Drop") + "…", () => act(async () => {
                 if (!await ask(t("Drop the override of %s?", p.agent_id), "", t("Drop"), "danger")) return "";
                 await api("DELETE", one("/api/policy/agent/", p.agent_id));
                 return t("Saved.");
@@ -9186,12 +9247,14 @@ const difference = (gone, come) => h("pre", gone.map((rule) => h("div.offline", 
 // Journal
 
 const entryTypes = () => takes("/api/events", "type").items.enum;
-const journalTable = (entries) => entries.length ? table(["No.", "When", "Type", "Agent", "What"], entries.map(journalRow))
-  : t("none");
+const journalTable = (entries) => entries.length
+  ? table(["No.", "When", "Type", "Agent", "What"], entries.map(journalRow)) : t("none");
 function journalRow({seq, at, type, agentId, hostname, actor, ...fields}) {
-  const what = Object.entries(fields).filter(([, value]) => value !== null && value !== "").map(([name, value]) =>
-    name + ": " + (typeof value === "object" ? JSON.stringify(value) : value)).join(", ");
-  return row(seq, stamp(at), t(type), agentLink(agentId, hostname), [what, h("div.soft", Object.values(actor).join(" "))]);
+  const what = Object.entries(fields).filter(([, value]) => value !== null && value !== "")
+    .map(([name, value]) => name + ": " + (typeof value === "object" ? JSON.stringify(value) : value))
+    .join(", ");
+  return row(seq, stamp(at), t(type), agentLink(agentId, hostname),
+    [what, h("div.soft", Object.values(actor).join(" "))]);
 }
 function buildJournal(view, main) {
   const body = h("div");
@@ -9200,13 +9263,15 @@ function buildJournal(view, main) {
     shown = shown === null ? lastSeq : null;
     view.load();
   });
-  main.append(head("Journal", filter("type", "Type", entryTypes().map((each) => [each, t(each)])), filter("agent_id", "Agent id"), pause), body);
+  main.append(head("Journal", filter("type", "Type", entryTypes().map((each) => [each, t(each)])),
+    filter("agent_id", "Agent id"), pause), body);
   view.load = async () => {
     pause.textContent = shown === null ? t("Pause") : t("Go on (%s new)", lastSeq - shown);
     if (shown !== null && body.firstChild) return;
     const given = {type: param("type"), agent_id: param("agent_id")};
-    put(body, h("div.card", journalTable(await latest(given, 100))), foot(asCurl(address("/api/events", given)),
-      asCommand("events", {type: given.type, agent: given.agent_id})));
+    put(body, h("div.card", journalTable(await latest(given, 100))),
+      foot(asCurl(address("/api/events", given)),
+        asCommand("events", {type: given.type, agent: given.agent_id})));
   };
 }
 
@@ -9221,23 +9286,28 @@ function buildEnroll(view, main) {
     event.preventDefault();
     const given = Object.fromEntries(new FormData(form));
     act(async () => {
-      const {data} = await api("POST", path, {maxUses: +given.uses, ttlMs: given.hours * 3600000, org_id: given.org_id || null, tags: given.tags.split(/[\s,]+/).filter(Boolean)});
-      put(made, h("p", t("The token is shown this once. Run on each machine:")), h("pre", registerLine(data.token)));
+      const {data} = await api("POST", path, {maxUses: +given.uses, ttlMs: given.hours * 3600000,
+        org_id: given.org_id || null, tags: given.tags.split(/[\s,]+/).filter(Boolean)});
+      put(made, h("p", t("The token is shown this once. Run on each machine:")),
+        h("pre", registerLine(data.token)));
       return t("Saved.");
     });
-  }}, field("uses", "Uses", 1), field("hours", "Hours", 24), field("org_id", "Org", ""), field("tags", "Tags", ""),
-  h("button.main", t("Issue a token")));
+  }}, field("uses", "Uses", 1), field("hours", "Hours", 24), field("org_id", "Org", ""),
+  field("tags", "Tags", ""), h("button.main", t("Issue a token")));
   main.append(head("Add agents"), may("post", path) ? h("div.card", form, made) : h("div.card",
     t("Give each machine the enrolment token and run there:"), h("pre", registerLine("ENROLL_TOKEN"))), list);
   view.load = async () => {
     const tokens = paths[path] ? await get(path) : [];
     const news = await latest({type: "agent_registered"}, 5);
-    put(list, h("div.foot", tokens.length ? table(["Token", "Uses", "Expires", "Org", "Tags", "Actions"], tokens.map(
-      (each) => row(each.id, each.uses + " / " + each.maxUses, stamp(each.expiresAt), each.org_id || "–",
-        each.tags.map((name) => tag(name)), may("delete", path + "/{id}") && btn(t("Revoke"), () => act(async () => {
+    put(list, h("div.foot", tokens.length
+      ? table(["Token", "Uses", "Expires", "Org", "Tags", "Actions"], tokens.map((each) => row(
+        each.id, each.uses + " / " + each.maxUses, stamp(each.expiresAt), each.org_id || "–",
+        each.tags.map((name) => tag(name)),
+        may("delete", path + "/{id}") && btn(t("Revoke"), () => act(async () => {
           await api("DELETE", one(path + "/", each.id));
           return t("Saved.");
-        }), "plain danger")))) : ""), h("section.card foot", h("h2", t("Registered lately")), journalTable(news)));
+        }), "plain danger")))) : ""),
+    h("section.card foot", h("h2", t("Registered lately")), journalTable(news)));
   };
 }
 
@@ -9247,11 +9317,12 @@ function buildSystem(view, main) {
   view.load = async () => {
     const health = (await (await fetch("/health")).json()).data;
     const text = await (await fetch("/metrics", {headers: {Authorization: "Bearer " + token}})).text();
-    const rows = [...Object.entries(health).flatMap(([name, value]) => value instanceof Object ? Object.entries(value)
-      .map(([key, each]) => [name + " " + key, each]) : [[name, value]]),
-    ...[...text.matchAll(/^panguard_(\w+)\s(\S+)$/gm)].map(([, name, value]) => [name.replaceAll("_", " "), number(+value)])];
-    put(main, head("System"), card(t("Manager"), h("dl", rows.map((each) => fact(...each)))), foot(asCurl("/health"),
-      asCurl("/metrics")));
+    const rows = [...Object.entries(health).flatMap(([name, value]) => value instanceof Object
+      ? Object.entries(value).map(([key, each]) => [name + " " + key, each]) : [[name, value]]),
+    ...[...text.matchAll(/^panguard_(\w+)\s(\S+)$/gm)].map(([, name, value]) =>
+      [name.replaceAll("_", " "), number(+value)])];
+    put(main, head("System"), card(t("Manager"), h("dl", rows.map((each) => fact(...each)))),
+      foot(asCurl("/health"), asCurl("/metrics")));
   };
 }
 
@@ -9259,8 +9330,8 @@ function buildSystem(view, main) {
 
 const VIEWS = {
   fleet: ["Fleet", buildFleet], agent: ["", buildAgent], threats: ["Threats", buildThreats],
-  overview: ["Overview", buildOverview], policies: ["Policies", buildPolicies], journal: ["Journal", buildJournal],
-  enroll: ["Add agents", buildEnroll], system: ["System", buildSystem]};
+  overview: ["Overview", buildOverview], policies: ["Policies", buildPolicies],
+  journal: ["Journal", buildJournal], enroll: ["Add agents", buildEnroll], system: ["System", buildSystem]};
 
 const ZH = Object.fromEntries(`Fleet=機群
 Threats=威脅
@@ -9404,8 +9475,8 @@ Issue a token=發出權杖
 Expires=到期
 Revoke=撤銷`.split("\n").map((line) => line.split(/=(.*)/)));
 
-start();"""  # noqa: E501, RUF001
-# What a browser needs not: comments, and white space outside of texts. It also declares shorter.
+start();"""  # noqa: RUF001
+# What a browser does not need: comments, and white space outside of texts. Each `const` becomes `let`.
 _SPARE = re.compile(
     r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`)"""  # texts, kept
     r"""|//[^\n]*|;\s*(?=\})|\s*([{}()[\],;:?=<>+*&|!-])\s*|\b(const)\b|\s+""")
@@ -9424,7 +9495,8 @@ def _shorter(script: str) -> str:
 
 
 _SENT = {"style": _STYLE.replace("\n", ""), "script": _shorter(_SPARE.sub(
-    lambda found: found[1] or found[2] or ("let" if found[3] else " " if found[0].isspace() else ""), SCRIPT))}
+    lambda found: found[1] or found[2] or ("let" if found[3] else " " if found[0].isspace() else ""),
+    SCRIPT))}
 
 
 def _source(name: str) -> str:
@@ -9450,8 +9522,8 @@ DASHBOARD = f"""<!doctype html>
 # Trusted types keep text out of every way that would read it as HTML.
 _PAGE_HEADERS = tuple((name, (
     f"default-src 'none'; style-src {_source('style')}; script-src {_source('script')}; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-    "trusted-types"
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types"
     if name == "Content-Security-Policy" else value)) for name, value in _COMMON_HEADERS)
 
 
