@@ -4,6 +4,8 @@
 measures its memory, files and latencies. It needs no wrk, and ends with status 1 if something fails or grows
 beyond its bound.
 
+`python bench_manager.py growth` needs no wrk either. Unless --quick is given it draws docs/growth.svg.
+
 Needs wrk (Debian: apt-get install wrk), Linux, and an open-file limit of 8,000. Every contender is a process of
 its own that this script starts; contenders take turns, and what is printed are medians of the rounds and ratios
 within this run. wrk gets one core to itself, the contenders share the others.
@@ -15,6 +17,7 @@ import argparse
 import array
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -481,9 +484,167 @@ class Bench:
                 other.execute("ROLLBACK")
             self.row("p99 of /livez while another program writes", f"{p99_ms:.1f} ms")
 
+    def growth(self) -> None:
+        """the median latency of requests, one at a time on one connection, by agents and by threat events"""
+        axes = {"registered agents, with 1,000 threat events": [
+                    (10**power, 1000) for power in range(2, 4 if self.quick else 6)],
+                "stored threat events, with 1,000 agents": [
+                    (1000, 10**power) for power in range(3, 5 if self.quick else 7)]}
+        taken_ms: dict[tuple[int, int], dict[str, list[float]]] = {}
+        with contextlib.ExitStack() as stack:
+            contenders = {}
+            for size in dict.fromkeys(itertools.chain(*axes.values())):
+                folder = fleet(self.home / f"growth-{size[0]}-{size[1]}", *size)
+                contenders[size] = stack.enter_context(Contender("manager", folder))
+                taken_ms[size] = {name: [] for name in GROWTH}
+            # A connection that sends no request is soon closed.
+            clients = {size: stack.enter_context(OneClient(each)) for size, each in contenders.items()}
+            os.sched_setaffinity(0, CORES[-1:])  # like wrk's
+            stack.callback(os.sched_setaffinity, 0, CORES)
+            for name, count in GROWTH.items():
+                for _ in range(1 if self.quick else 11):
+                    for size, client in clients.items():
+                        taken_ms[size][name] += [client.take_ms(name) for _ in range(count)]
+        panels: list[Panel] = [
+            (caption, [size[which] for size in sizes],
+             {name: [statistics.median(taken_ms[size][name]) for size in sizes] for name in GROWTH})
+            for which, (caption, sizes) in enumerate(axes.items())]
+        for caption, numbers, lines in panels:
+            self.row(caption, *(f"{number:,}" for number in numbers), "last to first")
+            for name, medians_ms in lines.items():
+                self.row(name, *(f"{each:.2f} ms" for each in medians_ms),
+                         f"{medians_ms[-1] / medians_ms[0]:.1f}")
+        if not self.quick:
+            GROWTH_CHART.write_text(chart(panels), "utf-8")
+            print(f"  drawn: {GROWTH_CHART}")
+
     @staticmethod
     def _open(folder: Path) -> manager.Manager:
         return manager.Manager(manager.Config(max_agents=10**6), manager.SystemClock(), manager.Store(folder))
+
+
+# One client
+
+# What `growth` measures, and how often in a turn; last what adds events.
+GROWTH = {"heartbeat": 100, "page of agents": 20, "page of threats": 20, "overview": 20,
+          "intake of 100 events": 2}
+
+
+class OneClient:
+    """A client that sends one request at a time on one connection."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", contender.port), timeout=60)
+        self.answers = self.socket.makefile("rb")
+        self.agents = [line.split() for line in contender.agents.read_text().splitlines()]
+        self.chance = random.Random(7)
+
+    def __enter__(self) -> OneClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.answers.close()
+        self.socket.close()
+
+    def take_ms(self, name: str) -> float:
+        """How long the answer to a request of GROWTH takes. Each agent is as likely to be the sender."""
+        agent, token = self.chance.choice(self.agents)
+        if name == "heartbeat":
+            return self._ask("POST", f"/api/agents/{agent}/heartbeat", token, BODY)
+        if name == "intake of 100 events":
+            events = [{"type": f"type-{number % 20}", "severity": manager.SEVERITIES[number % 4], "details": {
+                "sourceIp": f"203.0.{self.chance.randrange(256)}.{self.chance.randrange(256)}", "port": 22}}
+                for number in range(100)]
+            return self._ask("POST", f"/api/agents/{agent}/events", token, json.dumps({"events": events}))
+        return self._ask("GET", {"page of agents": "/api/agents?limit=50", "overview": "/api/overview",
+                                 "page of threats": "/api/threats?limit=50"}[name], TOKEN)
+
+    def _ask(self, method: str, path: str, token: str, body: str = "") -> float:
+        request = (f"{method} {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {token}\r\n"
+                   f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode()
+        began_s = time.perf_counter()
+        self.socket.sendall(request)
+        head = b""
+        while (line := self.answers.readline()).strip():
+            head += line
+        if not head.startswith(b"HTTP/1.1 2"):
+            raise SystemExit(f"{method} {path}: {head.decode()}")
+        self.answers.read(int(found(r"(?i)content-length: (\d+)", head.decode())))
+        return (time.perf_counter() - began_s) * 1000
+
+
+# A chart
+
+GROWTH_CHART = Path(__file__).parent / "docs" / "growth.svg"
+CHART_TITLE = "Median time of a request, one at a time on one connection"
+CHART_STYLE = """
+  text { font: 13px system-ui, "Segoe UI", Roboto, "Noto Sans", Arial, sans-serif; fill: #1f2328 }
+  .title { font-size: 15px; font-weight: 600 } .last { font-size: 12px }
+  .card, .open { fill: #fff } .card, .grid { stroke: #d0d7de }
+  .line { fill: none; stroke: currentColor; stroke-width: 2.2 }
+  .mark { stroke: currentColor; stroke-width: 1.5 } .full { fill: currentColor }
+  .a { color: #0550ae } .b { color: #1a7f37 } .c { color: #953800 } .d { color: #8250df }
+  .e { color: #bf3989 }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3 } .card, .open { fill: #0d1117 } .card, .grid { stroke: #30363d }
+    .a { color: #58a6ff } .b { color: #3fb950 } .c { color: #f0883e } .d { color: #bc8cff }
+    .e { color: #ff7bc1 }
+  }"""
+# Of each line the class of its colour, its dashes, and the class and the path of its marks.
+LINES = (("a", "none", "full", "M-4.5 0A4.5 4.5 0 1 1 4.5 0A4.5 4.5 0 1 1 -4.5 0Z"),
+         ("b", "8 4", "open", "M-4 -4H4V4H-4Z"), ("c", "2 4", "full", "M0 -5.5L5 4H-5Z"),
+         ("d", "12 4 2 4", "open", "M0 -6L6 0L0 6L-6 0Z"), ("e", "5 3", "full", "M0 5.5L5 -4H-5Z"))
+# The caption of the x axis, its numbers, and of each line the name and the times in ms at these numbers.
+Panel = tuple[str, list[int], dict[str, list[float]]]
+
+
+def svg_text(x: float, y: float, text: str, anchor: str = "start", look: str = "") -> str:
+    return f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+
+
+def svg_line(which: int, points: list[tuple[float, float]], marked: list[tuple[float, float]]) -> list[str]:
+    """Line `which` of LINES through the points, with its mark at those that are marked."""
+    color, dashes, fill, mark = LINES[which]
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return [f'<path class="{color} line" stroke-dasharray="{dashes}" d="{path}"/>',
+            *(f'<path class="{color} mark {fill}" transform="translate({x:.1f} {y:.1f})" d="{mark}"/>'
+              for x, y in marked)]
+
+
+def chart(panels: list[Panel]) -> str:
+    """An SVG picture, 800 px wide, of two panels with the same names of lines. All axes are logarithmic."""
+    times_ms = [each for _, _, lines in panels for line in lines.values() for each in line]
+    lowest, highest = math.floor(math.log10(min(times_ms))), math.ceil(math.log10(max(times_ms)))
+    top, bottom, width = 86, 366, 268
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 430" width="800" height="430">',
+             f"<title>{CHART_TITLE}</title><style>{CHART_STYLE}</style>",
+             '<rect class="card" x=".5" y=".5" width="799" height="429" rx="8"/>',
+             svg_text(20, 28, CHART_TITLE, look="title")]
+    x = 20.0
+    for which, name in enumerate(panels[0][2]):
+        parts += [*svg_line(which, [(x, 54), (x + 34, 54)], [(x + 17, 54)]), svg_text(x + 41, 58.5, name)]
+        x += 64 + 7 * len(name)
+
+    def y_of(ms: float) -> float:
+        return bottom - (math.log10(ms) - lowest) / (highest - lowest) * (bottom - top)
+
+    for left, (caption, numbers, lines) in zip((66, 452), panels, strict=True):
+        for tick_ms in (10.0**power for power in range(lowest, highest + 1)):
+            parts += [f'<path class="grid" d="M{left} {y_of(tick_ms):.1f}h{width}"/>',
+                      svg_text(left - 8, y_of(tick_ms) + 4.5, f"{tick_ms:g} ms", "end")]
+        xs = [left + 10 + index * (width - 20) / (len(numbers) - 1) for index in range(len(numbers))]
+        for x, number in zip(xs, numbers, strict=True):
+            parts += [f'<path class="grid" d="M{x:.1f} {top}V{bottom}"/>',
+                      svg_text(x, bottom + 20, f"{number:,}", "middle")]
+        parts.append(svg_text(left + width / 2, bottom + 44, caption, "middle"))
+        for which, line_ms in enumerate(lines.values()):
+            points = [(x, y_of(ms)) for x, ms in zip(xs, line_ms, strict=True)]
+            parts += svg_line(which, points, points)
+        y = bottom + 14.0
+        for ms in sorted(line_ms[-1] for line_ms in lines.values()):
+            y = min(y_of(ms), y - 14)  # higher where it would cover the one below
+            parts.append(svg_text(left + width + 1, y + 4, f"{ms:.{1 if ms >= 1 else 2}f} ms", look="last"))
+    return "\n".join([*parts, "</svg>\n"])
 
 
 # Crowds
@@ -780,10 +941,10 @@ def main() -> int:
             return Soak(Path(home), float((options.names[1:] or ["600"])[0])).run()
     if unknown := set(options.names) - set(names):
         parser.error(f"no measurement is called {', '.join(sorted(unknown))}")
-    if not shutil.which("wrk"):
+    if not shutil.which("wrk") and options.names != ["growth"]:
         print("bench_manager.py needs wrk: apt-get install wrk", file=sys.stderr)
         return 1
-    print("wrk has one of the cores")
+    print("the client has one of the cores")
     with tempfile.TemporaryDirectory(prefix="panguard-bench-") as home:
         bench = Bench(Path(home), options.quick)
         for name in options.names or names:
