@@ -81,8 +81,8 @@ class Client:
         self.app = TestApp(manager.create_app(server.manager, (server.token,)),
                            extra_environ={"REMOTE_ADDR": address})
 
-    def call(self, method: str, path: str, body: Any = None, *, token: str | None = "admin", status: int = 200,
-             headers: dict[str, str] | None = None) -> Any:
+    def call(self, method: str, path: str, body: Any = None, *, token: str | None = "admin",
+             status: int = 200, headers: dict[str, str] | None = None) -> Any:
         """The answer, whose status must be `status`. `body` is sent as JSON, or as it is if bytes."""
         headers = dict(headers or {})
         if token is not None:
@@ -122,7 +122,7 @@ class Client:
         return self.call("GET", "/openapi.json", token=None).json
 
     def journal(self, *types: str) -> list[Any]:
-        """The journal's entries, of these types if any are given, else of all but the manager's own start and stop."""
+        """The journal's entries: of these types, or of all but the manager's own start and stop."""
         return [entry for entry in self.get("/api/events?limit=200")
                 if (entry["type"] in types if types else not entry["type"].startswith("manager_"))]
 
@@ -229,7 +229,7 @@ class Running(contextlib.AbstractContextManager["Running"]):
 
 
 def interruptible() -> None:
-    """For Popen's preexec_fn: SIGINT does to the process what it does at a terminal, wherever the tests run."""
+    """For Popen's preexec_fn: SIGINT ends the process as at a terminal, wherever the tests run."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -262,9 +262,10 @@ def port_of(url: str) -> int:
 
 
 def journal_of(fleet: Manager) -> list[tuple[str, int]]:
-    """Type and instant (ms since the start of the clock) of every entry but registrations and starts of managers."""
+    """Type and instant (ms since the clock's start) of all entries but registrations and managers' starts."""
     return [(entry.type, entry.at_ms - START_MS) for entry in fleet.journal()
-            if entry.type not in ("agent_registered", "agent_reregistered", "manager_started", "manager_stopped")]
+            if entry.type not in ("agent_registered", "agent_reregistered", "manager_started",
+                                  "manager_stopped")]
 
 
 @pytest.fixture
@@ -318,29 +319,31 @@ WITH_BODY = [name for name, each in ROUTES.items() if each.body is not None]
 # 1  Settings ##########################################################################################
 
 
-MS = "a whole number from 1 to "
+INT = "a whole number from 1 to "
 TOKENS = "visible ASCII characters without a comma"
-LONG, LONGER = "sixteen-letters-", "seventeen-letters"  # the shortest token that an operator may set, and another
+LONG, LONGER = "sixteen-letters-", "seventeen-letters"  # LONG is the shortest token that an operator may set
 # name, option, variable, default, good (text and value), bad (texts), the rule that a refusal states
 SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str], str]] = [
     ("host", "--host", "MANAGER_HOST", "127.0.0.1", [("::1", "::1"), ("node-1.example", "node-1.example")],
      ["a b", "x" * 256, "host/8"], "a host name or an address"),
-    ("port", "--port", "MANAGER_PORT", 8443, [("0", 0), ("65535", 65535)], ["65536", "-1", "80a", "1.0", " 80", "८०"],
-     "a whole number from 0 to 65535"),
+    ("port", "--port", "MANAGER_PORT", 8443, [("0", 0), ("65535", 65535)],
+     ["65536", "-1", "80a", "1.0", " 80", "८०"], "a whole number from 0 to 65535"),
     ("data_dir", "--data-dir", "MANAGER_DATA_DIR", Path("~/.panguard-manager").expanduser(),
      [("/srv/x y", Path("/srv/x y")), ("~/z", Path.home() / "z")], ["~nobody-of-that-name/z", "a\0b"],
      "the path of a folder"),
-    ("auth_token", "--auth-token", "MANAGER_AUTH_TOKEN", (), [(LONG, (LONG,)), (f"{LONG}, {LONGER}", (LONG, LONGER))],
+    ("auth_token", "--auth-token", "MANAGER_AUTH_TOKEN", (),
+     [(LONG, (LONG,)), (f"{LONG}, {LONGER}", (LONG, LONGER))],
      ["secret 1", "a,b,secret", "secret,", "sec\nret", "x" * 256, "sécret"], TOKENS),
-    ("auth_token_file", "--auth-token-file", "MANAGER_AUTH_TOKEN_FILE", None, [], ["a\0b"], "the path of a file"),
+    ("auth_token_file", "--auth-token-file", "MANAGER_AUTH_TOKEN_FILE", None, [], ["a\0b"],
+     "the path of a file"),
     ("enroll_token", None, "MANAGER_ENROLL_TOKEN", None, [(LONG, LONG)], ["secret,2", "secret 2"], TOKENS),
     ("viewer_token", None, "MANAGER_VIEWER_TOKEN", None, [(LONG, LONG)], ["secret,2", "secret 2"], TOKENS),
     ("heartbeat_timeout_ms", None, "MANAGER_HEARTBEAT_TIMEOUT_MS", 60_000, [("1", 1), ("1000", 1000)],
-     ["0", "-5", "1e3", "60s", "9" * 16], MS),
+     ["0", "-5", "1e3", "60s", "9" * 16], INT),
     ("heartbeat_grace_ms", None, "MANAGER_HEARTBEAT_GRACE_MS", 6_000, [("0", 0), ("5", 5)], ["-1", "x"],
      "a whole number from 0 to "),
-    ("offline_timeout_ms", None, "MANAGER_OFFLINE_TIMEOUT_MS", 300_000, [("66001", 66_001)], ["0", "x"], MS),
-    ("max_agents", None, "MANAGER_MAX_AGENTS", 100_000, [("1", 1)], ["0", "many"], "a whole number from 1 to "),
+    ("offline_timeout_ms", None, "MANAGER_OFFLINE_TIMEOUT_MS", 300_000, [("66001", 66_001)], ["0", "x"], INT),
+    ("max_agents", None, "MANAGER_MAX_AGENTS", 100_000, [("1", 1)], ["0", "many"], INT),
     ("rate_limit", None, "MANAGER_RATE_LIMIT", 0, [("0", 0), ("600", 600)], ["-1", "5/s"],
      "a whole number from 0 to "),
     ("trusted_proxy", None, "MANAGER_TRUSTED_PROXY", (), [], ["10.0.0.1/8", "proxy", "10.0.0.0/8,", "::/129"],
@@ -348,20 +351,23 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
     ("cors_allowed_origins", None, "CORS_ALLOWED_ORIGINS", (),
      [("https://a.example,http://[::1]:3000", ("https://a.example", "http://[::1]:3000"))],
      ["*", "a.example", "https://a.example/", "ftp://a"], "origins such as https://console.example.org"),
-    ("threat_retention_ms", None, "MANAGER_THREAT_RETENTION_MS", 30 * 86_400_000, [("1", 1)], ["0", "30d"], MS),
-    ("journal_retention_ms", None, "MANAGER_JOURNAL_RETENTION_MS", 30 * 86_400_000, [("1", 1)], ["0", "30d"], MS),
+    ("threat_retention_ms", None, "MANAGER_THREAT_RETENTION_MS", 30 * 86_400_000, [("1", 1)],
+     ["0", "30d"], INT),
+    ("journal_retention_ms", None, "MANAGER_JOURNAL_RETENTION_MS", 30 * 86_400_000, [("1", 1)],
+     ["0", "30d"], INT),
     ("max_db_bytes", None, "MANAGER_MAX_DB_BYTES", 2**32, [("1048576", 2**20)], ["1048575", "4G"],
      "a whole number from 1048576 to "),
-    ("correlation_window_ms", None, "MANAGER_CORRELATION_WINDOW_MS", 300_000, [("1", 1)], ["0", "5m"], MS),
+    ("correlation_window_ms", None, "MANAGER_CORRELATION_WINDOW_MS", 300_000, [("1", 1)], ["0", "5m"], INT),
     ("tls", "--tls", "MANAGER_TLS", "auto", [("off", "off"), ("require", "require")], ["on", "OFF"],
      "auto, require or off"),
-    ("tls_cert", "--tls-cert", "MANAGER_TLS_CERT", None, [("/c.pem", Path("/c.pem"))], ["a\0b"], "the path of a file"),
+    ("tls_cert", "--tls-cert", "MANAGER_TLS_CERT", None, [("/c.pem", Path("/c.pem"))], ["a\0b"],
+     "the path of a file"),
     ("tls_key", "--tls-key", "MANAGER_TLS_KEY", None, [("~/k.pem", Path.home() / "k.pem")], ["a\0b"],
      "the path of a file"),
     ("tls_name", "--tls-name", "MANAGER_TLS_NAME", (), [("a.example,10.0.0.1", ("a.example", "10.0.0.1"))],
      ["a b", "a.example,", "*.example", "-" * 64, "a..b"], "host names or addresses, with commas between"),
-    ("open_enrollment", None, "MANAGER_OPEN_ENROLLMENT", False, [("1", True), ("0", False)], ["yes", "2", "on"],
-     "1 or 0"),
+    ("open_enrollment", None, "MANAGER_OPEN_ENROLLMENT", False, [("1", True), ("0", False)],
+     ["yes", "2", "on"], "1 or 0"),
     ("open_enrollment_org", None, "MANAGER_OPEN_ENROLLMENT_ORG", None, [("Sites open", "Sites open")],
      ["x" * 129, "a\nb", "  "], "1 to 128 characters without control characters"),
     ("reenroll", None, "MANAGER_REENROLL", True, [("0", False), ("1", True)], ["yes"], "1 or 0"),
@@ -371,14 +377,17 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
     ("max_buffered_bytes", None, "MANAGER_MAX_BUFFERED_BYTES", 33_554_432, [("2097152", 2_097_152)],
      ["2097151", "32M"], "a whole number from 2097152 to "),
     ("notify_url", None, "MANAGER_NOTIFY_URL", (), [
-        ("https://a.example/x?y=1,slack+http://[::1]:8080/", ("https://a.example/x?y=1", "slack+http://[::1]:8080/"))],
-     ["a.example", "ftp://a", "irc+https://a", "https://", "https://a:x/", "https://a b", ",".join(["http://a"] * 9)],
+        ("https://a.example/x?y=1,slack+http://[::1]:8080/",
+         ("https://a.example/x?y=1", "slack+http://[::1]:8080/"))],
+     ["a.example", "ftp://a", "irc+https://a", "https://", "https://a:x/", "https://a b",
+      ",".join(["http://a"] * 9)],
      "1 to 8 addresses such as https://hooks.example.org/panguard"),
     ("notify_secret", None, "MANAGER_NOTIFY_SECRET", None, [("whsec_" + "QUJD" * 8, b"ABC" * 8)],
      ["whsec_", "whsec_QUJD", "whsec_*", "secret"], "whsec_ and then 16 to 64 bytes in base64"),
     ("notify_on", None, "MANAGER_NOTIFY_ON", ("offline", "online", "threat:high", "correlated", "conflict"),
-     [("threat:low, offline", ("threat:low", "offline"))], ["all", "threat", "offline,"], "some of offline, online"),
-    ("notify_delay_ms", None, "MANAGER_NOTIFY_DELAY_MS", 60_000, [("1", 1)], ["0", "1m"], MS),
+     [("threat:low, offline", ("threat:low", "offline"))], ["all", "threat", "offline,"],
+     "some of offline, online"),
+    ("notify_delay_ms", None, "MANAGER_NOTIFY_DELAY_MS", 60_000, [("1", 1)], ["0", "1m"], INT),
     ("notify_repeat_ms", None, "MANAGER_NOTIFY_REPEAT_MS", 0, [("0", 0), ("5", 5)], ["-1", "1h"],
      "a whole number from 0 to "),
     ("prune_offline_ms", None, "MANAGER_PRUNE_OFFLINE_MS", 0, [("0", 0), ("5", 5)], ["-1", "30d"],
@@ -387,17 +396,17 @@ SETTINGS: list[tuple[str, str | None, str, Any, list[tuple[str, Any]], list[str]
      "the path of a folder"),
     ("backup_every_ms", None, "MANAGER_BACKUP_EVERY_MS", 86_400_000, [("1000", 1000)], ["999", "1d"],
      "a whole number from 1000 to "),
-    ("backup_keep", None, "MANAGER_BACKUP_KEEP", 7, [("1", 1)], ["0", "all"], "a whole number from 1 to 10000"),
+    ("backup_keep", None, "MANAGER_BACKUP_KEEP", 7, [("1", 1)], ["0", "all"], INT + "10000"),
     ("log_format", None, "MANAGER_LOG_FORMAT", "text", [("json", "json")], ["JSON", "xml"], "text or json"),
-    ("threads", None, "MANAGER_THREADS", 16, [("1", 1), ("256", 256)], ["0", "257"], "a whole number from 1 to 256"),
+    ("threads", None, "MANAGER_THREADS", 16, [("1", 1), ("256", 256)], ["0", "257"], INT + "256"),
     ("log_level", None, "MANAGER_LOG_LEVEL", "INFO", [("DEBUG", "DEBUG"), ("ERROR", "ERROR")], ["LOUD", "10"],
      "DEBUG, INFO, WARNING or ERROR"),
 ]
 # what a setting has no meaning without
 COMPANIONS = {"tls_cert": ("tls_key", "MANAGER_TLS_KEY"), "tls_key": ("tls_cert", "MANAGER_TLS_CERT")}
 BY_NAME = {row[0]: row for row in SETTINGS}
-each_setting = pytest.mark.parametrize(("name", "option", "variable", "default", "good", "bad", "rule"), SETTINGS,
-                                       ids=BY_NAME)
+each_setting = pytest.mark.parametrize(("name", "option", "variable", "default", "good", "bad", "rule"),
+                                       SETTINGS, ids=BY_NAME)
 
 
 def test_the_table_of_settings_here_is_complete() -> None:
@@ -406,8 +415,8 @@ def test_the_table_of_settings_here_is_complete() -> None:
 
 @each_setting
 def test_a_setting_is_its_option_or_its_variable_or_its_default(
-        name: str, option: str | None, variable: str, default: Any, good: list[tuple[str, Any]], bad: list[str],
-        rule: str) -> None:
+        name: str, option: str | None, variable: str, default: Any, good: list[tuple[str, Any]],
+        bad: list[str], rule: str) -> None:
     assert getattr(Config.load([], {}), name) == default
     assert getattr(Config.load([], {variable: ""}), name) == default, "an empty variable counts as unset"
     keyword, with_it = COMPANIONS.get(name, ("", ""))
@@ -425,8 +434,8 @@ def test_a_setting_is_its_option_or_its_variable_or_its_default(
 
 @each_setting
 def test_a_bad_value_is_refused_by_setting_value_and_rule(
-        name: str, option: str | None, variable: str, default: Any, good: list[tuple[str, Any]], bad: list[str],
-        rule: str) -> None:
+        name: str, option: str | None, variable: str, default: Any, good: list[tuple[str, Any]],
+        bad: list[str], rule: str) -> None:
     for text in bad:
         attempts = [(variable, lambda text=text: Config.load([], {variable: text})),
                     (variable, lambda text=text: Config(**{name: text})),
@@ -464,14 +473,15 @@ def test_networks_of_proxies_are_read_from_text() -> None:
     ("1000", "500", "1500", None),
     ("1000", None, "1100", None),
     (None, None, "66000", None)])
-def test_offline_must_be_later_than_timeout_and_grace(timeout: str | None, grace: str | None, offline: str | None,
-                                                      ages: tuple[int, int] | None) -> None:
+def test_offline_must_be_later_than_timeout_and_grace(
+        timeout: str | None, grace: str | None, offline: str | None, ages: tuple[int, int] | None) -> None:
     environ = {f"MANAGER_{name}_MS": text for name, text in (
         ("HEARTBEAT_TIMEOUT", timeout), ("HEARTBEAT_GRACE", grace), ("OFFLINE_TIMEOUT", offline)) if text}
     if ages:
         assert tuple(manager.Liveness.of(Config.load([], environ))) == ages
     else:
-        with pytest.raises(manager.SettingError, match=f"MANAGER_OFFLINE_TIMEOUT_MS is '{offline}' and must be more"):
+        with pytest.raises(manager.SettingError,
+                           match=f"MANAGER_OFFLINE_TIMEOUT_MS is '{offline}' and must be more"):
             Config.load([], environ)
 
 
@@ -483,8 +493,8 @@ def test_offline_must_be_later_than_timeout_and_grace(timeout: str | None, grace
     ([], {"MANAGER_ENROLL_TOKEN": "hunter 2"}, ["MANAGER_ENROLL_TOKEN", TOKENS]),
     ([], {"MANAGER_OFFLINE_TIMEOUT_MS": "5"}, ["MANAGER_OFFLINE_TIMEOUT_MS", "'5'", "66000"])])
 def test_a_bad_setting_ends_the_start_with_one_line_and_status_2(
-        argv: list[str], environ: dict[str, str], words: list[str], run_main: Any, monkeypatch: pytest.MonkeyPatch,
-        tmp_path: Path) -> None:
+        argv: list[str], environ: dict[str, str], words: list[str], run_main: Any,
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, text in {"MANAGER_DATA_DIR": str(tmp_path / "d"), **environ}.items():
         monkeypatch.setenv(name, text)
     status, said = run_main(*argv)
@@ -529,7 +539,8 @@ def test_a_token_is_read_from_a_systemd_credential_unless_it_is_set(name: str, t
     assert not getattr(Config.load([], environ), name)
     (tmp_path / name).write_text(LONG + "\n")
     assert getattr(Config.load([], environ), name) in (LONG, (LONG,))
-    assert getattr(Config.load([], {**environ, f"MANAGER_{name.upper()}": LONGER}), name) in (LONGER, (LONGER,))
+    token = getattr(Config.load([], {**environ, f"MANAGER_{name.upper()}": LONGER}), name)
+    assert token in (LONGER, (LONGER,))
     (tmp_path / name).write_text("ab")
     with pytest.raises(manager.SettingError, match="16 characters"):
         Config.load([], environ)
@@ -544,8 +555,8 @@ def test_tokens_of_different_roles_must_differ() -> None:
 
 
 def test_a_token_on_the_command_line_and_an_unknown_variable_are_warned_about(tmp_path: Path) -> None:
-    with Running(tmp_path / "d", "--tls", "off", "--auth-token", LONG, MANAGER_AUTH_TOKEN=LONG, MANAGER_PROT="hunter2",
-                 MANAGER_LOG_LEVEL="WARNING") as running:
+    with Running(tmp_path / "d", "--tls", "off", "--auth-token", LONG, MANAGER_AUTH_TOKEN=LONG,
+                 MANAGER_PROT="hunter2", MANAGER_LOG_LEVEL="WARNING") as running:
         assert running.ask("GET", "/api/agents")[0] == 200
         said = running.log.read_text()
     assert len(said.splitlines()) == 2 and "--auth-token" in said and "'MANAGER_PROT'" in said, said
@@ -566,7 +577,8 @@ def test_help_names_every_option_variable_and_default(capsys: pytest.CaptureFixt
         line = next((each for each in out.splitlines() if each.split()[:1] == [variable]), "")
         assert line, f"{variable} is not explained"
         assert option is None or re.search(rf"^  {option}\b", out, re.MULTILINE)
-        if isinstance(default, int) and variable not in ("MANAGER_HEARTBEAT_GRACE_MS", "MANAGER_OFFLINE_TIMEOUT_MS"):
+        if isinstance(default, int) and variable not in ("MANAGER_HEARTBEAT_GRACE_MS",
+                                                         "MANAGER_OFFLINE_TIMEOUT_MS"):
             assert f"({int(default)}" in line
 
 
@@ -640,13 +652,14 @@ def a_rule(kind: str, mark: str) -> dict[str, Any]:
 def test_resolving_keeps_the_narrowest_rules_of_each_type(
         in_force: list[tuple[int, list[str]]], acknowledged: int, version: int, marks: list[str],
         pending: int) -> None:
-    effective = manager.resolve([(number, [a_rule(*each.split(":")) for each in rules]) for number, rules in in_force],
+    effective = manager.resolve([(number, [a_rule(*each.split(":")) for each in rules])
+                                 for number, rules in in_force],
                                 acknowledged)
     assert (effective.version, [rule["config"]["mark"] for rule in effective.rules], effective.pending) == (
         version, marks, pending)
 
 
-def test_an_agent_that_beats_every_minute_for_a_day_is_never_accused(by_hand: tuple[Manager, ManualClock]) -> None:
+def test_an_agent_that_beats_every_minute_is_never_stale(by_hand: tuple[Manager, ManualClock]) -> None:
     fleet, clock = by_hand
     jitter = random.Random(20260307)
     agent = fleet.register(**AGENT).agent
@@ -676,14 +689,15 @@ def test_each_change_of_status_is_journalled_once_in_order_at_the_instant_it_fel
 
 
 @pytest.mark.parametrize("hear", ["sweep", "heartbeat", "register"])
-def test_what_nobody_swept_is_journalled_before_the_return(hear: str, by_hand: tuple[Manager, ManualClock]) -> None:
+def test_what_fell_due_is_journalled_before_a_return(hear: str, by_hand: tuple[Manager, ManualClock]) -> None:
     fleet, clock = by_hand
     agent = fleet.register(**AGENT, machine_id="m").agent
     clock.advance(1000)
     if hear == "sweep":
         assert fleet.sweep() == 2 and fleet.sweep() == 0
     fleet.heartbeat(agent.id) if hear != "register" else fleet.register(**AGENT, machine_id="m")
-    assert journal_of(fleet) == [("agent_stale", 66_000), ("agent_offline", 300_000), ("agent_online", 1_000_000)]
+    assert journal_of(fleet) == [("agent_stale", 66_000), ("agent_offline", 300_000),
+                                 ("agent_online", 1_000_000)]
     assert fleet.sweep() == 0
 
 
@@ -731,7 +745,8 @@ def test_an_agent_says_since_when_it_has_its_status_and_why(swept: bool,
     fleet.heartbeat(agent_id)
     check("online", 370, 466, 700, "last heartbeat 12:06:40.000Z, due by 12:07:46.000Z")
     clock.advance(86_400)
-    check("offline", 700, 466, 700, "last heartbeat 2026-03-07T12:06:40.000Z, due by 2026-03-07T12:07:46.000Z")
+    check("offline", 700, 466, 700,
+          "last heartbeat 2026-03-07T12:06:40.000Z, due by 2026-03-07T12:07:46.000Z")
 
 
 @pytest.mark.parametrize(("silent_s", "expected"), [
@@ -759,12 +774,12 @@ def test_a_step_of_the_system_clock_expires_nobody(api: Client, clock: ManualClo
     assert api.journal("agent_stale", "agent_offline") == []
     clock.advance(0.001)
     assert api.get(f"/api/agents/{agent['id']}")["status"] == "stale"
-    assert [entry["at"] for entry in api.journal("agent_stale")] == [manager.iso(START_MS + 7_200_000 + 66_000)]
+    (stale,) = api.journal("agent_stale")
+    assert stale["at"] == manager.iso(START_MS + 7_200_000 + 66_000)
 
 
 @pytest.mark.parametrize("first", ["timer", "heartbeat", "registration"])
-def test_a_stopped_process_blames_nobody_whatever_runs_first_after_it(first: str,
-                                                                      by_hand: tuple[Manager, ManualClock]) -> None:
+def test_a_stop_of_the_process_makes_no_agent_stale(first: str, by_hand: tuple[Manager, ManualClock]) -> None:
     fleet, clock = by_hand
     dead, alive = (fleet.register(**AGENT, machine_id=each).agent for each in ("m-1", "m-2"))
     fleet.heartbeat(alive.id)
@@ -786,7 +801,7 @@ def test_a_stopped_process_blames_nobody_whatever_runs_first_after_it(first: str
     assert fleet.agent(alive.id).status is (Status.ONLINE if first == "heartbeat" else Status.STALE)
     clock.advance(100)
     fleet.sweep()
-    assert fleet.agent(alive.id).status is Status.STALE, "whoever was heard before it was forgiven gains nothing"
+    assert fleet.agent(alive.id).status is Status.STALE, "a contact before it was forgiven gains nothing"
 
 
 def test_what_fell_due_before_the_process_was_stopped_is_journalled_at_its_instant(
@@ -808,7 +823,8 @@ def test_a_suspended_machine_blames_nobody_and_is_journalled(server: Server, clo
     (entry,) = server.manager.journal(type="silence_forgiven")
     assert entry.data == {"cause": "machine_suspended", "durationMs": 86_400_000}
     clock.advance(6.001)
-    assert [each for each in journal_of(server.manager) if each[0] == "agent_stale"] == [("agent_stale", 86_466_000)]
+    assert [each for each in journal_of(server.manager)
+            if each[0] == "agent_stale"] == [("agent_stale", 86_466_000)]
 
 
 def test_a_manager_disturbed_again_and_again_announces_a_dead_agent_all_the_same(
@@ -856,19 +872,20 @@ def test_a_process_stopped_by_a_signal_blames_nobody(tmp_path: Path) -> None:
     with Running(tmp_path / "data", MANAGER_TLS="off", MANAGER_HEARTBEAT_TIMEOUT_MS="2000",
                  MANAGER_OFFLINE_TIMEOUT_MS="600000") as running:
         def entries(*types: str) -> list[Any]:
-            return [each for each in running.ask("GET", "/api/events?limit=200")[1]["data"] if each["type"] in types]
+            return [each for each in running.ask("GET", "/api/events?limit=200")[1]["data"]
+                    if each["type"] in types]
 
         agent = running.ask("POST", "/api/agents/register", AGENT)[1]["data"]
         running.process.send_signal(signal.SIGSTOP)
-        os.waitpid(running.process.pid, os.WUNTRACED)  # send_signal() does not wait until the process has stopped
+        os.waitpid(running.process.pid, os.WUNTRACED)  # send_signal() does not wait for the stop
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=3)) as asking:
             asking.request("GET", "/livez")
             with pytest.raises(TimeoutError):
                 asking.getresponse()
         running.process.send_signal(signal.SIGCONT)
         assert running.ask("GET", f"/api/agents/{agent['id']}")[0] == 200
-        stop, stale = until(lambda: len(found := entries("silence_forgiven", "agent_stale")) >= 2 and found[:2],
-                            "the agent fell silent, too")
+        stop, stale = until(lambda: len(found := entries("silence_forgiven", "agent_stale")) >= 2
+                            and found[:2], "the agent fell silent, too")
         assert (stop["type"], stale["type"]) == ("silence_forgiven", "agent_stale")
         assert stop["cause"] == "process_stopped" and stop["durationMs"] >= 2000
 
@@ -914,7 +931,7 @@ def test_a_silent_agent_stays_silent_over_a_restart(silent_s: int, status: str, 
         said = journal_of(server.manager)
         seen = server.manager.agent(agent.id)
     with Server(port=0, clock=ManualClock(START_MS / 1000 + 3600), data_dir=tmp_path) as server:
-        found = server.manager.agent(agent.id)  # of its way to offline only the time in which the manager ran counts
+        found = server.manager.agent(agent.id)  # only time in which the manager ran counts
         assert dataclasses.replace(found, offline_at_ms=seen.offline_at_ms) == seen and seen.status == status
         server.clock.advance(1)
         assert server.manager.agent(agent.id).status == status and journal_of(server.manager) == said
@@ -926,7 +943,7 @@ def test_a_silent_agent_stays_silent_over_a_restart(silent_s: int, status: str, 
         assert 3_800_000 <= entries.get("agent_offline", 3_800_000) <= 3_834_000
 
 
-def test_thousands_due_are_journalled_in_the_order_they_fell_due(by_hand: tuple[Manager, ManualClock]) -> None:
+def test_thousands_are_journalled_in_the_order_they_fell_due(by_hand: tuple[Manager, ManualClock]) -> None:
     fleet, clock = by_hand
     seen: dict[str, int] = {}
     with fleet.store.transaction():
@@ -982,15 +999,18 @@ WRONG: dict[str, Any] = {
     "integer": lambda schema: (*NO_NUMBER, 1.5, schema["minimum"] - 1, schema["maximum"] + 1),
     "boolean": lambda schema: (0, 1, "true", "", [], {}),
     "enum": lambda schema: (*NO_TEXT, "nonsense", schema["enum"][0].upper(), schema["enum"][0] + " "),
-    "pattern": lambda schema: (*NO_TEXT, "v", "v0", "2", "V2", "v02", "v1.0", "v-1", "v1\n", "v\u0661", "v" + "9" * 16),
-    "format": lambda schema: (*NO_TEXT, 0, "yesterday", "2026-03-07", "2026-03-07T12:00:00", "2026-02-30T12:00:00Z",
-                              "2026-03-07T25:00:00Z", "\u0662026-03-07T12:00:00Z", "2026-03-07T12:00:00Z\n"),
+    "pattern": lambda schema: (*NO_TEXT, "v", "v0", "2", "V2", "v02", "v1.0", "v-1", "v1\n", "v\u0661",
+                               "v" + "9" * 16),
+    "format": lambda schema: (*NO_TEXT, 0, "yesterday", "2026-03-07", "2026-03-07T12:00:00",
+                              "2026-02-30T12:00:00Z", "2026-03-07T25:00:00Z", "\u0662026-03-07T12:00:00Z",
+                              "2026-03-07T12:00:00Z\n"),
     "address": lambda schema: (*NO_TEXT, 3405803776, "203.0.113", "203.0.113.256", "203.0.113.10/24", "::g",
                                "fe80::1%1",
                                " 203.0.113.10", "web-1"),
-    "object": lambda schema: (1, True, "x", "", [], LONE, {"x": math.nan}, {"x": [INFINITE]}, {"x": LONE}, {LONE: 1},
-                              deep(66), deep(500)),
-    "array": lambda schema: (1, True, "x", "", {}, [0] * (schema["maxItems"] + 1), *[[]][:schema["minItems"]]),
+    "object": lambda schema: (1, True, "x", "", [], LONE, {"x": math.nan}, {"x": [INFINITE]}, {"x": LONE},
+                              {LONE: 1}, deep(66), deep(500)),
+    "array": lambda schema: (1, True, "x", "", {}, [0] * (schema["maxItems"] + 1),
+                             *[[]][:schema["minItems"]]),
     "record": lambda schema: (1, True, "x", "", []),
 }
 
@@ -1000,7 +1020,8 @@ def wrong(schema: Any, sound: Any) -> Iterator[tuple[str, Any]]:
     yield from (("", value) for value in WRONG[kind(schema)](schema))
     if kind(schema) == "array":
         yield "[0]", [None]
-        yield from ((f"[0]{path}", [value]) for path, value in wrong(schema["items"], sound[0] if sound else None))
+        yield from ((f"[0]{path}", [value])
+                    for path, value in wrong(schema["items"], sound[0] if sound else None))
     if kind(schema) == "record":
         for name, inner in schema["properties"].items():
             if name in schema["required"]:
@@ -1066,7 +1087,8 @@ def test_a_wrong_query_parameter_is_refused_by_name(
             many = "&".join([f"{name}=x"] * (schema["maxItems"] + 1))
             assert api.refusal(method, f"{path}?{many}", status=400).startswith(f"{name}: ")
         else:
-            assert f"{name}: must be given once" in api.refusal(method, f"{path}?{name}=1&{name}=1", status=400)
+            refusal = api.refusal(method, f"{path}?{name}=1&{name}=1", status=400)
+            assert f"{name}: must be given once" in refusal
         for raw in (f"{name}=%FF", f"{name}=%ED%A0%80", f"{name}=1&" + "x=1&" * 200):
             assert api.refusal(method, f"{path}?{raw}", status=400).startswith("query: ")
     assert not faults(caplog)
@@ -1088,15 +1110,16 @@ NO_OBJECTS = {
     "cut short": b'{"a":', "no JSON": b"hostname=web-1", "a list": b"[]", "a text": b'"x"', "a number": b"1",
     "null": b"null", "true": b"true", "NaN": b"NaN", "two objects": b"{}{}", "a comment": b"{} // x",
     "single quotes": b"{'a': 1}", "blank": b"  ", "a BOM": b"\xef\xbb\xbf{}", "UTF-16": "{}".encode("utf-16"),
-    "broken UTF-8": b'{"a": "\xff"}', "an encoded surrogate": b'{"a": "\xed\xa0\x80"}', "a raw NUL": b'{"a": "\x00"}',
-    "nested lists": b"[" * 100_000, "nested objects": b'{"a":' * 100_000,
+    "broken UTF-8": b'{"a": "\xff"}', "an encoded surrogate": b'{"a": "\xed\xa0\x80"}',
+    "a raw NUL": b'{"a": "\x00"}', "nested lists": b"[" * 100_000, "nested objects": b'{"a":' * 100_000,
     "nested and closed": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "a huge number": b'{"a": ' + b"9" * 10_000 + b"}",
 }
 
 
 @pytest.mark.parametrize("route", WITH_BODY)
-def test_a_body_that_is_no_json_object_is_refused(route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_body_that_is_no_json_object_is_refused(route: str, api: Client,
+                                                  caplog: pytest.LogCaptureFixture) -> None:
     agent = api.register()
     before = stored(api, agent)
     sound = json.dumps(BODIES[route]).encode()
@@ -1129,9 +1152,10 @@ def test_an_absent_body_counts_as_an_empty_one(api: Client) -> None:
 
 
 def test_every_wrong_field_is_named_at_once(api: Client) -> None:
-    error = api.refusal("POST", "/api/agents/register", {"hostname": 1, "os": "", "ip": "x", "tags": ["a", 1]},
-                        status=400)
-    assert [part.partition(":")[0] for part in error.split("; ")] == ["hostname", "os", "version", "ip", "tags[1]"]
+    error = api.refusal("POST", "/api/agents/register",
+                        {"hostname": 1, "os": "", "ip": "x", "tags": ["a", 1]}, status=400)
+    assert [part.partition(":")[0]
+            for part in error.split("; ")] == ["hostname", "os", "version", "ip", "tags[1]"]
     agent = api.register()
     assert api.refusal("POST", f"/api/agents/{agent['id']}/heartbeat", {"cpu": 101}, status=400) == \
         "cpu: must be a number from 0 to 100"
@@ -1146,15 +1170,16 @@ def test_bounds_themselves_and_nulls_and_unknown_fields_are_taken(api: Client) -
         api.beat(agent, cpu=value, memory=value, uptime=value, version=None, mode="x")
     api.beat(agent, uptime=2**53 - 1)
     assert api.get(f"/api/agents/{agent['id']}")["uptime"] == 2**53 - 1
-    report(api, agent, {**THREAT, "details": deep(64), "confidence": 1}, {**THREAT, "details": {}, "confidence": 0},
-           {**THREAT, "timestamp": "2026-03-07T20:00:00+08:00"})
+    report(api, agent, {**THREAT, "details": deep(64), "confidence": 1},
+           {**THREAT, "details": {}, "confidence": 0}, {**THREAT, "timestamp": "2026-03-07T20:00:00+08:00"})
 
 
 def test_tags_lose_repetitions_and_keep_their_order(api: Client) -> None:
     agent = api.register(tags=["b", "a", "b", "c", "a"])
     assert agent["tags"] == ["b", "a", "c"]
     path = f"/api/agents/{agent['id']}"
-    assert api.call("PATCH", path, {"addTags": ["d", "a", "d"], "removeTags": ["c", "x"]}).json["data"]["tags"] == \
+    assert api.call("PATCH", path,
+                    {"addTags": ["d", "a", "d"], "removeTags": ["c", "x"]}).json["data"]["tags"] == \
         ["b", "a", "d"]
     assert api.call("PATCH", path, {"tags": ["z", "y", "z"]}).json["data"]["tags"] == ["z", "y"]
     assert "addTags" in api.refusal("PATCH", path, {"addTags": [str(each) for each in range(63)]}, status=400)
@@ -1165,7 +1190,8 @@ def test_tags_lose_repetitions_and_keep_their_order(api: Client) -> None:
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | ANY_TEXT |
-    st.sampled_from(["linux", "high", "v1", "203.0.113.9", "custom", "2026-03-07T12:00:00Z", "agent-00000000"]),
+    st.sampled_from(["linux", "high", "v1", "203.0.113.9", "custom", "2026-03-07T12:00:00Z",
+                     "agent-00000000"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3), max_leaves=8)
 
 
@@ -1173,7 +1199,8 @@ def near(schema: Any) -> st.SearchStrategy[Any]:
     """Values about as often right as wrong by a schema, so that examples reach what lies behind it."""
     if kind(schema) == "record":
         optional = {name: near(inner) for name, inner in schema["properties"].items()}
-        return st.fixed_dictionaries({name: optional.pop(name) for name in schema["required"]}, optional=optional)
+        return st.fixed_dictionaries({name: optional.pop(name) for name in schema["required"]},
+                                     optional=optional)
     if "anyOf" in schema and {"type": "null"} in schema["anyOf"]:
         return near(schema["anyOf"][0]) | st.none()
     right = {
@@ -1187,7 +1214,7 @@ def near(schema: Any) -> st.SearchStrategy[Any]:
     return st.one_of(right[kind(schema)], right[kind(schema)], right[kind(schema)], ANY_JSON)
 
 
-@pytest.mark.parametrize("route", [name for name in WITH_BODY if "bulk" not in name])  # which may deregister all
+@pytest.mark.parametrize("route", [name for name in WITH_BODY if "bulk" not in name])  # it may deregister
 def test_no_json_is_a_fault_and_only_what_openapi_allows_is_taken(
         route: str, api: Client, caplog: pytest.LogCaptureFixture) -> None:
     agent = api.register()
@@ -1226,7 +1253,8 @@ def pragma(path: Path, name: str) -> Any:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder but the lock that a manager holds there."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()
+            and path.name != "lock"}
 
 
 def one_sentence(said: str, *words: str) -> None:
@@ -1238,7 +1266,7 @@ def test_a_new_file_has_had_every_migration(server: Server) -> None:
     assert pragma(server.manager.store.folder / "manager.db", "user_version") == len(manager.MIGRATIONS)
 
 
-def test_an_older_file_is_migrated_and_keeps_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_file_is_migrated_and_keeps_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Server(port=0, clock=ManualClock(), data_dir=tmp_path) as server:
         agent = server.manager.register(**AGENT).agent
     monkeypatch.setattr(manager, "MIGRATIONS", (*manager.MIGRATIONS, "CREATE TABLE later (x)"))
@@ -1261,8 +1289,9 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 # The digest of each migration. A new migration adds its digest; a released one must not change.
-RELEASED = ["ed1f0752610b6d27", "46291b0c3314ecff", "329c10660a3cdd14", "0953a1f929c78372", "9f1faaeb4b6dcc08",
-            "0773770dae394551", "f50b2a7887d16788", "6352923b7efbeaf5", "dde6f8dd4c3c9628"]
+RELEASED = ["ed1f0752610b6d27", "46291b0c3314ecff", "329c10660a3cdd14", "0953a1f929c78372",
+            "9f1faaeb4b6dcc08", "0773770dae394551", "f50b2a7887d16788", "6352923b7efbeaf5",
+            "dde6f8dd4c3c9628"]
 
 
 def test_released_migrations_never_change() -> None:
@@ -1270,15 +1299,16 @@ def test_released_migrations_never_change() -> None:
     assert digests == RELEASED
 
 
-# What was in place of which text of migration 1 when these commits were current, newest first: each adds to the former.
-SIGHTINGS = re.search(r"CREATE TABLE sightings.*?ROWID;\s*CREATE INDEX sightings_time.*?;", manager.MIGRATIONS[0],
-                      re.DOTALL)[0]
+# What stood for which text of migration 1 at these commits, newest first; each adds to the one before.
+SIGHTINGS = re.search(r"CREATE TABLE sightings.*?ROWID;\s*CREATE INDEX sightings_time.*?;",
+                      manager.MIGRATIONS[0], re.DOTALL)[0]
 EARLIER: dict[str, list[tuple[str, str]]] = {
     "1062d14 (1.0.0 and 1.1.0)": [],
     "6cfbd5a": [("journal (agent_id)", "journal (agent_id, seq)"), ("journal (type)", "journal (type, seq)"),
                 ("journal (org_id)", "journal (org_id, seq)")],
     "95dcf60": [("token_digest BLOB,", "token_digest BLOB UNIQUE,"), (
-        "CREATE INDEX agents_token ON agents (token_digest, id, org_id) WHERE token_digest IS NOT NULL;", "")],
+        "CREATE INDEX agents_token ON agents (token_digest, id, org_id) "
+        "WHERE token_digest IS NOT NULL;", "")],
     "65c229d": [("CREATE INDEX contacts_silent ON contacts (announced, seen_ms) WHERE announced != 'online';",
                  "CREATE INDEX contacts_due ON contacts (announced, seen_ms);")],
     "ad9acbc": [(SIGHTINGS, "CREATE TABLE correlations (org_id TEXT NOT NULL, indicator TEXT NOT NULL, "
@@ -1297,12 +1327,12 @@ def old_file(path: Path, commit: str) -> None:
         if name == commit:
             break
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript(f"PRAGMA page_size = 4096; PRAGMA journal_mode = WAL; {statements} PRAGMA user_version = 1; "
-                         f"PRAGMA application_id = {0x50474D31}; PRAGMA foreign_keys = ON;")
+        db.executescript(f"PRAGMA page_size = 4096; PRAGMA journal_mode = WAL; {statements} PRAGMA "
+                         f"user_version = 1; PRAGMA application_id = {0x50474D31}; PRAGMA foreign_keys = ON;")
         for number, token in ((1, hashlib.sha256(b"secret").digest()), (2, None)):
             agent = f"agent-0000000{number}"
-            db.execute("INSERT INTO agents VALUES (?, ?, ?, 'web-1', 'linux', NULL, '192.0.2.1', 'acme', 'm', "
-                       "'[\"a\"]', 1)", (number, agent, token))
+            db.execute("INSERT INTO agents VALUES (?, ?, ?, 'web-1', 'linux', NULL, '192.0.2.1', 'acme', "
+                       "'m', '[\"a\"]', 1)", (number, agent, token))
             db.execute("INSERT INTO contacts (agent, seen_ms, heartbeat_ms, announced, version) "
                        "VALUES (?, 0, 1, 'online', '1.0')", (number,))
             db.execute("INSERT INTO journal (at_ms, type, actor, org_id, agent_id, data) VALUES "
@@ -1341,11 +1371,13 @@ def test_a_file_of_any_earlier_schema_is_brought_to_the_present_one(commit: str,
     assert sqlite_dump(copy) == before, "the file as it was is kept"
 
 
-def test_a_start_goes_on_after_a_migration_that_ended_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_goes_on_after_a_migration_that_ended_half_way(tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     old_file(tmp_path / "manager.db", "1a03308")
     before = sqlite_dump(tmp_path / "manager.db")
     with monkeypatch.context() as patch:
-        patch.setattr(manager, "MIGRATIONS", (manager.MIGRATIONS[0], manager.MIGRATIONS[1] + "; SELECT nonsense"))
+        patch.setattr(manager, "MIGRATIONS",
+                      (manager.MIGRATIONS[0], manager.MIGRATIONS[1] + "; SELECT nonsense"))
         with pytest.raises(StartError):
             Server(port=0, data_dir=tmp_path).start()
     assert sqlite_dump(tmp_path / "manager.db") == before
@@ -1400,8 +1432,8 @@ def other_program(path: Path, mode: str = "DELETE") -> None:
     (lambda path: other_program(path, "WAL"), "another program"),
     (lambda path: path.mkdir(), "manager.db")],
     ids=["newer", "text", "damaged", "another program's", "another program's in WAL mode", "a folder"])
-def test_a_file_that_is_not_ours_is_refused_and_left_alone(make: Callable[[Path], None], word: str, tmp_path: Path,
-                                                           run_main: Any) -> None:
+def test_a_file_that_is_not_ours_is_refused_and_left_alone(make: Callable[[Path], None], word: str,
+                                                           tmp_path: Path, run_main: Any) -> None:
     make(tmp_path / "manager.db")
     (tmp_path / "lock").unlink(missing_ok=True)
     before = contents(tmp_path)
@@ -1415,8 +1447,10 @@ def test_a_file_that_is_not_ours_is_refused_and_left_alone(make: Callable[[Path]
 
 @pytest.mark.parametrize("place", [
     "{file}", "{file}/data", "{file}/deeper/data",
-    pytest.param("/proc/self", marks=pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc here")),
-    pytest.param("/proc/nothing", marks=pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc here"))])
+    pytest.param("/proc/self", marks=pytest.mark.skipif(not os.path.isdir("/proc/self"),
+                                                        reason="no /proc here")),
+    pytest.param("/proc/nothing", marks=pytest.mark.skipif(not os.path.isdir("/proc/self"),
+                                                           reason="no /proc here"))])
 def test_a_folder_that_cannot_be_made_or_written_is_refused_in_one_sentence(place: str, tmp_path: Path,
                                                                             run_main: Any) -> None:
     file = tmp_path / "file"
@@ -1436,8 +1470,8 @@ def test_a_folder_serves_one_manager_at_a_time(tmp_path: Path, run_main: Any) ->
         with pytest.raises(manager.StartError, match="another manager is running on"):
             Server(port=0, data_dir=tmp_path).start()
         assert run_main("--port", 0, "--data-dir", tmp_path)[0] == 1
-        other = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--data-dir", tmp_path], text=True,
-                               capture_output=True, timeout=LIMIT_S, check=False)
+        other = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--data-dir", tmp_path],
+                               text=True, capture_output=True, timeout=LIMIT_S, check=False)
         assert other.returncode == 1 and other.stdout == ""
         one_sentence(other.stderr, "another manager is running on", str(tmp_path))
         server.manager.heartbeat(agent.id, cpu=3)
@@ -1517,8 +1551,8 @@ def test_who_writes_again_and_again_lets_others_write_in_between(server: Server)
         while not over.is_set():
             with store.transaction(durable=False) as db:
                 turns.append(1)
-                db.execute("SELECT count(*) FROM (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n "
-                           "LIMIT 20000) SELECT i FROM n)").fetchone()
+                db.execute("SELECT count(*) FROM (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 "
+                           "FROM n LIMIT 20000) SELECT i FROM n)").fetchone()
     greedy, waited = threading.Thread(target=write), []
     greedy.start()
     for _ in range(30):
@@ -1574,7 +1608,8 @@ def test_a_writer_interrupted_while_it_waits_does_not_block_the_others(server: S
 
 
 @contextmanager
-def waiting_writers(server: Server, *writes: Callable[[], Any]) -> Iterator[list[concurrent.futures.Future[Any]]]:
+def waiting_writers(server: Server,
+                    *writes: Callable[[], Any]) -> Iterator[list[concurrent.futures.Future[Any]]]:
     """Writes that wait, in this order, until the block ends: it holds the write lock."""
     store = server.manager.store
     with ThreadPoolExecutor(len(writes)) as pool:
@@ -1598,7 +1633,8 @@ def test_waiting_writers_share_a_commit_and_a_failed_one_is_undone_alone() -> No
             return server.manager.retag(known.id, tags=["late"]).tags
         with waiting_writers(server, register, register, tag, register, register, tag) as writes:
             server.manager.store.writer.set_trace_callback(
-                lambda text: commits.append(text) if text.startswith(("COMMIT", "PRAGMA synchronous")) else None)
+                lambda text: commits.append(text)
+                if text.startswith(("COMMIT", "PRAGMA synchronous")) else None)
         server.manager.store.writer.set_trace_callback(None)
         ids = {writes[number].result() for number in (0, 1, 3)}
         with pytest.raises(manager.Conflict, match="the fleet is full"):
@@ -1639,7 +1675,8 @@ def test_a_database_fault_fails_the_writers_of_a_shared_transaction_and_no_later
     for write in writes[:2]:
         write()
     assert server.manager.agent(agent.id).tags == ("a",)
-    assert [type for type, _ in journal_of(server.manager)] == ["agent_updated", "agent_updated", "threats_reported"]
+    assert [type for type, _ in journal_of(server.manager)] == [
+        "agent_updated", "agent_updated", "threats_reported"]
 
 
 def test_writers_that_fail_again_and_again_do_not_delay_the_commit_of_another(server: Server) -> None:
@@ -1776,7 +1813,8 @@ def test_an_outage_of_the_database_counts_against_no_agent() -> None:
         (entry,) = api.journal("silence_forgiven")
         assert (entry["cause"], entry["durationMs"]) == ("database_unavailable", 21_000)
         advance(api, 2.301)
-        assert [each["agentId"] for each in api.journal("agent_stale")] == [dead["id"]], "the time before counts"
+        (stale,) = api.journal("agent_stale")
+        assert stale["agentId"] == dead["id"], "the time before counts"
 
 
 def test_a_database_locked_at_the_start_is_refused_in_one_sentence(tmp_path: Path, run_main: Any) -> None:
@@ -1860,7 +1898,7 @@ def test_without_room_on_the_disk_writes_are_503_and_nothing_acknowledged_is_los
 # Faults of the file and the disk
 
 
-def test_a_use_case_that_fails_within_another_undoes_itself_only(by_hand: tuple[Manager, ManualClock]) -> None:
+def test_a_use_case_that_fails_in_another_undoes_itself_only(by_hand: tuple[Manager, ManualClock]) -> None:
     fleet, _ = by_hand
     with fleet.store.transaction():
         first = fleet.register(**AGENT).agent
@@ -1886,19 +1924,23 @@ def test_heartbeats_that_could_not_be_committed_are_not_counted_as_answered(tmp_
             while answered[503] < 3:
                 answered[running.ask("POST", path, {}, agent["token"])[0]] += 1
                 assert answered.total() < 10_000
-        request = urllib.request.Request(f"{running.url}/metrics", headers={"Authorization": f"Bearer {running.token}"})
+        request = urllib.request.Request(f"{running.url}/metrics",
+                                         headers={"Authorization": f"Bearer {running.token}"})
         with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
             text = answer.read().decode()
         assert f"\npanguard_heartbeats_total {answered[200]}\n" in text
-        counted = dict(re.findall(r'panguard_http_requests_total{[^}]*heartbeat[^}]*status="(\w+)"[^}]*} (\d+)', text))
+        counted = dict(re.findall(
+            r'panguard_http_requests_total{[^}]*heartbeat[^}]*status="(\w+)"[^}]*} (\d+)', text))
         assert counted == {"2xx": str(answered[200]), "5xx": "3"}
 
 
 @pytest.mark.parametrize("files", [["manager.db"], ["manager.db-wal"],
-                                   ["manager.db", "manager.db-wal", "manager.db-shm"]], ids=["database", "log", "all"])
+                                   ["manager.db", "manager.db-wal", "manager.db-shm"]],
+                         ids=["database", "log", "all"])
 @pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
 def test_a_file_removed_or_replaced_is_noticed_within_a_second_and_nothing_is_written_on(
-        files: list[str], replaced: bool, api: Client, server: Server, clock: ManualClock, tmp_path: Path) -> None:
+        files: list[str], replaced: bool, api: Client, server: Server, clock: ManualClock,
+        tmp_path: Path) -> None:
     agent = api.register()
     folder = server.manager.store.folder
     for name in files:
@@ -1908,8 +1950,9 @@ def test_a_file_removed_or_replaced_is_noticed_within_a_second_and_nothing_is_wr
             shutil.copy(tmp_path / name, folder / name)
     with suppress(manager.Unavailable):
         clock.advance(1)
-    for method, path, body in (("GET", "/health", None), ("POST", "/api/agents/register", AGENT),
-                               ("GET", "/api/agents", None), ("POST", f"/api/agents/{agent['id']}/heartbeat", {})):
+    for method, path, body in (
+            ("GET", "/health", None), ("POST", "/api/agents/register", AGENT), ("GET", "/api/agents", None),
+            ("POST", f"/api/agents/{agent['id']}/heartbeat", {})):
         answer = api.call(method, path, body, status=503)
         assert "removed or replaced" in answer.json["error"] and answer.headers["Retry-After"]
     assert replaced or not any((folder / name).exists() for name in files), "no reader makes an empty one"
@@ -1945,8 +1988,8 @@ def test_a_second_manager_is_refused_although_the_lock_file_was_removed(tmp_path
     folder = tmp_path / "data"
     with Running(folder, MANAGER_TLS="off") as running:
         (folder / "lock").unlink()
-        other = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--data-dir", folder], text=True,
-                               capture_output=True, timeout=LIMIT_S, check=False)
+        other = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--data-dir", folder],
+                               text=True, capture_output=True, timeout=LIMIT_S, check=False)
         assert other.returncode == 1
         one_sentence(other.stderr, "another manager is running on", str(folder))
         assert running.ask("POST", "/api/agents/register", AGENT)[0] == 201
@@ -1954,7 +1997,8 @@ def test_a_second_manager_is_refused_although_the_lock_file_was_removed(tmp_path
 
 def test_a_manager_starts_after_a_power_cut_during_its_first_start(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "other", isolation_level=None)) as db:
-        db.executescript("PRAGMA cache_size = 1; BEGIN; CREATE TABLE t (x); INSERT INTO t VALUES (zeroblob(100000))")
+        db.executescript("PRAGMA cache_size = 1; BEGIN; CREATE TABLE t (x); "
+                         "INSERT INTO t VALUES (zeroblob(100000))")
         shutil.copy(tmp_path / "other-journal", tmp_path / "manager.db-journal")
     (tmp_path / "manager.db").write_bytes(bytes(1024))  # its size reached the disk, its contents did not
     with Server(port=0, data_dir=tmp_path, tls="off") as server:
@@ -1987,7 +2031,8 @@ def test_a_damaged_file_is_refused_after_an_unclean_stop(tmp_path: Path, run_mai
     one_sentence(said, "damaged", "restore a backup")
 
 
-def test_damage_in_a_large_file_is_found_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_in_a_large_file_is_found_in_the_background(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "data"
     killed(folder)
     damage(folder / "manager.db", "threats")
@@ -2039,8 +2084,8 @@ def test_the_log_stays_short_whatever_is_written(api: Client, server: Server, cl
 
 
 @pytest.mark.parametrize(("broken", "named"), [("fcntl.lockf", "file locks"), ("mmap.mmap", "share memory")])
-def test_a_file_system_that_lacks_what_is_needed_is_named(broken: str, named: str, tmp_path: Path, run_main: Any,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_lacks_what_is_needed_is_named(
+        broken: str, named: str, tmp_path: Path, run_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "Not supported")
     monkeypatch.setattr(broken, fail)
@@ -2098,7 +2143,8 @@ def test_an_entry_is_streamed_only_once_it_is_durable(by_hand: tuple[Manager, Ma
 
 SECTOR_BYTES = 512
 TRACED = "open,openat,write,pwrite64,writev,pwritev,pwritev2,sendfile,copy_file_range,ftruncate,truncate," \
-         "fallocate,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat,sendto"
+         "fallocate,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,link," \
+         "linkat,sendto"
 
 
 class Kept:
@@ -2133,7 +2179,7 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self.root = os.fsencode(root)
-        self.names: dict[bytes, Kept] = {b"": Kept(folder=True)}  # as programs see them; paths begin after the root
+        self.names: dict[bytes, Kept] = {b"": Kept(folder=True)}  # by their paths below the root
         for path in sorted(root.rglob("*")):
             found = self.names[os.fsencode(path)[len(self.root):]] = Kept(path.is_dir())
             found.synced += b"" if found.folder else path.read_bytes()
@@ -2285,7 +2331,8 @@ def power_cuts(root: Path, work: Callable[[TracedRun], None], most: int, *given:
         pass
     seen = set()
     for number, _ in enumerate(disk.replay(trace)):
-        for way in [nothing, *random.Random(number).sample([everything, *some(number, disk.turn, most)], most)]:
+        for way in [nothing, *random.Random(number).sample(
+                [everything, *some(number, disk.turn, most)], most)]:
             left = disk.left(way)
             known = hash(frozenset(left.items())), len(disk.marks)
             if known in seen:
@@ -2402,8 +2449,9 @@ def let_time_pass(run: TracedRun) -> None:
             for seconds in (66.5, 300):
                 run.clock.advance(seconds)  # some fall silent
                 all_streamed()
-                run.change(api, "POST", f"/api/agents/{agents[0]['id']}/events", {
-                    "events": [{**THREAT, "details": {"text": "x" * 60_000}}]}, token=agents[0]["token"], status=201)
+                run.change(api, "POST", f"/api/agents/{agents[0]['id']}/events",
+                           {"events": [{**THREAT, "details": {"text": "x" * 60_000}}]},
+                           token=agents[0]["token"], status=201)
                 api.beat(agents[0], cpu=1)
                 run.answered(api)
                 run.clock.advance(1)  # the log is copied
@@ -2479,7 +2527,8 @@ def test_a_power_cut_loses_no_answered_write_of_a_shared_commit(most: int, tmp_p
     for cut in power_cuts(tmp_path / "disk", write_at_once, most):
         with cut.serving() as server:
             api = Client(server)
-            found = {each["id"] for path in ("agents", "threats") for each in api.get(f"/api/{path}?limit=200")}
+            found = {each["id"] for path in ("agents", "threats")
+                     for each in api.get(f"/api/{path}?limit=200")}
         assert {each["agent"] for each in cut.said if "agent" in each} <= found
         assert {event for each in cut.said for event in each.get("events", ())} <= found
         manager.examine(cut.folder / "manager.db")
@@ -2572,8 +2621,8 @@ def notify_twice(run: TracedRun) -> None:
             run.mark(reported=f"told-{number}")
             for _ in range(2):
                 run.clock.advance(1)
-            until(lambda wanted=number + 1: f"\npanguard_notifications_delivered_total {wanted}\n" in scraped(server),
-                  "it was delivered")
+            line = f"\npanguard_notifications_delivered_total {number + 1}\n"
+            until(lambda line=line: line in scraped(server), "it was delivered")
             run.mark(delivered=f"told-{number}")
 
 
@@ -2595,7 +2644,8 @@ def test_a_power_cut_loses_no_notification_and_repeats_no_delivered_one(most: in
             delivered = [each["delivered"] for each in cut.said if "delivered" in each]
             assert not [name for name in delivered if name in texts], "notified twice"
             texts += "".join(each["posted"] for each in cut.said if "posted" in each)
-            assert not [each["reported"] for each in cut.said if each.get("reported", "") not in texts], "not notified"
+            assert not [each["reported"] for each in cut.said
+                        if each.get("reported", "") not in texts], "not notified"
 
 
 def test_what_is_kept_is_for_the_owner_alone(tmp_path: Path) -> None:
@@ -2625,8 +2675,9 @@ def test_everything_is_kept_over_a_restart(tmp_path: Path) -> None:
     types = urlencode([("type", each) for each in manager.ENTRY_TYPES if not each.startswith("manager_")])
 
     def pictures(api: Client) -> dict[str, Any]:
-        paths = ["/api/agents", "/api/agents?org_id=o&tag=b", "/api/threats", "/api/threats/summary", "/api/policy",
-                 "/api/policy/active", "/api/policy/active?org_id=o", "/api/overview", f"/api/events?limit=200&{types}"]
+        paths = ["/api/agents", "/api/agents?org_id=o&tag=b", "/api/threats", "/api/threats/summary",
+                 "/api/policy", "/api/policy/active", "/api/policy/active?org_id=o", "/api/overview",
+                 f"/api/events?limit=200&{types}"]
         for agent in agents:
             paths += [f"/api/agents/{agent['id']}", f"/api/policy/agent/{agent['id']}?ack=false"]
         return {path: api.get(path) for path in paths}
@@ -2657,7 +2708,7 @@ def test_everything_is_kept_over_a_restart(tmp_path: Path) -> None:
         again = api.post(path, {"events": [{**THREAT, "id": "e1"}]}, status=201)
         assert again["eventIds"][0] in [each["id"] for each in before["/api/threats"]]
         assert api.post("/api/policy", {"name": "p", "rules": [RULE]}, status=201)["version"] == "v6"
-        last = before[f"/api/events?limit=200&{types}"][-1]["seq"]  # then a stop, a start, and the new version
+        last = before[f"/api/events?limit=200&{types}"][-1]["seq"]  # then a stop, a start, the new version
         assert api.journal()[-1]["seq"] == last + 3
 
 
@@ -2668,7 +2719,8 @@ def test_a_holder_of_an_agents_token_registers_it_again(api: Client, clock: Manu
     first = api.register(tags=["a", "b"], org_id="o", ip="192.0.2.1")
     api.beat(first, cpu=7, uptime=3)
     clock.advance(10)
-    again = api.post("/api/agents/register", {**AGENT, "hostname": "web-2", "version": "1.3.0"}, token=first["token"])
+    again = api.post("/api/agents/register", {**AGENT, "hostname": "web-2", "version": "1.3.0"},
+                     token=first["token"])
     assert (again["id"], again["tags"], again["org_id"]) == (first["id"], ["a", "b"], "o")
     assert (again["hostname"], again["version"], again["status"]) == ("web-2", "1.3.0", "online")
     assert again["registeredAt"] == first["registeredAt"] and again["token"] != first["token"]
@@ -2695,7 +2747,8 @@ def test_a_machine_whose_agent_was_heard_is_registered_again_once_it_is_silent(
         server.clock.advance(silent_s)
         how = {"token": "join" if caller == "enroller" else "admin", "status": 200 if same else 201}
         again = api.post("/api/agents/register", {**AGENT, "machine_id": "m", "org_id": org_id}, **how)
-        assert (again["id"] == first["id"]) is same and again["machine_id"] == "m" and again["status"] == "online"
+        assert (again["id"] == first["id"]) is same
+        assert again["machine_id"] == "m" and again["status"] == "online"
         assert api.get(f"/api/agents/{again['id']}")["cpu"] == (7 if same else None)
         assert again["tags"] == (["a"] if same else [])
         assert again["token"] != first["token"]
@@ -2703,11 +2756,13 @@ def test_a_machine_whose_agent_was_heard_is_registered_again_once_it_is_silent(
         path = f"/api/agents/{first['id']}/heartbeat"
         api.call("POST", path, {}, token=first["token"], status=401 if same else 200)
         conflicts = api.journal("identity_conflict")
-        assert [entry["agentId"] for entry in conflicts] == ([again["id"]] if not same and org_id == "o" else [])
+        assert [entry["agentId"] for entry in conflicts] == (
+            [again["id"]] if not same and org_id == "o" else [])
         assert len(api.get("/api/agents")) == 2 - same
         if same:
             server.clock.advance(67)
-            tagged = api.post("/api/agents/register", {**AGENT, "machine_id": "m", "org_id": "o", "tags": ["z"]})
+            tagged = api.post("/api/agents/register",
+                              {**AGENT, "machine_id": "m", "org_id": "o", "tags": ["z"]})
             assert tagged["id"] == first["id"] and tagged["tags"] == ["z"]
 
 
@@ -2729,7 +2784,8 @@ def test_an_online_agent_registers_again_by_machine_id_if_not_heard_since(
         assert again["id"] == first["id"] and not api.journal("identity_conflict")
         body = {"events": [THREAT]} if heard == "events" else {}
         if heard:  # with the admin's token, as the published page has agents do
-            api.call("POST", f"/api/agents/{first['id']}/{heard}", body, status=201 if heard == "events" else 200)
+            api.call("POST", f"/api/agents/{first['id']}/{heard}", body,
+                     status=201 if heard == "events" else 200)
         if not restart:
             last = register(api, 201 if heard else 200)
             assert (last["id"] == first["id"]) is (not heard)
@@ -2775,9 +2831,10 @@ def test_a_lost_reply_to_registering_again_locks_no_agent_out(api: Client, clock
     assert not api.journal("identity_conflict")
 
 
-def test_registering_again_is_journalled_with_old_and_new_address_and_under_the_agents_own_org(api: Client) -> None:
+def test_registering_again_is_journalled_with_both_addresses_under_the_agents_own_org(api: Client) -> None:
     first = api.register(org_id="o", machine_id="m", ip="192.0.2.1")
-    again = api.post("/api/agents/register", {**AGENT, "hostname": "web-2", "org_id": "other", "machine_id": "n"},
+    again = api.post("/api/agents/register",
+                     {**AGENT, "hostname": "web-2", "org_id": "other", "machine_id": "n"},
                      token=first["token"])
     assert (again["org_id"], again["machine_id"]) == ("o", "m")
     assert len(api.journal("agent_registered")) == 1
@@ -2795,21 +2852,22 @@ def test_with_reenroll_off_only_an_admin_or_the_agent_itself_registers_it_again(
         for silent_s in (0, 1000):
             server.clock.advance(silent_s)
             before = api.journal()
-            assert "MANAGER_REENROLL" in api.refusal("POST", "/api/agents/register", body, token="join", status=403)
+            assert "MANAGER_REENROLL" in api.refusal("POST", "/api/agents/register", body,
+                                                     token="join", status=403)
             assert api.journal() == before
         assert api.post("/api/agents/register", body, token=first["token"])["id"] == first["id"]
         assert api.post("/api/agents/register", body)["id"] == first["id"]
         api.post("/api/agents/register", {**AGENT, "machine_id": "n"}, token="join", status=201)
 
 
-def test_an_enrolment_token_registers_agents_with_its_org_and_tags_and_the_journal_names_it(api: Client) -> None:
-    issued = api.post("/api/enroll-tokens", {"maxUses": 2, "org_id": "o", "tags": ["edge", "edge"], "note": "rack 7"},
-                      status=201)
+def test_an_enrolment_token_gives_agents_its_org_and_tags_and_the_journal_names_it(api: Client) -> None:
+    issued = api.post("/api/enroll-tokens",
+                      {"maxUses": 2, "org_id": "o", "tags": ["edge", "edge"], "note": "rack 7"}, status=201)
     shown = {"id": issued["id"], "expiresAt": manager.iso(START_MS + 86_400_000), "maxUses": 2, "uses": 0,
              "org_id": "o", "tags": ["edge"], "note": "rack 7"}
     assert {name: issued[name] for name in shown} == shown and set(issued) == {*shown, "token"}
-    agents = [api.post("/api/agents/register", {**AGENT, "org_id": "other", "tags": ["mine"]}, token=issued["token"],
-                       status=201) for _ in range(2)]
+    agents = [api.post("/api/agents/register", {**AGENT, "org_id": "other", "tags": ["mine"]},
+                       token=issued["token"], status=201) for _ in range(2)]
     assert [(each["org_id"], each["tags"]) for each in agents] == [("o", ["edge"])] * 2
     before = api.journal()
     assert "used up" in api.refusal("POST", "/api/agents/register", AGENT, token=issued["token"], status=401)
@@ -2826,12 +2884,13 @@ def test_an_enrolment_token_registers_agents_with_its_org_and_tags_and_the_journ
 def test_without_an_org_or_tags_an_enrolment_token_leaves_them_to_the_agent(api: Client) -> None:
     issued = api.post("/api/enroll-tokens", status=201)
     assert (issued["maxUses"], issued["org_id"], issued["tags"], issued["note"]) == (1, None, [], None)
-    agent = api.post("/api/agents/register", {**AGENT, "org_id": "o", "tags": ["t"]}, token=issued["token"], status=201)
+    agent = api.post("/api/agents/register", {**AGENT, "org_id": "o", "tags": ["t"]},
+                     token=issued["token"], status=201)
     assert (agent["org_id"], agent["tags"]) == ("o", ["t"])
 
 
 @pytest.mark.parametrize("ended", ["expired", "revoked"])
-def test_an_enrolment_token_that_has_ended_is_no_credential(ended: str, api: Client, clock: ManualClock) -> None:
+def test_an_enrolment_token_that_ended_is_no_credential(ended: str, api: Client, clock: ManualClock) -> None:
     issued = api.post("/api/enroll-tokens", {"ttlMs": 5000, "maxUses": 3}, status=201)
     agent = api.post("/api/agents/register", AGENT, token=issued["token"], status=201)
     path = f"/api/enroll-tokens/{issued['id']}"
@@ -2860,21 +2919,20 @@ def test_a_used_up_enrolment_token_repeats_a_registration_of_which_nothing_was_h
 
 @pytest.mark.parametrize(("body", "named"), [
     ({"ttlMs": 0}, "ttlMs"), ({"ttlMs": 90 * 86_400_000 + 1}, "ttlMs"), ({"ttlMs": 1.5}, "ttlMs"),
-    ({"maxUses": 0}, "maxUses"), ({"maxUses": True}, "maxUses"), ({"tags": "x"}, "tags"), ({"org_id": ""}, "org_id"),
-    ({"note": "a\nb"}, "note")])
+    ({"maxUses": 0}, "maxUses"), ({"maxUses": True}, "maxUses"), ({"tags": "x"}, "tags"),
+    ({"org_id": ""}, "org_id"), ({"note": "a\nb"}, "note")])
 def test_a_wrong_enrolment_token_is_refused_by_field(body: dict[str, Any], named: str, api: Client) -> None:
     assert api.refusal("POST", "/api/enroll-tokens", body, status=400).startswith(f"{named}: must be ")
     assert api.get("/api/enroll-tokens") == []
 
 
-def test_an_enrolment_token_registers_over_a_socket_with_a_body_that_waits_for_the_credential(server: Server,
-                                                                                              api: Client) -> None:
+def test_an_enrolment_token_registers_over_a_socket_with_a_large_body(server: Server, api: Client) -> None:
     token = api.post("/api/enroll-tokens", status=201)["token"]
     body = {**AGENT, "unknown": "x" * 300_000}
     assert ask(port_of(server.url), "POST", "/api/agents/register", body, token)[0] == 201
 
 
-def test_an_enrolment_token_used_at_once_registers_no_more_agents_than_it_may(server: Server, api: Client) -> None:
+def test_enrolments_at_once_register_no_more_agents_than_the_token_may(server: Server, api: Client) -> None:
     token = api.post("/api/enroll-tokens", {"maxUses": 3}, status=201)["token"]
     answers = at_once(server, [("POST", "/api/agents/register", AGENT, token)] * 8)
     assert Counter(status for status, _ in answers) == {201: 3, 401: 5}
@@ -2919,17 +2977,18 @@ def test_ids_are_unique_although_they_are_short(api: Client, monkeypatch: pytest
     assert re.fullmatch("[0-9a-f]{8}", digits)
     drawn = iter([digits, "0000000a", "0000000a", "0000000a", "0000000b", digits, "0000000b", "0000000c"])
     any_other = secrets.token_hex
-    monkeypatch.setattr(secrets, "token_hex", lambda count=None: next(drawn) if count == 4 else any_other(count))
+    monkeypatch.setattr(secrets, "token_hex",
+                        lambda count=None: next(drawn) if count == 4 else any_other(count))
     assert [api.register()["id"] for _ in range(3)] == ["agent-0000000a", "agent-0000000b", "agent-0000000c"]
 
 
 @pytest.mark.parametrize(("body", "after"), [
     ({"tags": ["x", "y", "x"]}, ["x", "y"]), ({"tags": []}, []), ({"tags": ["b", "a"]}, ["b", "a"]),
     ({"addTags": ["c", "a", "c"]}, ["a", "b", "c"]), ({"removeTags": ["a", "z"]}, ["b"]),
-    ({"addTags": ["c"], "removeTags": ["a"]}, ["b", "c"]), ({"tags": None, "addTags": ["c"]}, ["a", "b", "c"]),
-    ({"tags": ["a", "b"]}, ["a", "b"]),
-    ({}, "tags"), ({"tags": ["x"], "addTags": ["y"]}, "tags"), ({"tags": "x"}, "tags"), ({"addTags": [""]}, "addTags"),
-    ({"addTags": [f"t{number}" for number in range(63)]}, "64")])
+    ({"addTags": ["c"], "removeTags": ["a"]}, ["b", "c"]),
+    ({"tags": None, "addTags": ["c"]}, ["a", "b", "c"]), ({"tags": ["a", "b"]}, ["a", "b"]),
+    ({}, "tags"), ({"tags": ["x"], "addTags": ["y"]}, "tags"), ({"tags": "x"}, "tags"),
+    ({"addTags": [""]}, "addTags"), ({"addTags": [f"t{number}" for number in range(63)]}, "64")])
 def test_tags_are_replaced_added_and_removed(body: dict[str, Any], after: Any, api: Client) -> None:
     agent = api.register(tags=["a", "b"])
     path = f"/api/agents/{agent['id']}"
@@ -2961,7 +3020,8 @@ def test_a_deregistered_agent_is_gone_and_its_threats_stay(api: Client) -> None:
     path = f"/api/agents/{gone['id']}"
     ids = api.post(f"{path}/events", {"events": [THREAT, THREAT]}, status=201)["eventIds"]
     api.post("/api/policy", {"name": "p", "rules": [RULE], "agent_id": gone["id"]}, status=201)
-    assert api.call("DELETE", path).json["data"] == {"message": f"Agent {gone['id']} deregistered successfully"}
+    assert api.call("DELETE", path).json["data"] == {
+        "message": f"Agent {gone['id']} deregistered successfully"}
     for method, below, body in (("GET", "", None), ("DELETE", "", None), ("PATCH", "", {"tags": []}),
                                 ("POST", "/heartbeat", {}), ("POST", "/events", {"events": [THREAT]})):
         api.refusal(method, path + below, body, status=404)
@@ -2970,7 +3030,8 @@ def test_a_deregistered_agent_is_gone_and_its_threats_stay(api: Client) -> None:
     api.refusal("GET", f"/api/policy/agent/{gone['id']}", status=404)
     assert [each["id"] for each in api.get("/api/agents")] == [kept["id"]] == [
         each["id"] for each in api.get("/api/agents?tag=t")]
-    assert api.get("/api/overview")["totalAgents"] == 1 and api.get("/health")["agents"] == {"total": 1, "online": 1}
+    assert api.get("/api/overview")["totalAgents"] == 1
+    assert api.get("/health")["agents"] == {"total": 1, "online": 1}
     threats = api.get(f"/api/threats?agent_id={gone['id']}")
     assert {each["id"] for each in threats} == set(ids) and {each["hostname"] for each in threats} == {"old"}
     assert api.get("/api/overview")["threatSummary"]["last24h"]["total"] == 2
@@ -2989,15 +3050,17 @@ def test_an_agent_may_deregister_itself_and_no_other(api: Client) -> None:
 def test_a_heartbeat_keeps_what_it_does_not_say(api: Client, clock: ManualClock) -> None:
     agent = api.register()
     values = dict.fromkeys(("uptime", "cpu", "memory"))
-    for told in ({}, {"cpu": 12.5}, {"uptime": 86_400}, {"memory": 45.2, "cpu": None}, {"cpu": 0, "memory": 100},
+    for told in ({}, {"cpu": 12.5}, {"uptime": 86_400}, {"memory": 45.2, "cpu": None},
+                 {"cpu": 0, "memory": 100},
                    {"unknown": 1}, {"uptime": 0}):
         clock.advance(1)
         beat = api.beat(agent, **told)
-        assert beat == {"id": agent["id"], "status": "online", "lastHeartbeat": manager.iso(clock.now().wall_ms),
-                        "pendingPolicies": 0}
+        assert beat == {"id": agent["id"], "status": "online",
+                        "lastHeartbeat": manager.iso(clock.now().wall_ms), "pendingPolicies": 0}
         values |= {name: value for name, value in told.items() if name in values and value is not None}
         detail = api.get(f"/api/agents/{agent['id']}")
-        assert {name: detail[name] for name in values} == values and detail["lastHeartbeat"] == beat["lastHeartbeat"]
+        assert {name: detail[name] for name in values} == values
+        assert detail["lastHeartbeat"] == beat["lastHeartbeat"]
 
 
 def test_a_change_of_version_is_journalled_once(api: Client) -> None:
@@ -3033,7 +3096,8 @@ def test_an_agent_causes_at_most_thirty_entries_a_minute_and_the_next_counts_the
 def test_a_flood_of_lesser_threats_hides_no_worse_one(api: Client, clock: ManualClock) -> None:
     agent = api.register()
     for severity in ("low",) * 40 + ("critical", "high") + ("critical",) * 40:
-        api.post(f"/api/agents/{agent['id']}/events", {"events": [{**THREAT, "severity": severity}]}, status=201)
+        api.post(f"/api/agents/{agent['id']}/events",
+                 {"events": [{**THREAT, "severity": severity}]}, status=201)
     reported = api.journal("threats_reported")
     assert [entry["maxSeverity"] for entry in reported][-2:] == ["low", "critical"] and len(reported) <= 29
     assert len(api.get("/api/threats?limit=200")) == 82, "only entries are suppressed"
@@ -3065,14 +3129,16 @@ def test_a_database_that_is_too_large_loses_its_oldest_threats_and_entries() -> 
         for _ in range(20):
             server.clock.advance(30)
             event = {**THREAT, "details": {"padding": "x" * 10_000}}
-            ids += api.post(f"/api/agents/{agent['id']}/events", {"events": [event] * 20}, status=201)["eventIds"]
+            ids += api.post(f"/api/agents/{agent['id']}/events", {"events": [event] * 20},
+                            status=201)["eventIds"]
         server.clock.advance(1)
         kept = [each["id"] for each in api.get("/api/threats?limit=200")]
         assert 0 < len(kept) < 100 and kept == ids[::-1][:len(kept)], "the latest"
         entries = api.journal()
         assert entries[0]["seq"] > 1 and entries[-1]["type"] == "threats_reported"
         assert "MANAGER_MAX_DB_BYTES" in api.get("/health", token=None)["warning"]
-        removed = int(re.search(r"^panguard_purged_for_space_total (\d+)$", api.call("GET", "/metrics").text, re.M)[1])
+        removed = int(re.search(r"^panguard_purged_for_space_total (\d+)$",
+                                api.call("GET", "/metrics").text, re.M)[1])
         assert removed >= 400 - len(kept)
         server.clock.advance(3600)
         assert "warning" not in api.get("/health", token=None)
@@ -3104,10 +3170,10 @@ def test_one_agent_pushes_out_nobodys_events_and_the_database_keeps_its_bound() 
         statuses = Counter[int]()
         for _ in range(30):
             for _ in range(6):
-                answer = api.app.request(f"/api/agents/{flooder['id']}/events", method="POST", expect_errors=True,
-                                         body=json.dumps({"events": large}).encode(), headers={
-                                             "Authorization": f"Bearer {flooder['token']}",
-                                             "Content-Type": "application/json"})
+                answer = api.app.request(
+                    f"/api/agents/{flooder['id']}/events", method="POST", expect_errors=True,
+                    body=json.dumps({"events": large}).encode(), headers={
+                        "Authorization": f"Bearer {flooder['token']}", "Content-Type": "application/json"})
                 statuses[answer.status_int] += 1
                 assert answer.status_int == 201 or 1 <= int(answer.headers["Retry-After"]) <= 60
             advance(api, 1)
@@ -3211,7 +3277,8 @@ def test_a_wall_clock_set_back_makes_no_correlation_of_events_that_were_far_apar
     clock.advance(600)
     clock.step(-600)
     attack(api, "three")
-    assert api.journal("threats_correlated") == [] and api.get("/api/threats?limit=1")[0]["correlatedWith"] == []
+    assert api.journal("threats_correlated") == []
+    assert api.get("/api/threats?limit=1")[0]["correlatedWith"] == []
 
 
 @pytest.mark.parametrize(("off_s", "stepped"), [
@@ -3296,11 +3363,13 @@ def test_a_race_has_one_winner(server: Server, clock: ManualClock) -> None:
     answers = at_once(server, [register] * 8)
     assert [(status, body["data"]["id"]) for status, body in answers] == [(200, first["id"])] * 8
     tokens = [body["data"]["token"] for _, body in answers]
-    answers = at_once(server, [("POST", f"/api/agents/{first['id']}/heartbeat", {}, token) for token in tokens])
+    answers = at_once(server, [("POST", f"/api/agents/{first['id']}/heartbeat", {}, token)
+                               for token in tokens])
     assert Counter(status for status, _ in answers) == {200: 1, 401: 7}, "the last one issued holds"
 
     path = f"/api/agents/{first['id']}"
-    answers = at_once(server, [("POST", f"{path}/events", {"events": [{**THREAT, "id": "e"}]}, server.token)] * 8)
+    answers = at_once(server, [("POST", f"{path}/events", {"events": [{**THREAT, "id": "e"}]},
+                                server.token)] * 8)
     stored = api.get("/api/threats")[0]["id"]
     assert {(status, body["data"]["eventIds"][0]) for status, body in answers} == {(201, stored)}
     assert len(api.get("/api/threats")) == len(api.journal("threats_reported")) == 1
@@ -3327,7 +3396,8 @@ def test_counts_add_up_after_mixed_traffic_of_eight_threads() -> None:
             uptimes: dict[str, int] = {}
             for number in range(1, 61):
                 if not tokens or chance.random() < 0.35:
-                    status, body = ask(port_of(server.url), "POST", "/api/agents/register", AGENT, server.token)
+                    status, body = ask(port_of(server.url), "POST", "/api/agents/register",
+                                       AGENT, server.token)
                     assert status == 201, body
                     tokens[body["data"]["id"]] = body["data"]["token"]
                     continue
@@ -3339,7 +3409,8 @@ def test_counts_add_up_after_mixed_traffic_of_eight_threads() -> None:
                     uptimes.pop(agent_id, None)
                     del tokens[agent_id]
                 else:
-                    assert ask(port_of(server.url), "POST", f"{path}/heartbeat", {"uptime": number}, token)[0] == 200
+                    assert ask(port_of(server.url), "POST", f"{path}/heartbeat", {"uptime": number},
+                               token)[0] == 200
                     uptimes[agent_id] = number
             return len(tokens) + len(gone), gone, {name: uptimes.get(name, -1) for name in tokens}
 
@@ -3383,7 +3454,8 @@ def test_agents_offline_for_long_are_pruned_a_tenth_of_the_fleet_a_day() -> None
         assert [each["hostname"] for each in api.get("/api/agents")][:2] == ["h04", "h05"]
         found = api.get("/api/events?type=agents_pruned&limit=200")
         assert [each["count"] for each in found] == [4]
-        assert (found[0]["hostnames"], found[0]["actor"]) == (["h00", "h01", "h02", "h03"], {"role": "manager"})
+        assert (found[0]["hostnames"],
+                found[0]["actor"]) == (["h00", "h01", "h02", "h03"], {"role": "manager"})
         gone = api.get("/api/events?type=agent_deregistered&limit=200")
         assert len(gone) == 4 and gone[0]["actor"] == {"role": "manager"}
         live(2)
@@ -3403,8 +3475,8 @@ def test_many_agents_are_pruned_fifty_in_a_transaction() -> None:
 
 def test_pruning_keeps_its_limit_over_restarts_and_waits_after_a_suspend(tmp_path: Path) -> None:
     clock = ManualClock()
-    settings: Any = {"port": 0, "clock": clock, "data_dir": tmp_path, "tls": "off", "prune_offline_ms": 7 * 86_400_000,
-                     "heartbeat_timeout_ms": 7_200_000}
+    settings: Any = {"port": 0, "clock": clock, "data_dir": tmp_path, "tls": "off",
+                     "prune_offline_ms": 7 * 86_400_000, "heartbeat_timeout_ms": 7_200_000}
     with Server(**settings) as server:
         ids = [server.manager.register(f"h{number:02}", "linux", "1").agent.id for number in range(40)]
 
@@ -3442,7 +3514,8 @@ def test_nobody_is_pruned_while_half_of_the_fleet_is_silent_or_unless_asked_for(
 def test_a_threat_event_is_triaged(api: Client) -> None:
     agent = api.register(org_id="o")
     one, two, three = report(api, agent, threat(), threat(severity="low", type="noise"), threat())
-    noise = api.call("PATCH", f"/api/threats/{two}", {"state": "false_positive", "note": "a test"}).json["data"]
+    noise = api.call("PATCH", f"/api/threats/{two}",
+                     {"state": "false_positive", "note": "a test"}).json["data"]
     assert (noise["id"], noise["state"], noise["note"]) == (two, "false_positive", "a test")
     assert api.call("PATCH", f"/api/threats/{two}", {"note": "our scanner"}).json["data"] == {
         **noise, "note": "our scanner"}
@@ -3451,7 +3524,8 @@ def test_a_threat_event_is_triaged(api: Client) -> None:
     for state, expected in (("open", [three]), ("acknowledged", [one]), ("false_positive", [two])):
         assert [each["id"] for each in api.get(f"/api/threats?state={state}")] == expected, state
     entries = api.journal("threat_updated")
-    assert [(each["eventId"], each["agentId"], each["org_id"], each["actor"]["role"]) for each in entries] == \
+    assert [(each["eventId"], each["agentId"], each["org_id"], each["actor"]["role"])
+            for each in entries] == \
         [(each, agent["id"], "o", "admin") for each in (two, two, one)]
     assert entries[0]["state"] == {"from": "open", "to": "false_positive"}
     assert entries[1]["note"] == {"from": "a test", "to": "our scanner"} and "state" not in entries[1]
@@ -3483,13 +3557,15 @@ def test_threat_events_are_read_on_from_an_event_while_others_arrive(api: Client
 
 def test_a_redelivered_event_is_stored_once_and_keeps_its_id(api: Client) -> None:
     one, two = api.register(), api.register()
-    first = report(api, one, threat(own="x"), threat(own="y", severity="low"), threat(own="x", severity="low"))
+    first = report(api, one, threat(own="x"), threat(own="y", severity="low"),
+                   threat(own="x", severity="low"))
     assert first[0] == first[2] != first[1]
     assert all(re.fullmatch(r"evt_[0-9a-f]+", each) for each in first)
     entries = len(api.journal())
     assert report(api, one, threat(own="y"), threat(own="x")) == [first[1], first[0]]
     assert len(api.journal()) == entries, "a redelivery reports nothing"
-    assert {each["id"]: each["severity"] for each in api.get("/api/threats")} == {first[0]: "high", first[1]: "low"}
+    assert {each["id"]: each["severity"]
+            for each in api.get("/api/threats")} == {first[0]: "high", first[1]: "low"}
     again = report(api, one, threat(own="x"), threat(own="z"), threat(), threat())
     assert again[0] == first[0] and len({*first, *again}) == 5
     assert not {*report(api, two, threat(own="x"))} & {*first, *again}, "an own id is one agent's"
@@ -3520,32 +3596,38 @@ def test_a_batch_is_stored_whole_or_not_at_all(api: Client) -> None:
 
 
 IP, HASH = {"sourceIp": "203.0.113.9"}, {"sha256": "ABCD"}
-# Steps: seconds since the one before, agent, org, details. Then the pairs that correlate, and the announcements.
+# Steps: seconds since the former, agent, org, details. Then the pairs that correlate, the announcements.
 CORRELATIONS: dict[str, tuple[list[tuple[float, str, str | None, Any]], list[tuple[int, int]], int]] = {
     "three agents of one org within five minutes": (
         [(0, "a", "o", IP), (120, "b", "o", IP), (120, "c", "o", IP)], [(0, 1), (0, 2), (1, 2)], 1),
     "two agents are not yet announced": ([(0, "a", "o", IP), (1, "b", "o", IP)], [(0, 1)], 0),
-    "another org": ([(0, "a", "o", IP), (0, "b", "o", IP), (0, "c", "p", IP), (0, "d", None, IP)], [(0, 1)], 0),
+    "another org": (
+        [(0, "a", "o", IP), (0, "b", "o", IP), (0, "c", "p", IP), (0, "d", None, IP)], [(0, 1)], 0),
     "six minutes apart": ([(0, "a", "o", IP), (360, "b", "o", IP), (360, "c", "o", IP)], [], 0),
     "just within the window": ([(0, "a", "o", IP), (300, "b", "o", IP)], [(0, 1)], 0),
     "just outside the window": ([(0, "a", "o", IP), (300.001, "b", "o", IP)], [], 0),
     "one agent alone": ([(0, "a", "o", IP), (1, "a", "o", IP), (1, "a", "o", IP)], [], 0),
-    "other addresses": ([(0, "a", "o", IP), (0, "b", "o", {"sourceIp": "203.0.113.10"}), (0, "c", "o", {})], [], 0),
+    "other addresses": (
+        [(0, "a", "o", IP), (0, "b", "o", {"sourceIp": "203.0.113.10"}), (0, "c", "o", {})], [], 0),
     "nothing to share": ([(0, "a", "o", {}), (0, "b", "o", {}), (0, "c", "o", {})], [], 0),
     "a hash under two names": ([(0, "a", "o", HASH), (0, "b", "o", {"malwareHash": "abcd"})], [(0, 1)], 0),
     "every name of an address": (
-        [(0, name, "o", {name: "2001:DB8::1" if number % 2 else "2001:db8:0::1"}) for number, name in enumerate(
+        [(0, name, "o", {name: "2001:DB8::1" if number % 2 else "2001:db8:0::1"})
+         for number, name in enumerate(
             ("sourceIp", "sourceIP", "source_ip", "src_ip", "remoteAddress", "attacker_ip", "client_ip"))],
         [*itertools.combinations(range(7), 2)], 1),
     "every name of a hash": (
-        [(0, name, "o", {name: "abcd"}) for name in ("sha256", "sha1", "md5", "fileHash", "hash", "malwareHash")],
+        [(0, name, "o", {name: "abcd"})
+         for name in ("sha256", "sha1", "md5", "fileHash", "hash", "malwareHash")],
         [*itertools.combinations(range(6), 2)], 1),
     "the first name wins, and only a text counts": (
-        [(0, "a", "o", {"client_ip": "203.0.113.1", **IP}), (0, "b", "o", {"sourceIp": 7, "src_ip": "203.0.113.9"}),
+        [(0, "a", "o", {"client_ip": "203.0.113.1", **IP}),
+         (0, "b", "o", {"sourceIp": 7, "src_ip": "203.0.113.9"}),
          (0, "c", "o", {"client_ip": "203.0.113.1"})], [(0, 1)], 0),
     "an address with some and a hash with others": (
         [(0, "a", "o", {**IP, **HASH}), (0, "b", "o", IP), (0, "c", "o", HASH)], [(0, 1), (0, 2)], 0),
-    "address and hash at once": ([(0, each, "o", {**IP, **HASH}) for each in "abc"], [(0, 1), (0, 2), (1, 2)], 2),
+    "address and hash at once": ([(0, each, "o", {**IP, **HASH}) for each in "abc"],
+                                 [(0, 1), (0, 2), (1, 2)], 2),
     "once per window": ([(0, "a", "o", IP), (0, "b", "o", IP), (0, "c", "o", IP), (60, "d", "o", IP)],
                         [*itertools.combinations(range(4), 2)], 1),
 }
@@ -3604,12 +3686,13 @@ def test_since_and_until_are_exact_to_the_millisecond(api: Client) -> None:
     advance(api, 1.123)
     (event,) = report(api, agent, THREAT)
     at = START_MS + 1123
-    for query, expected in ((f"since={stamp(at)}", 1), (f"since={stamp(at + 1)}", 0), (f"until={stamp(at)}", 0),
-                            (f"until={stamp(at + 1)}", 1), (f"since={stamp(at)}&until={stamp(at + 1)}", 1),
-                            (f"since={stamp(at + 1)}&until={stamp(at)}", 0), ("since=2026-03-07T20:00:01.123%2B08:00",
-                                                                              1),
-                            ("since=2026-03-07T20:00:01.124+08:00", 0), ("until=2026-03-07T12:00:01Z", 0),
-                            ("since=0001-01-01T00:00:00Z&until=9999-12-31T23:59:59Z", 1)):
+    for query, expected in (
+            (f"since={stamp(at)}", 1), (f"since={stamp(at + 1)}", 0),
+            (f"until={stamp(at)}", 0), (f"until={stamp(at + 1)}", 1),
+            (f"since={stamp(at)}&until={stamp(at + 1)}", 1), (f"since={stamp(at + 1)}&until={stamp(at)}", 0),
+            ("since=2026-03-07T20:00:01.123%2B08:00", 1), ("since=2026-03-07T20:00:01.124+08:00", 0),
+            ("until=2026-03-07T12:00:01Z", 0),
+            ("since=0001-01-01T00:00:00Z&until=9999-12-31T23:59:59Z", 1)):
         assert [each["id"] for each in api.get(f"/api/threats?{query}")] == [event] * expected, query
 
 
@@ -3647,20 +3730,21 @@ def test_an_event_past_its_retention_is_gone() -> None:
 def test_threats_are_filtered_newest_first(api: Client) -> None:
     one, two = api.register(hostname="one", org_id="o"), api.register(hostname="two")
     made = []
-    for agent, type, severity, address in ((one, "scan", "low", "203.0.113.1"), (one, "malware", "high", "2001:db8::1"),
-                                           (two, "scan", "high", "203.0.113.1"), (two, "scan", "critical", "x")):
+    for agent, type, severity, address in (
+            (one, "scan", "low", "203.0.113.1"), (one, "malware", "high", "2001:db8::1"),
+            (two, "scan", "high", "203.0.113.1"), (two, "scan", "critical", "x")):
         advance(api, 1)
         made += report(api, agent, threat(type=type, severity=severity, sourceIp=address))
     for query, expected in (
-            ({}, [3, 2, 1, 0]), ({"org_id": "o"}, [1, 0]), ({"agent_id": two["id"]}, [3, 2]), ({"type": "scan"},
-                                                                                               [3, 2, 0]),
-            ({"severity": "high"}, [2, 1]), ({"source_ip": "203.0.113.1"}, [2, 0]), ({"source_ip": "2001:DB8:0::1"},
-                                                                                     [1]),
-            ({"source_ip": "x"}, [3]), ({"type": "scan", "severity": "high"}, [2]), ({"org_id": "o", "type": "nope"},
-                                                                                     []),
-            ({"org_id": "o", "agent_id": two["id"]}, []), ({"limit": 3}, [3, 2, 1]), ({"limit": 3, "page": 2}, [0]),
+            ({}, [3, 2, 1, 0]), ({"org_id": "o"}, [1, 0]), ({"agent_id": two["id"]}, [3, 2]),
+            ({"type": "scan"}, [3, 2, 0]), ({"severity": "high"}, [2, 1]),
+            ({"source_ip": "203.0.113.1"}, [2, 0]), ({"source_ip": "2001:DB8:0::1"}, [1]),
+            ({"source_ip": "x"}, [3]), ({"type": "scan", "severity": "high"}, [2]),
+            ({"org_id": "o", "type": "nope"}, []), ({"org_id": "o", "agent_id": two["id"]}, []),
+            ({"limit": 3}, [3, 2, 1]), ({"limit": 3, "page": 2}, [0]),
             ({"type": "scan", "limit": 1, "page": 2}, [2])):
-        assert [made.index(each["id"]) for each in api.get(f"/api/threats?{urlencode(query)}")] == expected, query
+        assert [made.index(each["id"])
+                for each in api.get(f"/api/threats?{urlencode(query)}")] == expected, query
     api.call("DELETE", f"/api/agents/{one['id']}")
     assert [each["hostname"] for each in api.get(f"/api/threats?agent_id={one['id']}")] == ["one", "one"]
     assert api.get("/api/threats/summary")["total"] == 4
@@ -3676,7 +3760,7 @@ HISTORY = st.lists(st.tuples(
 
 @settings(EXAMPLES, max_examples=15)
 @given(HISTORY, st.sampled_from([24, 720]))
-def test_summaries_equal_a_recount(history: list[tuple[int, str, str, str, int, list[str]]], kept_h: int) -> None:
+def test_sums_equal_a_recount(history: list[tuple[int, str, str, str, int, list[str]]], kept_h: int) -> None:
     with fleet(threat_retention_ms=kept_h * 3_600_000) as api:
         orgs = ["o", "o", "p", None]
         agents = [api.register(hostname=f"h{n}", org_id=org) for n, org in enumerate(orgs)]
@@ -3704,7 +3788,8 @@ def test_summaries_equal_a_recount(history: list[tuple[int, str, str, str, int, 
                 assert (summary["total"], summary["falsePositives"]) == (len(kept), len(every) - len(kept))
                 assert summary["bySeverity"] == {s: totals[period][s] for s in manager.SEVERITIES}
                 assert summary["byType"] == Counter(row[3] for row in kept)
-                assert {(each["agentId"], each["hostname"]): each["count"] for each in summary["topAgents"]} == \
+                assert {(each["agentId"], each["hostname"]): each["count"]
+                        for each in summary["topAgents"]} == \
                     Counter((agents[row[1]]["id"], f"h{row[1]}") for row in kept)
                 assert {each["ip"]: each["count"] for each in summary["topSourceIps"]} == \
                     Counter(row[4] for row in kept if row[4])
@@ -3724,8 +3809,8 @@ def test_a_migration_counts_the_threat_events_in_the_file(tmp_path: Path) -> Non
         db.executescript(f"{';'.join(manager.MIGRATIONS[:8])}; PRAGMA user_version = 8; "
                          f"PRAGMA application_id = {0x50474D31}")
         db.executemany(
-            "INSERT INTO threats (agent_id, hostname, org_id, type, severity, received_ms, source_ip, state, details) "
-            "VALUES ('agent-1', 'h', ?, 't', ?, ?, ?, ?, '{}')", [
+            "INSERT INTO threats (agent_id, hostname, org_id, type, severity, received_ms, source_ip, state, "
+            "details) VALUES ('agent-1', 'h', ?, 't', ?, ?, ?, ?, '{}')", [
                 (org, severity, START_MS - age_h * 3_600_000, "203.0.113.9" if age_h % 2 else None, state)
                 for age_h in range(20) for org, severity, state in (
                     ("o", "high", "open"), (None, "low", "acknowledged"), (None, "low", "false_positive"))])
@@ -3742,12 +3827,14 @@ def test_a_migration_counts_the_threat_events_in_the_file(tmp_path: Path) -> Non
 
 def test_rankings_end_at_ten(api: Client) -> None:
     for number in range(12):
-        report(api, api.register(hostname=f"h{number}"), *[threat(type=f"t{number}", sourceIp=f"203.0.113.{number}")
-                                                          for _ in range(number + 1)])
+        report(api, api.register(hostname=f"h{number}"),
+               *[threat(type=f"t{number}", sourceIp=f"203.0.113.{number}")
+                for _ in range(number + 1)])
     summary, overview = api.get("/api/threats/summary"), api.get("/api/overview")
     assert [(each["hostname"], each["count"]) for each in summary["topAgents"]] == \
         [(f"h{number}", number + 1) for number in range(11, 1, -1)]
-    assert [each["ip"] for each in summary["topSourceIps"]] == [f"203.0.113.{number}" for number in range(11, 1, -1)]
+    assert [each["ip"] for each in summary["topSourceIps"]] == [
+        f"203.0.113.{number}" for number in range(11, 1, -1)]
     assert [(each["type"], each["count"]) for each in overview["topThreats"]] == \
         [(f"t{number}", number + 1) for number in range(11, 1, -1)]
     assert len(summary["byType"]) == 12
@@ -3774,15 +3861,19 @@ IN_FORCE: dict[tuple[str, ...], Any] = {
     ("org",): {"custom": "org", "alert_threshold": "org"},
     ("agent",): {"alert_threshold": "agent", "auto_respond": "agent"},
     ("all", "org"): {"block_ip": "all", "custom": "org", "alert_threshold": "org"},
-    ("all", "agent"): {"block_ip": "all", "custom": "all", "alert_threshold": "agent", "auto_respond": "agent"},
+    ("all", "agent"): {"block_ip": "all", "custom": "all", "alert_threshold": "agent",
+                       "auto_respond": "agent"},
     ("org", "agent"): {"custom": "org", "alert_threshold": "agent", "auto_respond": "agent"},
-    ("all", "org", "agent"): {"block_ip": "all", "custom": "org", "alert_threshold": "agent", "auto_respond": "agent"},
+    ("all", "org", "agent"): {"block_ip": "all", "custom": "org", "alert_threshold": "agent",
+                              "auto_respond": "agent"},
 }
 
 
 @pytest.mark.parametrize(("scopes", "others"), [
-    (order, number % 2 == 0) for each in IN_FORCE for number, order in enumerate(itertools.permutations(each))])
-def test_a_narrower_scope_replaces_rules_of_the_same_type(scopes: tuple[str, ...], others: bool, api: Client) -> None:
+    (order, number % 2 == 0) for each in IN_FORCE
+    for number, order in enumerate(itertools.permutations(each))])
+def test_a_narrower_scope_replaces_rules_of_the_same_type(scopes: tuple[str, ...], others: bool,
+                                                          api: Client) -> None:
     agent, other = api.register(org_id="o"), api.register(org_id="p")
     scope_of = {"all": {}, "org": {"org_id": "o"}, "agent": {"agent_id": agent["id"]}}
     if others:  # what is meant for others changes nothing but the numbers
@@ -3790,7 +3881,8 @@ def test_a_narrower_scope_replaces_rules_of_the_same_type(scopes: tuple[str, ...
         policy(api, "custom", agent_id=other["id"])
     for scope in scopes:
         rules = [{"type": type, "config": {"from": scope}} for type in SCOPES[scope]]
-        last = api.post("/api/policy", {"name": scope, "rules": rules, **scope_of[scope]}, status=201)["version"]
+        last = api.post("/api/policy", {"name": scope, "rules": rules, **scope_of[scope]},
+                        status=201)["version"]
     path = f"/api/policy/agent/{agent['id']}"
     assert api.beat(agent)["pendingPolicies"] == len(scopes)
     fetched = api.get(path, token=agent["token"])
@@ -3805,7 +3897,8 @@ def test_a_narrower_scope_replaces_rules_of_the_same_type(scopes: tuple[str, ...
 def test_rules_of_one_type_in_one_scope_stand_together(api: Client) -> None:
     agent = api.register()
     rules = [{"type": "custom", "config": {"n": n}, "enabled": n == 1} for n in range(3)]
-    made = api.post("/api/policy", {"name": "p", "rules": [*rules, {"type": "block_ip", "config": {}}]}, status=201)
+    made = api.post("/api/policy",
+                    {"name": "p", "rules": [*rules, {"type": "block_ip", "config": {}}]}, status=201)
     assert made["rules"] == [*rules, {"type": "block_ip", "config": {}, "enabled": True}]
     assert api.get(f"/api/policy/agent/{agent['id']}")["rules"] == made["rules"]
 
@@ -3850,10 +3943,11 @@ def test_a_dropped_override_leaves_the_wider_scopes(api: Client) -> None:
     ("agent", "", "GET", True), ("agent", "?ack=true", "GET", True), ("agent", "?ack=false", "GET", False),
     ("agent", "", "HEAD", False), ("admin", "", "GET", False), ("admin", "?ack=false", "GET", False),
     ("admin", "?ack=true", "GET", True), ("admin", "?ack=true", "HEAD", False)])
-def test_who_acknowledges_a_policy(who: str, query: str, method: str, acknowledges: bool, api: Client) -> None:
+def test_who_acknowledges_policy(who: str, query: str, method: str, acknowledges: bool, api: Client) -> None:
     agent = api.register()
     policy(api)
-    api.call(method, f"/api/policy/agent/{agent['id']}{query}", token=agent["token"] if who == "agent" else "admin")
+    api.call(method, f"/api/policy/agent/{agent['id']}{query}",
+             token=agent["token"] if who == "agent" else "admin")
     assert api.beat(agent)["pendingPolicies"] == (0 if acknowledges else 1)
 
 
@@ -3869,7 +3963,8 @@ def test_a_dry_run_of_a_policy_tells_its_effect_and_issues_nothing(api: Client) 
         "removed": [{"type": "block_ip", "config": {}, "enabled": True}]})
     advance(api, 67)
     of_org = api.post("/api/policy", {**body, "org_id": "o"})
-    assert (of_org["agents"], of_org["broadcastedTo"], of_org["replaces"], of_org["removed"]) == (1, 0, None, [])
+    assert (of_org["agents"], of_org["broadcastedTo"], of_org["replaces"],
+            of_org["removed"]) == (1, 0, None, [])
     assert api.post("/api/policy", {**body, "agent_id": agent["id"]})["agents"] == 1
     api.refusal("POST", "/api/policy", {**body, "agent_id": "agent-00000000"}, status=404)
     both = {**body, "org_id": "o", "agent_id": agent["id"]}
@@ -3890,7 +3985,8 @@ def test_an_acknowledgement_never_goes_backwards(
         if each.startswith("v"):
             assert api.beat(agent, policyVersion=each)["status"] == "online"
         else:
-            api.get(f"/api/policy/agent/{agent['id']}" + "?ack=false" * (each == "peek"), token=agent["token"])
+            api.get(f"/api/policy/agent/{agent['id']}" + "?ack=false" * (each == "peek"),
+                    token=agent["token"])
     assert api.beat(agent)["pendingPolicies"] == pending
     assert api.get(f"/api/agents/{agent['id']}")["activePolicyVersion"] == active
 
@@ -3903,7 +3999,8 @@ def test_applied_at_is_when_the_agent_acknowledged(api: Client, clock: ManualClo
     clock.advance(1)
     assert api.get(path, token=agent["token"])["appliedAt"] == manager.iso(START_MS + 1000)
     clock.advance(1)
-    assert api.get(path)["appliedAt"] == api.get(f"{path}?ack=true")["appliedAt"] == manager.iso(START_MS + 1000)
+    assert api.get(path)["appliedAt"] == manager.iso(START_MS + 1000)
+    assert api.get(f"{path}?ack=true")["appliedAt"] == manager.iso(START_MS + 1000)
     policy(api)
     assert api.get(f"{path}?ack=false")["appliedAt"] is None
     api.beat(agent, policyVersion="v2")
@@ -3977,7 +4074,7 @@ def test_a_policy_of_two_scopes_or_of_an_unknown_agent_is_refused(api: Client) -
 
 
 
-def test_a_timeline_tells_how_many_were_what_and_the_threats_of_each_hour(api: Client, clock: ManualClock) -> None:
+def test_a_timeline_counts_agents_and_threats_of_each_hour(api: Client, clock: ManualClock) -> None:
     noon = START_MS // 3_600_000 * 3_600_000
     first, second = api.register(), api.register(hostname="h2")
     report(api, first, threat(severity="low"), threat(severity="critical"))
@@ -4052,12 +4149,13 @@ def test_a_timeline_agrees_with_what_was_counted_at_each_hour(api: Client, clock
 
 def test_the_journal_says_what_happened_and_who_did_it() -> None:
     with fleet(auth_token="first,second", enroll_token="enrol") as api:
-        first, second = ({"role": "admin", "address": "198.51.100.7",
-                          "credential": hashlib.sha256(token.encode()).hexdigest()[:8]} for token in ("first",
-                                                                                                      "second"))
+        first, second = (
+            {"role": "admin", "address": "198.51.100.7",
+             "credential": hashlib.sha256(token.encode()).hexdigest()[:8]} for token in ("first", "second"))
         enroller = {"role": "enroller", "address": "198.51.100.7"}
         by_manager = {"role": "manager"}
-        agent = api.post("/api/agents/register", {**AGENT, "org_id": "o", "machine_id": "m"}, token="enrol", status=201)
+        agent = api.post("/api/agents/register", {**AGENT, "org_id": "o", "machine_id": "m"},
+                         token="enrol", status=201)
         api.beat(agent)
         clone = api.register(org_id="o", machine_id="m", hostname="web-2")
         itself = {"role": "agent", "agent_id": agent["id"]}
@@ -4160,25 +4258,28 @@ def test_the_journal_is_read_by_time_by_several_types_and_backwards(api: Client)
     of_types = "type=policy_created&type=agent_registered"
     for query, expected in (
             (f"since={second['at']}", [second, third, fourth]), (f"until={second['at']}", [first]),
-            (f"since={second['at']}&until={fourth['at']}", [second, third]), (of_types, [first, second, third, fourth]),
+            (f"since={second['at']}&until={fourth['at']}", [second, third]),
+            (of_types, [first, second, third, fourth]),
             (f"{of_types}&order=desc&limit=3", [fourth, third, second]), ("order=desc&type=agent_registered",
-                                                                       [third, first]),
-            (f"order=desc&after={second['seq']}", [fourth, third]), ("order=asc&limit=1", [first]), ("org_id=o", [])):
+                           [third, first]),
+            (f"order=desc&after={second['seq']}", [fourth, third]), ("order=asc&limit=1", [first]),
+            ("org_id=o", [])):
         assert api.get(f"/api/events?{query}") == expected, query
     for query, named in (("order=up", "order"), ("since=yesterday", "since"), ("type=nope", "type[0]")):
         assert api.refusal("GET", f"/api/events?{query}", status=400).startswith(f"{named}: must be"), query
 
 
-# What may read a table or an index from end to end. Agents are counted that way; and the online ones are read in order
+# What may read a table or an index from end to end. Agents are counted so. The online ones are read in order
 # of registration, since most agents are online and the page is soon full.
 _ALL_COUNTED = r"SCAN (contacts|agents|a) USING COVERING INDEX \w+$|SCAN contacts$"
 MAY_SCAN = {"an overview": rf"COVERING INDEX agents_os$|{_ALL_COUNTED}", "health": _ALL_COUNTED,
             "agents": _ALL_COUNTED + "|SCAN c$", "threats": r"INDEX threats_(time|type)$",
-            "agents online": _ALL_COUNTED + "|SCAN c$", "a sweep": r"SCAN contacts$|COVERING INDEX agents_\w+$",
-             "a purge": r"SCAN contacts$",
-            # In the order of an index the page is soon full; of what every heartbeat writes there is no index, so that
-            # the narrow rows of at most MANAGER_MAX_AGENTS agents are read.
-            "agents sorted": rf"SCAN [ac] USING (COVERING )?INDEX (agents_hostname|contacts_version)$|{_ALL_COUNTED}",
+            "agents online": _ALL_COUNTED + "|SCAN c$",
+            "a sweep": r"SCAN contacts$|COVERING INDEX agents_\w+$", "a purge": r"SCAN contacts$",
+            # By an index the page is soon full. What every heartbeat writes has no index: the narrow rows of
+            # at most MANAGER_MAX_AGENTS agents are read.
+            "agents sorted": r"SCAN [ac] USING (COVERING )?INDEX (agents_hostname|contacts_version)$|"
+                             + _ALL_COUNTED,
             "agents sorted by what heartbeats write": rf"SCAN [ac]$|{_ALL_COUNTED}",
             "agents searched": rf"SCAN [ac]$|{_ALL_COUNTED}", "a timeline": _ALL_COUNTED}
 # A search that is none: it begins neither with a value nor with a bound in time or order.
@@ -4190,10 +4291,11 @@ WORK: dict[str, Any] = {
     "events": lambda api, agent: report(api, agent, threat(own="new", sha1="ab", **IP)),
     "threats": lambda api, agent: api.get("/api/threats?limit=50&page=2"),
     "threats by anything": lambda api, agent: [api.get(f"/api/threats?limit=5&{query}") for query in (
-        "org_id=o1", "severity=low", "type=t1", "file_hash=ab", "state=false_positive", "before=evt_000000000009",
-        "source_ip=203.0.113.1", f"agent_id={agent['id']}",
+        "org_id=o1", "severity=low", "type=t1", "file_hash=ab", "state=false_positive",
+        "before=evt_000000000009", "source_ip=203.0.113.1", f"agent_id={agent['id']}",
         "since=2026-03-07T12:00:01Z&until=2026-03-07T12:00:02Z")],
-    "a summary": lambda api, agent: [api.get(f"/api/threats/summary?{query}") for query in ("", "org_id=o1&period=7d")],
+    "a summary": lambda api, agent: [api.get(f"/api/threats/summary?{query}")
+                                     for query in ("", "org_id=o1&period=7d")],
     "an overview": lambda api, agent: [api.get(f"/api/overview?{query}") for query in ("", "org_id=o1")],
     "agents online": lambda api, agent: api.get("/api/agents?limit=5&status=online"),
     "agents": lambda api, agent: [api.get(f"/api/agents?limit=5&{query}") for query in (
@@ -4207,7 +4309,8 @@ WORK: dict[str, Any] = {
             "lastHeartbeat", "status", "recentThreats", "-cpu", "memory")],
     "agents searched": lambda api, agent: [
         api.get(f"/api/agents?limit=5&{query}") for query in ("q=h1", "silent_ms=5")],
-    "agents in bulk": lambda api, agent: api.post("/api/agents/bulk", {"ids": [agent["id"]], "addTags": ["x"]}),
+    "agents in bulk": lambda api, agent: api.post("/api/agents/bulk",
+                                                  {"ids": [agent["id"]], "addTags": ["x"]}),
     "a policy": lambda api, agent: policy(api, org_id="o1"),
     "a fetch": lambda api, agent: api.get(f"/api/policy/agent/{agent['id']}"),
     "the journal": lambda api, agent: [api.get(f"/api/events?limit=5&{query}") for query in (
@@ -4232,7 +4335,8 @@ def test_no_query_reads_a_whole_table(tmp_path: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sqlite3, "connect", tracing)
     with fleet(data_dir=tmp_path) as api:
         rng = random.Random(1)
-        agents = [api.register(hostname=f"h{n}", org_id=f"o{n % 7}", tags=["a", "b"][:n % 3], os=rng.choice("xy"))
+        agents = [api.register(hostname=f"h{n}", org_id=f"o{n % 7}", tags=["a", "b"][:n % 3],
+                               os=rng.choice("xy"))
                   for n in range(60)]
         for agent in agents[:20]:
             report(api, agent, *[threat(type=f"t{n % 9}", severity=rng.choice(manager.SEVERITIES), own=str(n),
@@ -4249,11 +4353,12 @@ def test_no_query_reads_a_whole_table(tmp_path: Any, monkeypatch: pytest.MonkeyP
             if not re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)", sql) or "sqlite_sequence" in sql:
                 continue
             aliases = {alias or table: table for table, alias in re.findall(
-                r"(?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+(?!WHERE|JOIN|ORDER|GROUP|SET|USING|LIMIT|ON|AND|UNION)(\w+))?",
-                sql)}
+                r"(?:FROM|JOIN|UPDATE)\s+(\w+)"
+                r"(?:\s+(?!WHERE|JOIN|ORDER|GROUP|SET|USING|LIMIT|ON|AND|UNION)(\w+))?", sql)}
             for *_, step in connection.execute("EXPLAIN QUERY PLAN " + sql):
                 verb, name_in_plan, *_ = [*step.split(), ""]
-                if aliases.get(name_in_plan, name_in_plan) not in ("threats", "contacts", "journal", "agents"):
+                if aliases.get(name_in_plan, name_in_plan) not in (
+                        "threats", "contacts", "journal", "agents"):
                     continue
                 found.add(name)
                 if (verb == "SCAN" and not re.search(MAY_SCAN.get(name, "-"), step)) or ENDLESS.match(step):
@@ -4277,14 +4382,14 @@ def test_an_empty_fleet_has_every_shape(api: Client) -> None:
         **{path: [] for path in PAGES},
         "/api/policy/active": None, "/api/policy/active?org_id=o": None,
         "/api/threats/summary": {
-            "period": "24h", "total": 0, "bySeverity": {"critical": 0, "high": 0, "medium": 0, "low": 0}, "byType": {},
-            "topAgents": [], "topSourceIps": [], "falsePositives": 0},
+            "period": "24h", "total": 0, "bySeverity": {"critical": 0, "high": 0, "medium": 0, "low": 0},
+            "byType": {}, "topAgents": [], "topSourceIps": [], "falsePositives": 0},
         "/api/overview": {
             "totalAgents": 0, "onlineAgents": 0, "staleAgents": 0, "offlineAgents": 0,
             "threatSummary": {"last24h": none, "last7d": none}, "activePolicyVersion": None, "topThreats": [],
             "agentsByOs": {}, "updatedAt": NOON},
-        "/health": {"status": "healthy", "version": manager.__version__, "uptime": 0, "agents": {"total": 0,
-                                                                                                 "online": 0}},
+        "/health": {"status": "healthy", "version": manager.__version__, "uptime": 0,
+                    "agents": {"total": 0, "online": 0}},
     }.items():
         answer = api.call("GET", path)
         exactly(answer.json, {"ok": True, "data": expected})
@@ -4301,9 +4406,11 @@ def test_agents_have_the_shapes_of_the_published_page(api: Client, clock: Manual
     data = registered.json["data"]
     agent_id, token = data["id"], data["token"]
     assert re.fullmatch(r"agent-[0-9a-f]{8}", agent_id) and len(token) >= 32
-    base = {"id": agent_id, "hostname": "web-server-1", "os": "linux", "version": "1.2.0", "ip": "198.51.100.7"}
-    exactly(registered.json, {"ok": True, "data": {**base, "tags": tags, "status": "online", "registeredAt": NOON,
-                                                  "token": token}})
+    base = {"id": agent_id, "hostname": "web-server-1", "os": "linux", "version": "1.2.0",
+            "ip": "198.51.100.7"}
+    exactly(registered.json, {"ok": True,
+                              "data": {**base, "tags": tags, "status": "online", "registeredAt": NOON,
+                                      "token": token}})
     detail = {**base, "status": "online", "tags": tags, "cpu": None, "memory": None, "uptime": None,
               "lastHeartbeat": NOON,
               "registeredAt": NOON, "recentThreats": 0, "activePolicyVersion": None, "pendingPolicies": 0,
@@ -4313,8 +4420,9 @@ def test_agents_have_the_shapes_of_the_published_page(api: Client, clock: Manual
     exactly(api.get(f"/api/agents/{agent_id}"), detail)
     clock.advance(30.5)
     policy(api)
-    beat = api.call("POST", f"/api/agents/{agent_id}/heartbeat", {"uptime": 86400, "cpu": 12.5, "memory": 45.2,
-                                                                  "version": "1.2.1"}, token=token)
+    beat = api.call("POST", f"/api/agents/{agent_id}/heartbeat",
+                    {"uptime": 86400, "cpu": 12.5, "memory": 45.2,
+                     "version": "1.2.1"}, token=token)
     at = "2026-03-07T12:00:30.500Z"
     exactly(beat.json, {"ok": True, "data": {"id": agent_id, "status": "online", "lastHeartbeat": at,
                                              "pendingPolicies": 1}})
@@ -4322,20 +4430,21 @@ def test_agents_have_the_shapes_of_the_published_page(api: Client, clock: Manual
     api.get(f"/api/policy/agent/{agent_id}?ack=true")
     report(api, data, THREAT)
     detail |= {"version": "1.2.1", "cpu": 12.5, "memory": 45.2, "uptime": 86400, "lastHeartbeat": at,
-               "recentThreats": 1,
-               "activePolicyVersion": "v1",
+               "recentThreats": 1, "activePolicyVersion": "v1",
                "statusReason": "last heartbeat 12:00:30.500Z, due by 12:01:36.500Z",
                "staleAt": "2026-03-07T12:01:36.500Z", "offlineAt": "2026-03-07T12:05:30.500Z"}
     exactly(api.get(f"/api/agents/{agent_id}"), detail)
-    exactly(api.call("PATCH", f"/api/agents/{agent_id}", {"tags": ["x"]}).json, {"ok": True, "data": {**detail,
-                                                                                                     "tags": ["x"]}})
+    exactly(api.call("PATCH", f"/api/agents/{agent_id}", {"tags": ["x"]}).json,
+            {"ok": True, "data": {**detail, "tags": ["x"]}})
     exactly(api.get("/api/agents?detail=true"), [{**detail, "tags": ["x"]}])
     full = api.register(org_id="o", machine_id="m", arch="arm64", ip="2001:DB8::1")
     shown = api.get(f"/api/agents/{full['id']}")
-    assert (shown["org_id"], shown["machine_id"], shown["arch"], shown["pendingPolicies"]) == ("o", "m", "arm64", 1)
+    assert (shown["org_id"], shown["machine_id"], shown["arch"],
+            shown["pendingPolicies"]) == ("o", "m", "arm64", 1)
     assert list(full) == ["id", "hostname", "os", "version", "ip", "tags", "status", "registeredAt", "org_id",
                           "machine_id", "token"]
-    item = {**base, "version": "1.2.1", "status": "online", "tags": ["x"], "lastHeartbeat": at, "registeredAt": NOON}
+    item = {**base, "version": "1.2.1", "status": "online", "tags": ["x"], "lastHeartbeat": at,
+            "registeredAt": NOON}
     exactly(api.call("GET", "/api/agents").json, {"ok": True, "data": [item, {
         **item, "id": full["id"], "hostname": "web-1", "version": "1.2.0", "ip": "2001:db8::1", "tags": [],
         "registeredAt": at}]})
@@ -4347,7 +4456,8 @@ def test_agents_have_the_shapes_of_the_published_page(api: Client, clock: Manual
 
 def test_threats_have_the_shapes_of_the_contract(api: Client) -> None:
     agent, other = api.register(hostname="h", org_id="o"), api.register(org_id="o")
-    details = {"sourceIp": "203.0.113.9", "é": [1, 0.1, None, {"\x00": "\u2028"}], "big": 2**53 - 1, "small": 1e-7}
+    details = {"sourceIp": "203.0.113.9", "é": [1, 0.1, None, {"\x00": "\u2028"}], "big": 2**53 - 1,
+               "small": 1e-7}
     answer = api.call("POST", f"/api/agents/{agent['id']}/events", {"events": [
         {"type": "a", "severity": "low", "details": {}}, {
             "type": "b", "severity": "critical", "details": details, "timestamp": "2026-03-01T00:00:00+08:00",
@@ -4356,21 +4466,24 @@ def test_threats_have_the_shapes_of_the_contract(api: Client) -> None:
     exactly(answer.json, {"ok": True, "data": {"received": 2, "eventIds": [one, two]}})
     (three,) = report(api, other, THREAT)
     found = api.call("GET", "/api/threats").json
-    item = {"id": two, "agentId": agent["id"], "hostname": "h", "type": "b", "severity": "critical", "confidence": 0.93,
-            "details": details, "sigmaRuleId": "s-1", "timestamp": "2026-03-01T00:00:00+08:00", "receivedAt": NOON,
+    item = {"id": two, "agentId": agent["id"], "hostname": "h", "type": "b", "severity": "critical",
+            "confidence": 0.93, "details": details, "sigmaRuleId": "s-1",
+            "timestamp": "2026-03-01T00:00:00+08:00", "receivedAt": NOON,
             "correlatedWith": [three], "state": "open", "note": None}
     exactly(found["data"][1:], [item, {
-        **item, "id": one, "type": "a", "severity": "low", "confidence": None, "details": {}, "sigmaRuleId": None,
-        "timestamp": None, "correlatedWith": []}])
+        **item, "id": one, "type": "a", "severity": "low", "confidence": None, "details": {},
+        "sigmaRuleId": None, "timestamp": None, "correlatedWith": []}])
     assert list(found) == ["ok", "data"]
-    ranked = [{"agentId": agent["id"], "hostname": "h", "count": 2}, {"agentId": other["id"], "hostname": "web-1",
-                                                                     "count": 1}]
+    ranked = [{"agentId": agent["id"], "hostname": "h", "count": 2},
+              {"agentId": other["id"], "hostname": "web-1", "count": 1}]
     by_severity = {"critical": 1, "high": 1, "medium": 0, "low": 1}
     summary = api.get("/api/threats/summary?period=7d")
-    assert list(summary) == ["period", "total", "bySeverity", "byType", "topAgents", "topSourceIps", "falsePositives"]
+    assert list(summary) == ["period", "total", "bySeverity", "byType", "topAgents", "topSourceIps",
+                             "falsePositives"]
     assert summary == {"period": "7d", "total": 3, "bySeverity": by_severity, "byType": {"a": 1, "b": 1,
                                                                                          "brute_force": 1},
-                       "topAgents": ranked, "topSourceIps": [{"ip": "203.0.113.9", "count": 2}], "falsePositives": 0}
+                       "topAgents": ranked, "topSourceIps": [{"ip": "203.0.113.9", "count": 2}],
+                       "falsePositives": 0}
     assert [list(each) for each in summary["topAgents"]] == [list(each) for each in ranked]
 
 
@@ -4379,7 +4492,8 @@ def test_policies_have_the_shapes_of_the_contract(api: Client) -> None:
     rule = {**RULE, "enabled": True}
     made = []
     for version, scope in (("v1", {}), ("v2", {"org_id": "o"}), ("v3", {"agent_id": agent["id"]})):
-        answer = api.call("POST", "/api/policy", {"name": "p", "rules": [RULE], "description": "two\nlines", **scope},
+        answer = api.call("POST", "/api/policy",
+                          {"name": "p", "rules": [RULE], "description": "two\nlines", **scope},
                           status=201).json
         made.append({"id": answer["data"]["id"], "name": "p", "description": "two\nlines", "version": version,
                      "rules": [rule], **scope, "broadcastedTo": 1, "createdAt": NOON})
@@ -4395,8 +4509,8 @@ def test_policies_have_the_shapes_of_the_contract(api: Client) -> None:
     api.call("DELETE", f"/api/policy/agent/{agent['id']}")
     assert policy(api)["description"] is None
     exactly(api.get(f"/api/policy/agent/{other['id']}?ack=false"), {
-        "agentId": other["id"], "policyVersion": "v5", "rules": [{"type": "custom", "config": {}, "enabled": True}],
-        "appliedAt": None})
+        "agentId": other["id"], "policyVersion": "v5",
+        "rules": [{"type": "custom", "config": {}, "enabled": True}], "appliedAt": None})
 
 
 def test_an_agent_without_policies_is_answered_nulls(api: Client) -> None:
@@ -4419,15 +4533,16 @@ def test_the_overview_and_the_journal_have_the_shapes_of_the_contract(api: Clien
     exactly(overview, {
         "totalAgents": 3, "onlineAgents": 1, "staleAgents": 1, "offlineAgents": 1,
         "threatSummary": {"last24h": counts, "last7d": counts}, "activePolicyVersion": "v2",
-        "topThreats": [{"type": "b", "count": 2}, {"type": "a", "count": 1}], "agentsByOs": {"darwin": 2, "win32": 1},
-        "updatedAt": manager.iso(START_MS + 307_000)})
+        "topThreats": [{"type": "b", "count": 2}, {"type": "a", "count": 1}],
+        "agentsByOs": {"darwin": 2, "win32": 1}, "updatedAt": manager.iso(START_MS + 307_000)})
     of_org = api.get("/api/overview?org_id=o")
-    assert [of_org[name] for name in ("totalAgents", "onlineAgents", "staleAgents", "offlineAgents", "agentsByOs")] == \
+    assert [of_org[name] for name in ("totalAgents", "onlineAgents", "staleAgents", "offlineAgents",
+                                      "agentsByOs")] == \
         [2, 1, 0, 1, {"darwin": 2}]
     entry = api.journal("agent_offline")[0]
     exactly(entry, {"seq": entry["seq"], "at": manager.iso(START_MS + 300_000), "type": "agent_offline",
-                    "agentId": offline["id"], "org_id": "o", "actor": {"role": "manager"}, "hostname": "web-1",
-                    "lastSeen": offline["registeredAt"]})
+                    "agentId": offline["id"], "org_id": "o", "actor": {"role": "manager"},
+                    "hostname": "web-1", "lastSeen": offline["registeredAt"]})
 
 
 def test_health_counts_the_fleet_and_the_seconds(api: Client, clock: ManualClock) -> None:
@@ -4475,14 +4590,15 @@ def test_a_list_is_paged_if_asked(api: Client) -> None:
     for path, every in ids.items():
         total = len(every)
         assert "pagination" not in api.call("GET", path).json
-        for query, page, limit in (("page=1&limit=3", 1, 3), ("page=2&limit=3", 2, 3), ("page=3&limit=3", 3, 3),
-                                   ("limit=2", 1, 2), ("page=1", 1, 50), ("page=9&limit=3", 9, 3), ("limit=200", 1,
-                                                                                                    200),
-                                   (f"limit={total}", 1, total), ("page=1000000&limit=200", 1_000_000, 200)):
+        for query, page, limit in (
+                ("page=1&limit=3", 1, 3), ("page=2&limit=3", 2, 3), ("page=3&limit=3", 3, 3),
+                ("limit=2", 1, 2), ("page=1", 1, 50), ("page=9&limit=3", 9, 3), ("limit=200", 1, 200),
+                (f"limit={total}", 1, total), ("page=1000000&limit=200", 1_000_000, 200)):
             answer = api.call("GET", f"{path}?{query}").json
             assert list(answer) == ["ok", "data", "pagination"]
             assert [each["id"] for each in answer["data"]] == every[(page - 1) * limit:page * limit]
-            exactly(answer["pagination"], {"total": total, "page": page, "limit": limit, "pages": -(-total // limit)})
+            exactly(answer["pagination"], {"total": total, "page": page, "limit": limit,
+                                           "pages": -(-total // limit)})
 
 
 def test_agents_are_filtered_by_every_tag_and_by_status_and_org(api: Client) -> None:
@@ -4493,28 +4609,33 @@ def test_agents_are_filtered_by_every_tag_and_by_status_and_org(api: Client) -> 
         api.register(hostname=name, org_id=org, tags=tags)
     for query, expected in (
             ([], "012345"), ([("tag", "a")], "0135"), ([("tag", "a"), ("tag", "b")], "035"),
-            ([("tag", "a"), ("tag", "a")], "0135"), ([("tag", "c"), ("tag", "nope")], ""), ([("tag", "ä&=%")], "2"),
-            ([("tag", "A")], ""), ([("status", "online")], "345"), ([("status", "stale")], "012"),
-            ([("status", "offline")], ""), ([("org_id", "o")], "034"), ([("org_id", "o"), ("tag", "b")], "03"),
+            ([("tag", "a"), ("tag", "a")], "0135"), ([("tag", "c"), ("tag", "nope")], ""),
+            ([("tag", "ä&=%")], "2"), ([("tag", "A")], ""), ([("status", "online")], "345"),
+            ([("status", "stale")], "012"), ([("status", "offline")], ""), ([("org_id", "o")], "034"),
+            ([("org_id", "o"), ("tag", "b")], "03"),
             ([("org_id", "o"), ("tag", "b"), ("status", "stale")], "0"),
             ([("tag", "a"), ("tag", "b"), ("status", "online"), ("org_id", "p")], "5")):
         answer = api.call("GET", f"/api/agents?{urlencode([*query, ('limit', 2)])}").json
         assert answer["pagination"]["total"] == len(expected), query
-        assert "".join(each["hostname"] for each in api.get(f"/api/agents?{urlencode(query)}")) == expected, query
+        assert "".join(each["hostname"]
+                       for each in api.get(f"/api/agents?{urlencode(query)}")) == expected, query
 
 
 
 def test_agents_are_filtered_by_os_version_text_and_silence(api: Client) -> None:
-    for name, system, version, tags in (("Web-0", "linux", "1", ["rack"]), ("db-1", "mac", "2", ["RACK-9", '"']),
+    for name, system, version, tags in (("Web-0", "linux", "1", ["rack"]),
+                                        ("db-1", "mac", "2", ["RACK-9", '"']),
                                     ("web-2", "linux", "2", [])):
-        api.register(hostname=name, os=system, version=version, tags=tags, ip=f"203.0.113.{9 + len(name)}", org_id="o")
+        api.register(hostname=name, os=system, version=version, tags=tags,
+                     ip=f"203.0.113.{9 + len(name)}", org_id="o")
         advance(api, 100)
     ids = [each["id"] for each in api.get("/api/agents")]
     for query, expected in (
             ({"os": "linux"}, "02"), ({"os": "Linux"}, ""), ({"version": "2"}, "12"),
             ({"os": "mac", "version": "1"}, ""),
-            ({"q": "WEB"}, "02"), ({"q": "rack"}, "01"), ({"q": ids[1][:-1].upper()}, "1"), ({"q": "113.1"}, "012"),
-            ({"q": "%"}, ""), ({"q": "_"}, ""), ({"q": '"'}, "1"), ({"q": "web", "org_id": "o", "version": "2"}, "2"),
+            ({"q": "WEB"}, "02"), ({"q": "rack"}, "01"), ({"q": ids[1][:-1].upper()}, "1"),
+            ({"q": "113.1"}, "012"), ({"q": "%"}, ""), ({"q": "_"}, ""), ({"q": '"'}, "1"),
+            ({"q": "web", "org_id": "o", "version": "2"}, "2"),
             ({"silent_ms": 0}, "012"), ({"silent_ms": 100_000}, "012"), ({"silent_ms": 100_001}, "01"),
             ({"silent_ms": 300_000}, "0"), ({"silent_ms": 300_001}, ""),
             ({"silent_ms": 150_000, "status": "stale"}, "01"),
@@ -4538,8 +4659,8 @@ def test_agents_are_sorted_and_paged(sort: str, query: str, api: Client) -> None
     chance = random.Random(1)
     assert set(SORT_KEYS) == set(manager.SORTS)
     for number in range(12):
-        agent = api.register(hostname=f"h{chance.randrange(5)}", version=chance.choice("12"), os=chance.choice("xy"),
-                             tags=["a"][:number % 2])
+        agent = api.register(hostname=f"h{chance.randrange(5)}", version=chance.choice("12"),
+                             os=chance.choice("xy"), tags=["a"][:number % 2])
         if number % 3:
             api.beat(agent, cpu=chance.randrange(100), memory=chance.randrange(3))
         if number % 4 == 0:
@@ -4552,7 +4673,8 @@ def test_agents_are_sorted_and_paged(sort: str, query: str, api: Client) -> None
     assert len(listed) > 1
     paths = [f"/api/agents?sort={sort}{query}&detail=true&limit=5&page={page}" for page in (1, 2, 3)]
     assert [each for path in paths for each in api.get(path)] == expected
-    assert [each["id"] for each in api.get(f"/api/agents?sort={sort}{query}")] == [each["id"] for each in expected]
+    assert [each["id"] for each in api.get(f"/api/agents?sort={sort}{query}")] == [
+        each["id"] for each in expected]
 
 
 # Bulk changes
@@ -4591,7 +4713,8 @@ def test_a_bulk_change_does_not_count_forgiven_time_as_silence(api: Client, cloc
     for filters in ({"status": "offline"}, {"status": "stale"}, {"silent_ms": 60_000}):
         answer = api.post("/api/agents/bulk", {"filter": filters, "deregister": True, "dryRun": True})
         assert answer == {"matched": 0, "changed": 0, "ids": []}, filters
-    assert api.post("/api/agents/bulk", {"filter": {"status": "online"}, "addTags": ["a"]})["ids"] == [agent["id"]]
+    assert api.post("/api/agents/bulk",
+                    {"filter": {"status": "online"}, "addTags": ["a"]})["ids"] == [agent["id"]]
 
 
 @pytest.mark.parametrize(("body", "named"), [
@@ -4628,9 +4751,10 @@ def test_a_bulk_change_of_many_is_complete_and_lists_a_thousand(by_hand: tuple[M
     ("GET", "/api/events?page=1", None, ["'page'"]), ("GET", "/api/overview?since=x", None, ["'since'"]),
     ("GET", "/metrics?x=1", None, ["'x'"]), ("DELETE", "/api/agents/{id}?force=1", None, ["'force'"]),
     ("PATCH", "/api/agents/{id}", {"tags": ["x"], "addTag": 1}, ["'addTag'"]),
-    ("POST", "/api/policy", {"name": "p", "rules": [{**RULE, "on": 1}], "org": 2}, ["'org'", "rules[0].'on'"])])
-def test_unknown_names_in_an_administrators_calls_are_refused(method: str, path: str, body: Any, named: list[str],
-                                                              api: Client) -> None:
+    ("POST", "/api/policy", {"name": "p", "rules": [{**RULE, "on": 1}], "org": 2},
+     ["'org'", "rules[0].'on'"])])
+def test_unknown_names_in_an_administrators_calls_are_refused(method: str, path: str, body: Any,
+                                                              named: list[str], api: Client) -> None:
     agent = api.register(tags=["kept"])
     before = stored(api, agent)
     error = api.refusal(method, path.format(**agent), body, status=400)
@@ -4651,9 +4775,10 @@ def test_calls_from_python_are_checked_as_calls_over_http_are(by_hand: tuple[Man
             ("policyVersion", lambda: fleet.heartbeat(agent_id, policy_version=-1)),
             ("addTags", lambda: fleet.retag(agent_id, add_tags="abc")),
             ("rules[0].type", lambda: fleet.create_policy("x", [{"type": "nope"}])),
-            ("name", lambda: fleet.create_policy("", [RULE])), ("ids", lambda: fleet.bulk(ids="x", deregister=True)),
-            ("'colour'", lambda: fleet.agents_json(colour="blue")), ("status", lambda: fleet.agents(status="gone")),
-            ("limit", lambda: fleet.agents_json(limit=201))):
+            ("name", lambda: fleet.create_policy("", [RULE])),
+            ("ids", lambda: fleet.bulk(ids="x", deregister=True)),
+            ("'colour'", lambda: fleet.agents_json(colour="blue")),
+            ("status", lambda: fleet.agents(status="gone")), ("limit", lambda: fleet.agents_json(limit=201))):
         with pytest.raises(manager.Invalid, match=rf"(^|; ){re.escape(named)}: "):
             call()
         assert (fleet.journal(), fleet.agents()) == before, named
@@ -4704,8 +4829,8 @@ SECURITY = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Ref
 
 @pytest.mark.parametrize(("status", "method", "path", "body", "how"), ANSWERS,
                          ids=[f"{each[0]} {each[1]} {each[2][:30]}" for each in ANSWERS])
-def test_every_answer_keeps_the_conventions(status: int, method: str, path: str, body: Any, how: dict[str, Any],
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_answer_keeps_the_conventions(status: int, method: str, path: str, body: Any,
+                                            how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with fleet(max_agents=1, cors_allowed_origins="https://console.example.org") as api:
         agent = api.register()
         monkeypatch.setattr(manager.Manager, "overview", fail)
@@ -4714,7 +4839,8 @@ def test_every_answer_keeps_the_conventions(status: int, method: str, path: str,
             monkeypatch.setattr(manager.Manager, "health", unwritable)
         for _ in range(20 if how.get("token") == "throttled" else 0):
             api.call("GET", "/api/agents", token="wrong", status=401)
-        how = {**how, "token": how.get("token", "admin") and how.get("token", "admin").replace("{own}", agent["token"])}
+        how = {**how, "token": how.get("token", "admin")
+               and how.get("token", "admin").replace("{own}", agent["token"])}
         answer = api.call(method, path.replace("{agent}", agent["id"]), body, status=status, **how)
         for name, value in SECURITY.items():
             assert answer.headers.getall(name) == [value], name
@@ -4731,15 +4857,16 @@ def test_every_answer_keeps_the_conventions(status: int, method: str, path: str,
             assert answer.content_type == "application/json"
             assert answer.json["ok"] is (status < 400)
             assert set(answer.json) == {"ok", "data"} if status < 400 else set(answer.json) >= {"ok", "error"}
-            assert status < 400 or (answer.json["error"] and ("internal" in answer.json["error"]) is (status == 500))
+            assert status < 400 or (answer.json["error"]
+                                    and ("internal" in answer.json["error"]) is (status == 500))
         if path == "/health" and status == 503:
             assert '"unhealthy"' in answer.text
 
 
 @pytest.mark.parametrize(("path", "allow"), [
-    ("/api/agents", "GET"), ("/api/agents/register", "DELETE,GET,PATCH,POST"), ("/api/agents/x", "DELETE,GET,PATCH"),
-    ("/api/agents/x/heartbeat", "POST"), ("/api/policy", "GET,POST"), ("/api/policy/agent/x", "DELETE,GET"),
-    ("/health", "GET")])
+    ("/api/agents", "GET"), ("/api/agents/register", "DELETE,GET,PATCH,POST"),
+    ("/api/agents/x", "DELETE,GET,PATCH"), ("/api/agents/x/heartbeat", "POST"), ("/api/policy", "GET,POST"),
+    ("/api/policy/agent/x", "DELETE,GET"), ("/health", "GET")])
 def test_405_says_what_the_path_takes(path: str, allow: str, api: Client) -> None:
     for method in ("PUT", "TRACE"):
         allowed = api.call(method, path, token=None, status=405).headers["Allow"]
@@ -4751,7 +4878,8 @@ def test_a_fault_is_told_in_the_log_and_not_to_the_caller(
     monkeypatch.setattr(manager.Manager, "overview", fail)
     monkeypatch.setattr(manager.Manager, "register", fail)
     texts = {api.refusal(method, path, body, status=500, headers={"X-Request-Id": f"id-{method}"})
-             for method, path, body in (("GET", "/api/overview", None), ("POST", "/api/agents/register", AGENT))}
+             for method, path, body in (("GET", "/api/overview", None),
+                                        ("POST", "/api/agents/register", AGENT))}
     assert len(texts) == 1 and "secret" not in texts.pop()
     logged = {each.getMessage(): each for each in caplog.records if each.exc_info}
     assert len(logged) == 2 and all("secret detail" in str(each.exc_info[1]) for each in logged.values()
@@ -4766,7 +4894,8 @@ def test_a_sane_request_id_is_kept_and_any_other_replaced(api: Client) -> None:
                             (False, ("x" * 129, "", "a b", "é", '"', "a,b", "<script>", "a\tb"))):
         for given_id, (path, status) in itertools.product(given_ids, (("/health", 200), ("/nowhere", 404),
                                                                       ("/api/agents?page=0", 400))):
-            answered = api.call("GET", path, headers={"X-Request-Id": given_id}, status=status).headers["X-Request-Id"]
+            answered = api.call("GET", path, headers={"X-Request-Id": given_id},
+                                status=status).headers["X-Request-Id"]
             assert (answered == given_id) is sane, given_id
             if not sane:
                 assert uuid.UUID(answered).version == 4
@@ -4776,14 +4905,15 @@ def test_a_sane_request_id_is_kept_and_any_other_replaced(api: Client) -> None:
 
 def test_only_listed_origins_may_read_answers() -> None:
     with fleet(cors_allowed_origins="https://a.example, http://localhost:3000") as api:
-        for origin, allowed in (("https://a.example", True), ("http://localhost:3000", True), ("https://b.example",
-                                                                                               False),
-                                ("https://a.example.evil.org", False), ("http://a.example", False), ("null", False),
-                                ("https://A.example/", False), ("", False)):
+        for origin, allowed in (
+                ("https://a.example", True), ("http://localhost:3000", True), ("https://b.example", False),
+                ("https://a.example.evil.org", False), ("http://a.example", False),
+                ("null", False), ("https://A.example/", False), ("", False)):
             for method, path, status in (("GET", "/api/agents", 200), ("GET", "/api/threats?page=0", 400),
                                          ("GET", "/nowhere", 404), ("OPTIONS", "/api/agents", 204)):
                 headers = api.call(method, path, status=status, headers={"Origin": origin}).headers
-                assert headers.get("Access-Control-Allow-Origin") == (origin if allowed else None), (origin, path)
+                assert headers.get("Access-Control-Allow-Origin") == (
+                    origin if allowed else None), (origin, path)
                 assert "Access-Control-Allow-Credentials" not in headers
                 assert not allowed or "Origin" in headers["Vary"]
                 if method == "OPTIONS" and allowed:
@@ -4802,8 +4932,8 @@ def test_options_needs_no_token_anywhere(api: Client) -> None:
 
 def test_head_is_a_get_without_its_body(api: Client) -> None:
     agent = api.register()
-    for path, status in (("/api/agents", 200), (f"/api/agents/{agent['id']}", 200), ("/health", 200), ("/nowhere", 404),
-                         ("/api/threats?limit=x", 400)):
+    for path, status in (("/api/agents", 200), (f"/api/agents/{agent['id']}", 200), ("/health", 200),
+                         ("/nowhere", 404), ("/api/threats?limit=x", 400)):
         head, get = api.call("HEAD", path, status=status), api.call("GET", path, status=status)
         assert head.body == b"" and head.content_type == get.content_type
         assert head.headers["Content-Length"] == get.headers["Content-Length"]
@@ -4833,8 +4963,10 @@ def test_openapi_describes_every_route(api: Client) -> None:
                for header in answer.get("headers", ())}
     assert headers == {("POST /api/agents/{id}/heartbeat", "X-Heartbeat-Interval"),
                        ("GET /api/policy/agent/{id}", "ETag"), ("GET /api/overview", "X-Caller")}
-    taken = {(name, each["name"]) for name, operation in described.items() for each in operation["parameters"]}
-    assert {("GET /api/events/stream", "Last-Event-ID"), ("GET /api/policy/agent/{id}", "If-None-Match")} <= taken
+    taken = {(name, each["name"]) for name, operation in described.items()
+             for each in operation["parameters"]}
+    assert {("GET /api/events/stream", "Last-Event-ID"),
+            ("GET /api/policy/agent/{id}", "If-None-Match")} <= taken
 
 
 def strictly(schema: Any) -> Any:
@@ -4875,7 +5007,8 @@ def test_every_answer_is_as_openapi_types_it(full: bool, api: Client, clock: Man
         api.beat(agent)
         api.call("GET", "/api/agents", token="wrong", status=401)
     policy(api, agent_id=agent["id"])
-    last = [route for route in ROUTES if route.startswith("DELETE /api/agents") or route == "GET /api/timeline"]
+    last = [route for route in ROUTES if route.startswith("DELETE /api/agents")
+            or route == "GET /api/timeline"]
     for route, each in sorted(ROUTES.items(), key=lambda one: one[0] in last):
         if each.media or route == "POST /api/notify/test":
             continue
@@ -4897,16 +5030,18 @@ def test_every_answer_is_as_openapi_types_it(full: bool, api: Client, clock: Man
 def test_the_examples_are_those_of_the_published_page(api: Client) -> None:
     document = api.get_openapi()
     operations = {each["operationId"]: each for item in document["paths"].values() for each in item.values()}
-    found = {name: answer["content"]["application/json"]["example"]["data"] for name, each in operations.items()
+    found = {name: answer["content"]["application/json"]["example"]["data"]
+             for name, each in operations.items()
              for status, answer in each["responses"].items()
              if "example" in answer.get("content", {}).get("application/json", {})}
     assert set(found) == {"register", "heartbeat", "deregister", "agents", "agent"}
     assert found["heartbeat"] == {"id": "agent-a1b2c3d4", "status": "online",
                                   "lastHeartbeat": "2026-03-07T12:05:00.000Z", "pendingPolicies": 1}
-    assert list(found["agent"])[:14] == ["id", "hostname", "os", "version", "ip", "status", "tags", "cpu", "memory",
-                                         "uptime", "lastHeartbeat", "registeredAt", "recentThreats",
+    assert list(found["agent"])[:14] == ["id", "hostname", "os", "version", "ip", "status", "tags", "cpu",
+                                         "memory", "uptime", "lastHeartbeat", "registeredAt", "recentThreats",
                                          "activePolicyVersion"]
-    for route, name in (("POST /api/agents/register", "register"), ("POST /api/agents/:id/heartbeat", "heartbeat"),
+    for route, name in (("POST /api/agents/register", "register"),
+                        ("POST /api/agents/:id/heartbeat", "heartbeat"),
                         ("DELETE /api/agents/:id", "deregister"), ("GET /api/agents", "agents"),
                         ("GET /api/agents/:id", "agent")):
         conforms(document, route, ROUTES[route].status, {"ok": True, "data": found[name]})
@@ -4918,7 +5053,7 @@ def test_the_examples_are_those_of_the_published_page(api: Client) -> None:
 
 # Who may call
 
-# Whoever has: no token, a wrong one, the agent's own, another agent's, the enroller's, the viewer's, the admin's.
+# The token: none, a wrong one, the agent's own, another agent's, the enroller's, the viewer's, the admin's.
 MATRIX = {route: [int(status) for status in row.split()] for route, row in {
     "POST /api/agents/register":             "401 401 200 200 201 403 201",
     "POST /api/enroll-tokens":               "401 401 403 403 403 403 201",
@@ -4952,8 +5087,8 @@ MATRIX = {route: [int(status) for status in row.split()] for route, row in {
     "GET /openapi.json":                     "200 200 200 200 200 200 200",
     "GET /":                                 "200 200 200 200 200 200 200",
 }.items()}  # fmt: skip
-MALFORMED = ("Bearer", "Bearer ", "Basic YTpi", "{admin}", "Bearer {admin} x", "Bearer{admin}", 'Bearer "{admin}"',
-             "Token {admin}", "Bearer \xe9", ",", "Bearer {admin},Bearer {admin}")
+MALFORMED = ("Bearer", "Bearer ", "Basic YTpi", "{admin}", "Bearer {admin} x", "Bearer{admin}",
+             'Bearer "{admin}"', "Token {admin}", "Bearer \xe9", ",", "Bearer {admin},Bearer {admin}")
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -4978,8 +5113,9 @@ def test_every_route_admits_whom_it_should(route: str) -> None:
         used = True
         for name, expected in (("", nobody), ("Bearer wrong", wrong_token), ("Bearer {gone}", wrong_token),
                                ("Bearer {own}", own_token), ("Bearer {other}", others_token),
-                               ("Bearer enroller", enrollers), ("Bearer viewer", viewers), ("Bearer old-admin", admins),
-                               ("bearer new-admin", admins), *((each, wrong_token) for each in MALFORMED)):
+                               ("Bearer enroller", enrollers), ("Bearer viewer", viewers),
+                               ("Bearer old-admin", admins), ("bearer new-admin", admins),
+                               *((each, wrong_token) for each in MALFORMED)):
             if used:
                 own, other = (api.server.manager.register(**AGENT) for _ in range(2))
                 api.server.manager.create_policy("p", [RULE], agent_id=own.agent.id)
@@ -4998,7 +5134,8 @@ def test_a_viewer_changes_and_acknowledges_nothing() -> None:
             if route.path != "/api/events/stream":
                 path = route.path.replace(":id", agent["id"])
                 for query in ("", "?ack=true") if "ack" in route.query else ("",):
-                    api.call(route.method, path + query, token="viewer", status=200 if route.method == "GET" else 403)
+                    api.call(route.method, path + query, token="viewer",
+                             status=200 if route.method == "GET" else 403)
         assert [each for each in api.journal() if each["type"] != "agent_refused"] == before
         assert api.beat(agent)["pendingPolicies"] == 1
         assert api.get(f"/api/agents/{agent['id']}")["activePolicyVersion"] is None
@@ -5045,7 +5182,8 @@ def test_refusals_are_counted_by_reason_and_logged_once_a_minute_and_address(
         api: Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     agent = api.register()
-    assert refusals(api) == dict.fromkeys(("no_token", "wrong_token", "forbidden", "throttled", "handshake"), 0)
+    assert refusals(api) == dict.fromkeys(
+        ("no_token", "wrong_token", "forbidden", "throttled", "handshake"), 0)
     for token, status, times in ((None, 401, 2), (agent["token"], 403, 3), ("secret-wrong", 401, 20),
                                  ("secret-wrong", 429, 4)):
         for _ in range(times):
@@ -5053,7 +5191,8 @@ def test_refusals_are_counted_by_reason_and_logged_once_a_minute_and_address(
     assert refusals(api) == {"no_token": 2, "wrong_token": 20, "forbidden": 3, "throttled": 4, "handshake": 0}
     seen_from(api, "203.0.113.77").call("GET", "/api/agents", token="secret-wrong", status=401)
     lines = [each.getMessage() for each in caplog.records]
-    assert len(lines) == 2 and "198.51.100.7" in lines[0] and "no_token" in lines[0] and "203.0.113.77" in lines[1]
+    assert len(lines) == 2 and "203.0.113.77" in lines[1]
+    assert "198.51.100.7" in lines[0] and "no_token" in lines[0]
     advance(api, 60)
     api.call("GET", "/api/agents", token="secret-wrong", status=401)
     assert len(caplog.records) == 3 and "secret" not in caplog.text
@@ -5114,7 +5253,8 @@ def test_every_answer_says_how_many_requests_are_left() -> None:
             return int(headers["X-RateLimit-Remaining"])
         assert [left("GET", "/api/agents", 200), left("OPTIONS", "/api/agents", 204, token=None),
                 left("GET", "/nothing", 404), left("GET", "/api/agents", 401, token="wrong"),
-                left("POST", "/api/agents/register", 400, body=b"{"), left("GET", "/health", 200, token=None)] == \
+                left("POST", "/api/agents/register", 400, body=b"{"),
+                left("GET", "/health", 200, token=None)] == \
             [5, 4, 3, 2, 1, 0]
         for method in ("OPTIONS", "GET"):
             assert left(method, "/api/agents", 429) == 0
@@ -5127,7 +5267,8 @@ def test_every_answer_says_how_many_requests_are_left() -> None:
 
 
 @pytest.mark.parametrize("request_bytes", [
-    b"NONSENSE\r\n\r\n", b"POST /api/agents/agent-00000000/heartbeat HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"],
+    b"NONSENSE\r\n\r\n",
+    b"POST /api/agents/agent-00000000/heartbeat HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"],
     ids=["malformed", "heartbeat"])
 def test_requests_that_no_worker_sees_are_counted(request_bytes: bytes) -> None:
     with Server(port=0, clock=ManualClock(), tls="off", rate_limit=2) as server:
@@ -5188,11 +5329,13 @@ def test_throttling_counts_behind_a_trusted_proxy_and_not_what_an_unknown_client
         other = seen_from(api, "198.51.100.7")
         for number in range(20):
             for client, forwarded in ((api, "203.0.113.1"), (other, f"203.0.113.{100 + number}")):
-                client.call("GET", "/api/agents", token="wrong", status=401, headers={"X-Forwarded-For": forwarded})
-        for client, forwarded, status in ((api, "203.0.113.1", 429), (api, "203.0.113.2", 401), (other,
-                                                                                                 "203.0.113.3", 429),
-                                          (api, "6.6.6.6, 203.0.113.1", 429)):
-            client.call("GET", "/api/agents", token="wrong", status=status, headers={"X-Forwarded-For": forwarded})
+                client.call("GET", "/api/agents", token="wrong", status=401,
+                            headers={"X-Forwarded-For": forwarded})
+        for client, forwarded, status in (
+                (api, "203.0.113.1", 429), (api, "203.0.113.2", 401), (other, "203.0.113.3", 429),
+                (api, "6.6.6.6, 203.0.113.1", 429)):
+            client.call("GET", "/api/agents", token="wrong", status=status,
+                        headers={"X-Forwarded-For": forwarded})
 
 
 def test_throttling_takes_a_network_of_ipv6_for_one_address(api: Client) -> None:
@@ -5227,7 +5370,8 @@ def test_metrics_are_prometheus_text_and_count_what_happened(api: Client) -> Non
     families = {family.name: family for family in parser.text_string_to_metric_families(answer.text)}
     samples = {}
     for family in families.values():
-        assert family.name.startswith("panguard_") and family.documentation and family.type != "unknown", family.name
+        assert family.name.startswith("panguard_"), family.name
+        assert family.documentation and family.type != "unknown", family.name
         for sample in family.samples:
             key = (sample.name, *sorted(sample.labels.values()))
             assert key not in samples, key
@@ -5239,9 +5383,9 @@ def test_metrics_are_prometheus_text_and_count_what_happened(api: Client) -> Non
     assert not re.search(r"_(ms|milliseconds|minutes|hours|kb|mb|percent)(_|\b)", " ".join(families))
     for key, value in {
         ("agents", "online"): 1, ("agents", "stale"): 0, ("agents", "offline"): 0, ("heartbeats_total",): 3,
-        ("threat_events_total", "critical"): 2, ("threat_events_total", "low"): 1, ("threat_events_total", "high"): 0,
-        ("threat_events_total", "medium"): 0, ("event_streams_open",): 0, ("policies",): 2,
-        ("journal_sequence",): api.journal()[-1]["seq"],
+        ("threat_events_total", "critical"): 2, ("threat_events_total", "low"): 1,
+        ("threat_events_total", "high"): 0, ("threat_events_total", "medium"): 0, ("event_streams_open",): 0,
+        ("policies",): 2, ("journal_sequence",): api.journal()[-1]["seq"],
         ("http_requests_total", "2xx", "/api/agents/register", "POST"): 2,
         ("http_requests_total", "2xx", "/api/agents/:id", "GET"): 1,
         ("http_requests_total", "4xx", "/api/agents/:id", "GET"): 1,
@@ -5250,7 +5394,7 @@ def test_metrics_are_prometheus_text_and_count_what_happened(api: Client) -> Non
     }.items():
         assert samples[("panguard_" + key[0], *sorted(key[1:]))] == value, key
     assert samples["panguard_database_size_bytes",] > 4096
-    assert not [key for key in samples if "/made/up/path" in key or agent["id"] in key], "a label for every path"
+    assert not [key for key in samples if "/made/up/path" in key or agent["id"] in key], "a label per path"
     requests = Counter[str]()
     for sample in families["panguard_http_requests"].samples:
         requests[sample.labels["route"]] += int(sample.value)
@@ -5258,7 +5402,8 @@ def test_metrics_are_prometheus_text_and_count_what_happened(api: Client) -> Non
     assert histogram.type == "histogram"
     for route in {sample.labels["route"] for sample in histogram.samples}:
         of_route = [sample for sample in histogram.samples if sample.labels["route"] == route]
-        buckets = [(float(each.labels["le"]), each.value) for each in of_route if each.name.endswith("_bucket")]
+        buckets = [(float(each.labels["le"]), each.value) for each in of_route
+                   if each.name.endswith("_bucket")]
         assert buckets == sorted(buckets) and buckets[-1][0] == math.inf
         assert [value for _, value in buckets] == sorted(value for _, value in buckets)
         (count,) = (each.value for each in of_route if each.name.endswith("_count"))
@@ -5271,7 +5416,8 @@ def test_metrics_are_prometheus_text_and_count_what_happened(api: Client) -> Non
 @pytest.mark.parametrize(("in_flight", "rounds"), [(1, 20), (12, 5)])
 def test_requests_in_flight_are_answered_before_the_stop(in_flight: int, rounds: int) -> None:
     for number in range(rounds):
-        with Server(port=0, threads=5) as server, contextlib.ExitStack() as callers, ThreadPoolExecutor(1) as pool:
+        with Server(port=0, threads=5) as server, contextlib.ExitStack() as callers, \
+                ThreadPoolExecutor(1) as pool:
             pool.submit(int).result()
             calling = [callers.enter_context(contextlib.closing(http.client.HTTPConnection(
                 "127.0.0.1", port_of(server.url), timeout=LIMIT_S))) for _ in range(in_flight)]
@@ -5284,7 +5430,7 @@ def test_requests_in_flight_are_answered_before_the_stop(in_flight: int, rounds:
                 with socket.create_connection(("127.0.0.1", port_of(server.url)), timeout=LIMIT_S) as last:
                     last.sendall(request("POST", "/", b"", "Content-Length: 9", "Expect: 100-continue",
                                          token=server.token))
-                    assert b" 100 " in last.recv(100)  # though every worker is busy: so the others have been read
+                    assert b" 100 " in last.recv(100)  # every worker is busy: the others have been read
                 threads = threading.active_count()
                 stopping = pool.submit(server.stop)
                 until(lambda threads=threads: threading.active_count() < threads, "the stop has begun")
@@ -5314,7 +5460,7 @@ def test_a_port_in_use_ends_the_start_with_one_sentence_and_status_1(tmp_path: P
         status, said = run_main("--port", port, "--data-dir", tmp_path)
     assert status == 1
     one_sentence(said, f"port {port}", "127.0.0.1")
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked, "whoever called it can still be interrupted"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked, "its caller can still be interrupted"
 
 
 # Malformed http
@@ -5344,8 +5490,8 @@ MALFORMED_HTTP = {
     "a chunk without an end": REGISTER + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}xx0\r\n\r\n",
     "an unknown encoding": REGISTER + b"Transfer-Encoding: gzip\r\n\r\n",
     "3 MiB": REGISTER + b"Content-Length: 3145728\r\n\r\n" + b"x" * 3145728,
-    "3 MiB in chunks": REGISTER + b"Transfer-Encoding: chunked\r\n\r\n" + 3 * (b"100000\r\n" + b"x" * 2**20 + b"\r\n") +
-                       b"0\r\n\r\n",
+    "3 MiB in chunks": (REGISTER + b"Transfer-Encoding: chunked\r\n\r\n"
+                        + 3 * (b"100000\r\n" + b"x" * 2**20 + b"\r\n") + b"0\r\n\r\n"),
     "a length of 3 GiB": REGISTER + b"Content-Length: 3221225472\r\n\r\n",
     "no version": b"GET /health\r\n\r\n",
     "a target without a slash": b"GET health HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -5372,7 +5518,8 @@ def authorized(server: Server, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("what", MALFORMED_HTTP)
-def test_malformed_http_is_refused_in_the_envelope(what: str, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_http_is_refused_in_the_envelope(what: str, server: Server,
+                                                   caplog: pytest.LogCaptureFixture) -> None:
     host = urlsplit(server.url)
     with socket.create_connection((host.hostname or "", host.port or 0), timeout=LIMIT_S) as connection:
         with contextlib.suppress(OSError):  # it may be refused before all of it is sent
@@ -5396,14 +5543,16 @@ BEGUN = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = REGISTER + b"Transfer-Encoding: chunked\r\n\r\n"
 LONG_FORMS = {  # status and request; the parser below ours takes from 0.4 s to a minute for most of these
     "digits in an absolute target": (400, b"GET a://" + b"1" * SIZE + b" x HTTP/1.1\r\nHost: x\r\n\r\n"),
-    "digits in an absolute http target": (400, b"GET http://" + b"1" * SIZE + b" x HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "digits in an absolute http target": (400,
+                                          b"GET http://" + b"1" * SIZE + b" x HTTP/1.1\r\nHost: x\r\n\r\n"),
     "a host of digits": (404, b"GET http://" + b"1" * SIZE + b"/x HTTP/1.1\r\nHost: x\r\n\r\n"),
     "blanks before a control character": (400, BEGUN + b"X:" + b" " * SIZE + b"\x7f\r\n\r\n"),
     "tabs before a value": (200, BEGUN + b"X:" + b"\t" * SIZE + b"1\r\n\r\n"),
     "blanks after a value": (200, BEGUN + b"X: 1" + b" " * SIZE + b"\r\n\r\n"),
     "blanks for a value": (200, BEGUN + b"X:" + b" " * SIZE + b"\r\n\r\n"),
     "blanks between words": (200, BEGUN + b"X: 1" + b" \ta" * (SIZE // 3) + b"\r\n\r\n"),
-    "blanks before each of many values": (200, BEGUN + (b"X:" + b" " * 98 + b"1\r\n") * (SIZE // 103) + b"\r\n"),
+    "blanks before each of many values": (200,
+                                          BEGUN + (b"X:" + b" " * 98 + b"1\r\n") * (SIZE // 103) + b"\r\n"),
     "many folded lines": (400, BEGUN + b"X: 1" + b"\r\n " * (SIZE // 3) + b"\r\n\r\n"),
     "many short headers": (400, BEGUN + b"X:\r\n" * (SIZE // 4) + b"\r\n"),
     "a chunk size of many digits": (400, CHUNKED + b"0" * SIZE),
@@ -5415,7 +5564,7 @@ LONG_FORMS = {  # status and request; the parser below ours takes from 0.4 s to 
 
 
 def sent_raw(server: Server, data: bytes) -> tuple[bytes, float]:
-    """What a connection answers until it closes, and the processor time in s that this process used for it."""
+    """What a connection answers until it closes, and the processor time in s that this process used."""
     began_s = time.process_time()
     with socket.create_connection(("127.0.0.1", port_of(server.url)), timeout=LIMIT_S) as connection:
         answer = b""
@@ -5435,12 +5584,13 @@ def test_long_requests_are_parsed_in_linear_time(what: str, server: Server) -> N
     assert cpu_s < 0.3, "quadratic: some milliseconds are enough"
 
 
-PIECES = [b"GET ", b"POST ", b"/", b"http://", b"a://", b"9" * 50, b" ", b" " * 500, b"\t", b"\t" * 500, b" HTTP/1.1",
-          b"\r\n", b"\r", b"\n", b":", b"X:", b"X: ", b"Host: x\r\n", b"Transfer-Encoding: chunked\r\n", b",", b";",
+PIECES = [b"GET ", b"POST ", b"/", b"http://", b"a://", b"9" * 50, b" ", b" " * 500, b"\t", b"\t" * 500,
+          b" HTTP/1.1", b"\r\n", b"\r", b"\n", b":", b"X:", b"X: ", b"Host: x\r\n",
+          b"Transfer-Encoding: chunked\r\n", b",", b";",
           b";a=", b'"', b'\\"', b"\\", b"1\r\nx\r\n", b"0\r\n", b"\x00", b"\x7f", b"\xff", b"%2e", b"a b ",
           b"Content-Length: 9\r\n", b"\r\n ", b"#", b"?", b"_"]
-STARTS = [b"", b"GET ", b"GET http://", BEGUN, BEGUN + b"X:", REGISTER, CHUNKED, CHUNKED + b"2;", CHUNKED + b"0\r\n",
-          CHUNKED + b"0\r\nX:"]
+STARTS = [b"", b"GET ", b"GET http://", BEGUN, BEGUN + b"X:", REGISTER, CHUNKED, CHUNKED + b"2;",
+          CHUNKED + b"0\r\n", CHUNKED + b"0\r\nX:"]
 
 
 @pytest.mark.parametrize("start", range(len(STARTS)))
@@ -5460,9 +5610,11 @@ def test_no_32_kilobytes_take_more_than_linear_time(start: int, server: Server) 
 
 def test_chunks_with_extensions_and_trailers_are_taken_in_any_two_pieces(server: Server) -> None:
     who, body = server.manager.register(**AGENT), b'{"cpu": 7, "uptime": 5}'
-    chunks = (b"%x;a=b;c=\"d \\\" e\"\r\n%b\r\n" % (10, body[:10]) + b"00%X\r\n%b\r\n" % (len(body) - 10, body[10:])
+    chunks = (b"%x;a=b;c=\"d \\\" e\"\r\n%b\r\n" % (10, body[:10])
+              + b"00%X\r\n%b\r\n" % (len(body) - 10, body[10:])
               + b"0;last\r\nX-A: 1\r\nX-B:\r\n\r\n")
-    head = request("POST", f"/api/agents/{who.agent.id}/heartbeat", b"", "Transfer-Encoding: Chunked", token=who.token)
+    head = request("POST", f"/api/agents/{who.agent.id}/heartbeat", b"", "Transfer-Encoding: Chunked",
+                   token=who.token)
     with socket.create_connection(("127.0.0.1", port_of(server.url)), timeout=LIMIT_S) as connection:
         for cut in range(len(chunks)):
             connection.sendall(head + chunks[:cut])
@@ -5485,14 +5637,15 @@ def test_a_body_in_very_many_small_chunks_is_refused(count: int, status: int, se
     assert answer.startswith(b"HTTP/1.1 %d " % status), answer
 
 
-@pytest.mark.parametrize("path", ["//metrics", "///metrics", "/api//agents", "/metr%ffics", "/metrics%ff", "/%6detrics",
-                                  "/metrics%2f", "/%2e/metrics", "/x/%2E%2e/metrics", "/openapi%2ejson", "/%2fmetrics",
-                                  "/api%2Fagents", "http://x//metrics", "http://x/%6Detrics"])
+@pytest.mark.parametrize("path", ["//metrics", "///metrics", "/api//agents", "/metr%ffics", "/metrics%ff",
+                                  "/%6detrics", "/metrics%2f", "/%2e/metrics", "/x/%2E%2e/metrics",
+                                  "/openapi%2ejson", "/%2fmetrics", "/api%2Fagents", "http://x//metrics",
+                                  "http://x/%6Detrics"])
 def test_no_path_is_repaired(path: str, server: Server, api: Client) -> None:
     for method in ("GET", "POST", "OPTIONS"):
         answer, _ = sent_raw(server, request(method, path, b"", "Connection: close", token=server.token))
         assert answer.startswith(b"HTTP/1.1 404 ") and b"there is nothing at this path" in answer, answer
-    if path.startswith("/") and not re.search("%(?!ff)", path):  # the application knows the others decoded only
+    if path.startswith("/") and not re.search("%(?!ff)", path):  # the application gets the rest decoded
         assert api.refusal("GET", path, status=404) == "there is nothing at this path"
 
 
@@ -5507,7 +5660,8 @@ def test_no_path_of_a_heartbeat_is_repaired(path: str, server: Server) -> None:
         assert answer.startswith(b"HTTP/1.1 404 ") and b"there is nothing at this path" in answer, answer
 
 
-def test_a_client_that_leaves_in_the_middle_disturbs_nobody(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_leaves_in_the_middle_disturbs_nobody(server: Server,
+                                                            caplog: pytest.LogCaptureFixture) -> None:
     host = urlsplit(server.url)
     for sent in (b"", b"GET", REGISTER, REGISTER + b"Content-Length: 100\r\n\r\n{",
                  b"GET /api/agents HTTP/1.1\r\nHost: x\r\n\r\n"):
@@ -5561,7 +5715,8 @@ def test_the_port_answers_as_the_application_does() -> None:
             for method, path, body, headers in REQUESTS:
                 headers = {"Authorization": "Bearer admin", "X-Request-Id": "same", **headers}
                 path = path.replace("{id}", agent["id"])
-                expected = api.app.request(path, method=method, body=body or b"", headers=headers, expect_errors=True)
+                expected = api.app.request(path, method=method, body=body or b"", headers=headers,
+                                           expect_errors=True)
                 connection.request(method, path, body, headers)
                 answer = connection.getresponse()
                 what = (method, path, (body or b"")[:50], headers)
@@ -5573,7 +5728,8 @@ def test_the_port_answers_as_the_application_does() -> None:
                            if name.lower() not in of_server), what
             connection.request("POST", BEAT.replace("{id}", agent["id"]), iter([b'{"cpu"', b": 7}"]),
                                encode_chunked=True,
-                               headers={"Authorization": f"Bearer {agent['token']}", "Transfer-Encoding": "chunked"})
+                               headers={"Authorization": f"Bearer {agent['token']}",
+                                        "Transfer-Encoding": "chunked"})
             assert json.loads(connection.getresponse().read())["data"]["status"] == "online"
         assert api.get(f"/api/agents/{agent['id']}")["cpu"] == 7
 
@@ -5591,10 +5747,12 @@ def test_beats_sent_in_one_breath_are_answered_in_order(server: Server) -> None:
             for _ in range(10):
                 status = file.readline().split()[1]
                 headers = dict(line.rstrip().split(b": ", 1) for line in iter(file.readline, b"\r\n"))
-                length = next(int(value) for name, value in headers.items() if name.lower() == b"content-length")
+                length = next(int(value) for name, value in headers.items()
+                              if name.lower() == b"content-length")
                 answers.append((status, json.loads(file.read(length))))
     assert [status for status, _ in answers] == [b"200", b"401"] * 5
-    assert [body["data"]["id"] for status, body in answers if status == b"200"] == [each.agent.id for each in agents]
+    assert [body["data"]["id"] for status, body in answers
+            if status == b"200"] == [each.agent.id for each in agents]
 
 
 
@@ -5605,13 +5763,16 @@ STREAM = "/api/events/stream"
 LONG_TAGS = ["\N{GRINNING FACE}" * 62 + f"{number:02}" for number in range(64)]  # 16 KiB of UTF-8
 
 
-def request(method: str, path: str, body: bytes = b"", *lines: str, token: str = "", version: str = "1.1") -> bytes:
-    lines += (f"Authorization: Bearer {token}",) * bool(token) + (f"Content-Length: {len(body)}",) * bool(body)
+def request(method: str, path: str, body: bytes = b"", *lines: str, token: str = "",
+            version: str = "1.1") -> bytes:
+    lines += (f"Authorization: Bearer {token}",
+              ) * bool(token) + (f"Content-Length: {len(body)}",) * bool(body)
     return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: x", *lines, "", ""]).encode() + body
 
 
 def beat(who: manager.Registration, body: bytes = b'{"cpu": 5}', *lines: str, **how: Any) -> bytes:
-    return request("POST", f"/api/agents/{who.agent.id}/heartbeat", body, *lines, **{"token": who.token, **how})
+    return request("POST", f"/api/agents/{who.agent.id}/heartbeat", body, *lines,
+                   **{"token": who.token, **how})
 
 
 class Answer(NamedTuple):
@@ -5630,7 +5791,8 @@ class Answer(NamedTuple):
 class Wire:
     """A connection that sends what it is told and reads answers and events one by one."""
 
-    def __init__(self, port: int, context: ssl.SSLContext | None, address: str = "127.0.0.1", buffer: int = 0) -> None:
+    def __init__(self, port: int, context: ssl.SSLContext | None, address: str = "127.0.0.1",
+                 buffer: int = 0) -> None:
         self.sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         self.sock.settimeout(LIMIT_S)
         if buffer:
@@ -5665,7 +5827,7 @@ class Wire:
         return self.answer()
 
     def event(self) -> tuple[int, str, Any] | str:
-        """The next event's id, type and data, or a comment, or nothing when the stream has ended as it should."""
+        """The next event's id, type and data, or a comment, or nothing when the stream has ended properly."""
         while b"\n\n" not in self.text:
             if self.chunked:
                 size = int(self.file.readline(), 16)
@@ -5745,7 +5907,8 @@ class Site:
     def stream(self, query: str = "", *lines: str, version: str = "1.1", **how: Any) -> Wire:
         """An event stream that has said so."""
         wire = self.wire(**how)
-        answer = wire.call(request("GET", STREAM + query, b"", *lines, token=self.server.token, version=version))
+        answer = wire.call(request("GET", STREAM + query, b"", *lines, token=self.server.token,
+                                   version=version))
         assert answer.status == 200, answer
         assert wire.event()[1] == "connected"
         return wire
@@ -5777,9 +5940,10 @@ class Site:
 def make_pair(folder: Path, name: str = "given") -> dict[str, Path]:
     """A certificate and its key, as settings."""
     pair = {"tls_cert": folder / f"{name}.pem", "tls_key": folder / f"{name}.key"}
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-days", "30", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost",
-                    "-keyout", pair["tls_key"], "-out", pair["tls_cert"]], check=True, capture_output=True)
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+                    "-nodes", "-days", "30", "-subj", f"/CN={name}", "-addext",
+                    "subjectAltName=DNS:localhost", "-keyout", pair["tls_key"], "-out", pair["tls_cert"]],
+                   check=True, capture_output=True)
     return pair
 
 
@@ -5810,7 +5974,7 @@ def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capl
     assert [each.getMessage() for each in logged if each.levelno >= logging.WARNING] == []
 
 
-everywhere = pytest.mark.parametrize("launch", ["poll", "TLS"], indirect=True)  # TLS is over epoll, as all the rest
+everywhere = pytest.mark.parametrize("launch", ["poll", "TLS"], indirect=True)  # TLS runs over epoll
 Launch = Callable[..., Site]
 
 
@@ -5863,8 +6027,8 @@ def test_a_client_that_reads_the_hostname_from_the_data_of_an_event_prints_hostn
     site.agent(hostname="web-2")
     lines += [wire.event(), wire.event()]
     stream = "".join(f"data: {json.dumps(data)}\n\n" for _, _, data in lines)
-    printed = subprocess.run([sys.executable, "-c", SAMPLE_CLIENT], input=stream, capture_output=True, text=True,
-                             timeout=LIMIT_S, check=True).stdout
+    printed = subprocess.run([sys.executable, "-c", SAMPLE_CLIENT], input=stream, capture_output=True,
+                             text=True, timeout=LIMIT_S, check=True).stdout
     assert printed.splitlines() == ["agent_registered web-1", "agent_registered web-2"]
     assert lines[0][2]["message"] and set(lines[0][2]) >= {"seq", "at", "type", "agentId", "org_id", "actor"}
 
@@ -5872,10 +6036,12 @@ def test_a_client_that_reads_the_hostname_from_the_data_of_an_event_prints_hostn
 def test_a_stream_is_filtered_by_type_organisation_and_agent_whether_live_or_resumed(launch: Launch) -> None:
     site = launch()
     a, b = site.agent(org_id="acme").agent.id, site.agent().agent.id
-    wanted = {"": [1, 2, 3, 4, 5], "?type=agent_deregistered": [4, 5], "?org_id=acme": [1, 4], f"?agent_id={b}": [2, 5],
-              f"?agent_id={a}&type=agent_registered": [1],
-              "?type=agent_deregistered&type=agent_registered&org_id=acme": [1, 4], f"?org_id=acme&agent_id={b}": []}
-    streams = {site.stream(query, *lines): [seq for seq in seqs if seq > after] for query, seqs in wanted.items()
+    wanted = {"": [1, 2, 3, 4, 5], "?type=agent_deregistered": [4, 5], "?org_id=acme": [1, 4],
+              f"?agent_id={b}": [2, 5], f"?agent_id={a}&type=agent_registered": [1],
+              "?type=agent_deregistered&type=agent_registered&org_id=acme": [1, 4],
+              f"?org_id=acme&agent_id={b}": []}
+    streams = {site.stream(query, *lines): [seq for seq in seqs if seq > after]
+               for query, seqs in wanted.items()
                for lines, after in (((), 2), (("Last-Event-ID: 0",), 0))}
     site.agent(org_id="other")
     for each in (a, b):
@@ -5960,12 +6126,13 @@ def test_a_stream_is_the_admins_alone_and_its_parameters_are_checked(launch: Lau
 
 
 @everywhere
-def test_one_stream_too_many_is_told_to_come_back_and_finds_the_place_of_one_that_left(launch: Launch) -> None:
+def test_one_stream_too_many_gets_a_503_and_later_the_place_of_one_that_left(launch: Launch) -> None:
     site = launch(max_streams=2)
     readers = [site.stream(), site.stream()]
     wire = site.wire()
     refused = wire.call(request("GET", STREAM, token=site.server.token))
-    assert refused.status == 503 and int(refused.headers["retry-after"]) > 0 and "MANAGER_MAX_STREAMS" in refused.error
+    assert refused.status == 503 and "MANAGER_MAX_STREAMS" in refused.error
+    assert int(refused.headers["retry-after"]) > 0
     assert site.open_streams() == 2
     for leave in (readers[0].close, readers[1].reset):
         leave()
@@ -6020,7 +6187,8 @@ def test_streams_hold_no_thread_and_an_entry_reaches_all(launch: Launch) -> None
 def test_streams_over_http_1_1_and_1_0_end_cleanly_when_the_manager_stops(launch: Launch) -> None:
     site = launch()
     old = site.wire()
-    answer = old.call(request("GET", STREAM, b"", "Connection: keep-alive", token=site.server.token, version="1.0"))
+    answer = old.call(request("GET", STREAM, b"", "Connection: keep-alive", token=site.server.token,
+                              version="1.0"))
     assert not {"transfer-encoding", "content-length"} & set(answer.headers)
     assert (answer.headers["connection"], old.event()[1]) == ("close", "connected")
     readers = [old, site.stream()]
@@ -6076,7 +6244,8 @@ class Receiving(contextlib.AbstractContextManager["Receiving"]):
                 if not path:
                     client.close()
                     continue
-                headers = dict(iter(lambda file=file: tuple(file.readline().decode().strip().split(": ", 1)), ("",)))
+                headers = dict(iter(
+                    lambda file=file: tuple(file.readline().decode().strip().split(": ", 1)), ("",)))
                 body = file.read(int(headers["Content-Length"]))
             self.heard.append((path[1].decode(), headers, json.loads(body)))
             self.before()
@@ -6128,8 +6297,10 @@ def test_an_agent_that_stays_silent_for_the_delay_is_notified_and_its_return_too
         assert heard(receiver, 1) == [f"web-1 ({agent['id']}) fell silent, last seen {seen}"]
         path, headers, body = receiver.heard[0]
         assert path == "/hook?key=1" and headers["Content-Type"] == "application/json"
-        assert body["type"] == "panguard.notification" and body["timestamp"] == manager.iso(START_MS + 362_000)
-        assert [each["agentId"] for each in body["data"]["offline"]] == [agent["id"]] and not body["data"]["online"]
+        assert body["type"] == "panguard.notification"
+        assert body["timestamp"] == manager.iso(START_MS + 362_000)
+        assert [each["agentId"] for each in body["data"]["offline"]] == [agent["id"]]
+        assert not body["data"]["online"]
         api.beat(agent)
         api.beat(brief)
         advance(api, 1)  # the timer reads the journal each second
@@ -6164,7 +6335,8 @@ def test_what_comes_within_the_delay_is_one_notification() -> None:
 
 def test_many_agents_that_fall_silent_together_are_one_outage() -> None:
     with Receiving() as receiver, notifying(receiver, heartbeat_timeout_ms=10_000) as api:
-        here = [api.register(hostname=f"a{n:02}", ip=f"10.0.3.{n + 1}", tags=["rack-3"][:n % 2]) for n in range(20)]
+        here = [api.register(hostname=f"a{n:02}", ip=f"10.0.3.{n + 1}", tags=["rack-3"][:n % 2])
+                for n in range(20)]
         for number in range(40):
             api.register(hostname=f"b{number}", ip=f"10.0.4.{number + 1}")
         rest = api.get("/api/agents")[20:]
@@ -6184,7 +6356,8 @@ def test_many_agents_that_fall_silent_together_are_one_outage() -> None:
 
 
 def test_those_still_silent_are_reminded_of() -> None:
-    with Receiving() as receiver, notifying(receiver, notify_repeat_ms=3_600_000, notify_delay_ms=1000) as api:
+    with Receiving() as receiver, notifying(receiver, notify_repeat_ms=3_600_000,
+                                            notify_delay_ms=1000) as api:
         agent = api.register(hostname="web-1")
         advance(api, 301)
         advance(api, 1)
@@ -6211,7 +6384,8 @@ def test_what_is_notified_can_be_chosen() -> None:
         assert heard(receiver, 1) == [f"web-1 ({agent['id']}) reported 1 threats, the worst low"]
 
 
-@pytest.mark.parametrize(("kind", "field"), [("slack", "text"), ("mattermost", "text"), ("discord", "content")])
+@pytest.mark.parametrize(("kind", "field"),
+                         [("slack", "text"), ("mattermost", "text"), ("discord", "content")])
 def test_a_chat_gets_the_text_it_takes(kind: str, field: str) -> None:
     with Receiving() as receiver, fleet(notify_url=f"{kind}+{receiver.url}", notify_delay_ms=1000) as api:
         agent = api.register()
@@ -6225,8 +6399,9 @@ def test_a_chat_gets_the_text_it_takes(kind: str, field: str) -> None:
 
 
 @contextlib.contextmanager
-def composing(tmp_path: Path, *receivers: Receiving) -> Iterator[tuple[Manager, ManualClock, Callable[[], list[bool]]]]:
-    """A manager without threads, its clock, and a function that composes and has each receiver deliver once."""
+def composing(tmp_path: Path, *receivers: Receiving) -> Iterator[
+        tuple[Manager, ManualClock, Callable[[], list[bool]]]]:
+    """A manager without threads, its clock, and a function that composes and delivers once."""
     clock, store = ManualClock(), manager.Store(tmp_path)
     with contextlib.closing(store):
         fleet = Manager(Config(data_dir=tmp_path, notify_url=",".join(each.url for each in receivers),
@@ -6279,15 +6454,16 @@ def test_a_receiver_that_is_gone_is_asked_no_more_until_a_start() -> None:
         port, operator = port_of(api.server.url), api.server.token
         health = {token: ask(port, "GET", "/health", None, token)[1]["data"] for token in (
             operator, "", "wrong", agent["token"])}
-        assert health.pop(operator)["receivers"] == [{"receiver": receiver.url.rpartition("/")[0], "failing": True}]
+        assert health.pop(operator)["receivers"] == [
+            {"receiver": receiver.url.rpartition("/")[0], "failing": True}]
         assert not any("receivers" in each for each in health.values()), "only operators see receivers"
 
 
 def test_what_was_not_delivered_is_delivered_after_a_restart_and_nothing_twice(tmp_path: Path) -> None:
     clock = ManualClock()
     with Receiving(200, None) as receiver:
-        settings: Any = {"port": 0, "clock": clock, "data_dir": tmp_path, "tls": "off", "notify_url": receiver.url,
-                         "notify_delay_ms": 1000}
+        settings: Any = {"port": 0, "clock": clock, "data_dir": tmp_path, "tls": "off",
+                         "notify_url": receiver.url, "notify_delay_ms": 1000}
         with Server(**settings) as server:
             agent = server.manager.register("web-1", "linux", "1").agent
             for number in range(2):
@@ -6313,7 +6489,8 @@ def test_what_was_not_delivered_is_delivered_after_a_restart_and_nothing_twice(t
             server.manager.report_events(agent.id, [threat(type="t5", severity="high")])
             clock.advance(2)
             clock.advance(2)
-            assert heard(receiver, 5)[4].endswith("high"), "what came while nobody was to be told is not told later"
+            text = heard(receiver, 5)[4]
+            assert text.endswith("high"), "what came while nobody was to be told is not told later"
 
 
 @pytest.mark.parametrize("kind", ["", "slack+", "mattermost+", "discord+"])
@@ -6321,15 +6498,16 @@ def test_what_agents_send_neither_calls_people_nor_makes_lines(kind: str) -> Non
     hostile = "@everyone <!channel> [x](https://evil.example) \u202e&"
     with Receiving() as receiver, fleet(notify_url=kind + receiver.url, notify_delay_ms=1000) as api:
         for _ in range(3):
-            report(api, api.register(hostname=hostile), threat(severity="high", sourceIp="1.2.3.4\nall clear \x1b[31m"))
+            report(api, api.register(hostname=hostile),
+                   threat(severity="high", sourceIp="1.2.3.4\nall clear \x1b[31m"))
         advance(api, 2)
         advance(api, 2)
         until(lambda: receiver.heard, "a notification")
         said = receiver.heard[0][2]
         text = said["data"]["text"] if not kind else said.get("text") or said["content"]
         assert len(text.split("\n")) == 4 and "\x1b" not in text and "\u202e" not in text
-        assert {"": "", "slack+": "<!channel>", "mattermost+": "@everyone", "discord+": "[x]("}[kind] in ("", *(
-            each for each in ("<!channel>", "@everyone", "[x](") if each not in text))
+        attack = {"": "", "slack+": "<!channel>", "mattermost+": "@everyone", "discord+": "[x]("}[kind]
+        assert attack in ("", *(each for each in ("<!channel>", "@everyone", "[x](") if each not in text))
 
 
 def test_many_events_are_counted_with_the_worst_first_and_a_chat_ends_on_a_line() -> None:
@@ -6362,7 +6540,8 @@ def test_an_outage_names_its_own_agents_and_counts_the_others() -> None:
 
 
 def test_returns_alone_can_be_notified_and_an_address_is_one_receiver() -> None:
-    with Receiving() as receiver, notifying(receiver, receiver, notify_on="online", notify_delay_ms=1000) as api:
+    with Receiving() as receiver, notifying(receiver, receiver, notify_on="online",
+                                            notify_delay_ms=1000) as api:
         agent = api.register(hostname="web-1")
         advance(api, 301)
         advance(api, 2)
@@ -6411,7 +6590,8 @@ def test_a_fault_of_the_database_after_a_delivery_delivers_nothing_twice(tmp_pat
             notified = len(receiver.heard)
             with contextlib.suppress(manager.Unavailable):
                 receiver.before = lambda: locking.enter_context(contextlib.closing(sqlite3.connect(
-                    tmp_path / "manager.db", isolation_level=None, check_same_thread=False))).execute("BEGIN IMMEDIATE")
+                    tmp_path / "manager.db", isolation_level=None, check_same_thread=False))).execute(
+                        "BEGIN IMMEDIATE")
                 with contextlib.ExitStack() as locking:
                     turn()
             receiver.before = lambda: None
@@ -6420,7 +6600,8 @@ def test_a_fault_of_the_database_after_a_delivery_delivers_nothing_twice(tmp_pat
             assert len(receiver.heard) == notified + 1
         clock.advance(5)
         turn()
-        assert len(receiver.heard) == 3 and len({headers["webhook-id"] for _, headers, _ in receiver.heard}) == 2
+        assert len(receiver.heard) == 3
+        assert len({headers["webhook-id"] for _, headers, _ in receiver.heard}) == 2
 
 
 @pytest.mark.parametrize(("answer", "said"), [
@@ -6449,12 +6630,13 @@ def test_a_receiver_that_hangs_delays_no_stop(tmp_path: Path) -> None:
         assert time.monotonic() - began_s < 9, "less than the time that it is waited for"
 
 
-def test_a_test_notification_says_what_each_receiver_answers(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_notification_shows_each_receivers_answer(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with Receiving(200, 200) as good, Receiving(404, 200) as bad, notifying(good, bad) as api:
         monkeypatch.setenv("MANAGER_URL", api.server.url)
         monkeypatch.setenv("MANAGER_AUTH_TOKEN", api.server.token)
         status, out, err = shell("notify", "test")
-        assert (status, err) == (3, "") and re.search(r"true +200 Said\n", out) and re.search(r"false +404 Said\n", out)
+        assert (status, err) == (3, "")
+        assert re.search(r"true +200 Said\n", out) and re.search(r"false +404 Said\n", out)
         assert shell("notify", "test", "--json")[0] == 0
         assert good.texts() == ["A test of Panguard Manager's notifications"] * 2
     with fleet() as api:
@@ -6478,7 +6660,7 @@ def test_the_reference_library_verifies_notifications() -> None:
 
 
 def use_pool(site: Site) -> None:
-    """Have a worker serve every heartbeat from now on: the loop leaves them alone while a fault is waiting."""
+    """Have a worker serve every heartbeat from now on: the loop serves none while a fault is waiting."""
     site.server.faults.add(route="GET /metrics", status=500)
 
 
@@ -6606,7 +6788,8 @@ def test_requests_that_arrived_before_the_stop_are_answered(launch: Launch) -> N
         with site.server.manager.store.transaction():
             first.send(beat(who))
             until_queued(site.server, 2)
-            for wire, data in zip(wires, (beat(who), request("GET", "/nowhere"), beat(who, b"{")), strict=True):
+            for wire, data in zip(wires, (beat(who), request("GET", "/nowhere"), beat(who, b"{")),
+                                  strict=True):
                 wire.send(data)
             stopping = pool.submit(site.server.stop)
         assert [wire.answer().status for wire in (first, *wires)] == [200, 200, 404, 400]
@@ -6621,37 +6804,42 @@ def test_lane_and_route_answer_alike_to_the_byte(launch: Launch) -> None:
     site.server.manager.create_policy(name="p", rules=[{"type": "block_ip", "config": {}, "enabled": True}])
     bodies = [b"", b"{}", b'{"cpu": 1.5, "memory": null, "uptime": 3, "new": []}', b'{"version": "2"}',
               b'{"policyVersion": "v1"}', b"{", b"[]", b'{"cpu": NaN}', b'{"cpu": "1"}',
-              b'{"cpu": 101, "memory": true}', b'{"policyVersion": 1}', b"\xff", b"[" * 4000, b" " * 4097 + b"{}",
-              b"{}" + b" " * MIB]
+              b'{"cpu": 101, "memory": true}', b'{"policyVersion": 1}', b"\xff", b"[" * 4000,
+              b" " * 4097 + b"{}", b"{}" + b" " * MIB]
     requests = [
         *(beat(one, body, close, "X-Request-Id: mine") for body in bodies),
-        *(beat(one, b"{}", close, f"Content-Type: {kind}") for kind in ("text/plain", "application/json; charset=x")),
+        *(beat(one, b"{}", close, f"Content-Type: {kind}")
+          for kind in ("text/plain", "application/json; charset=x")),
         *(beat(one, b"{}", close, token=token) for token in (admin, other.token, "enroller", "wrong", "")),
         beat(one, b"{}", close, "Authorization: Basic eA==", token=""),
         *(beat(one, b"{}", close, f"X-Request-Id: {given}") for given in ("a.b:c-1", "not sane", "x" * 129)),
         *(beat(one, b"{}", close, f"Origin: https://{origin}.example") for origin in "ab"),
         *(request("POST", f"/api/agents/{name}/heartbeat", b"{}", close, token=admin)
           for name in ("agent-00000000", "%C3%A9", "%2F", "", "a/b", "x" * 300)),
-        *(request(method, path, b"", close, token=one.token) for method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS")),
-        *(request("POST", path + tail, b"{}", close, token=one.token) for tail in ("/", "?cpu=x", "?", "#x", "%20")),
+        *(request(method, path, b"", close, token=one.token)
+          for method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS")),
+        *(request("POST", path + tail, b"{}", close, token=one.token)
+          for tail in ("/", "?cpu=x", "?", "#x", "%20")),
         beat(one, b"{}", version="1.0"), beat(one, b"{}", "Connection: keep-alive", version="1.0") + beat(
             one, b"{}", version="1.0"),
         beat(one) + beat(one, b"{") + beat(one, b"{}", close),
-        request("POST", path, b"", close, "Transfer-Encoding: chunked", token=one.token) + b"2\r\n{}\r\n0\r\n\r\n",
+        request("POST", path, b"", close, "Transfer-Encoding: chunked",
+                token=one.token) + b"2\r\n{}\r\n0\r\n\r\n",
         beat(one, b"{}", close, "Expect: 100-continue"), beat(one, b"{}", close, "Content-Length: 2"),
         beat(one, b"{}", close).replace(b"POST /", b"POST http://x/"), b"POST " + path.encode() + b"\r\n\r\n",
         *(beat(one, b"{}", line, close) for line in (
-            "X-A:1", "X-A:  1 ", "X-A:", "X-A", ": 1", "X A: 1", "X-A : 1", "X-A:\t1\t", " folded: 1", "\tfolded",
-            "X_A: 1", "X-\u00e9: 1", "X-A: \u00e9", "X-A: \x01", "X-A: \x7f", "X-A: \x00", "X-A: a\rb",
-            "X-A: a\nX-B: b", "host: y",
-            "AUTHORIZATION: Bearer x", "content-type: text/plain", "x-request-ID: twice\r\nX-Request-Id: thrice",
-            "X-Forwarded-For: 1.2.3.4", "X-A: " + "x" * 9000, "X-A: 1\r\n" * 200 + "X-B: 2", "Transfer-Encoding: gzip",
-            "Transfer-Encoding:", "Upgrade: websocket", "Trailer: X-A")),
+            "X-A:1", "X-A:  1 ", "X-A:", "X-A", ": 1", "X A: 1", "X-A : 1", "X-A:\t1\t", " folded: 1",
+            "\tfolded", "X_A: 1", "X-\u00e9: 1", "X-A: \u00e9", "X-A: \x01", "X-A: \x7f", "X-A: \x00",
+            "X-A: a\rb", "X-A: a\nX-B: b", "host: y",
+            "AUTHORIZATION: Bearer x", "content-type: text/plain",
+            "x-request-ID: twice\r\nX-Request-Id: thrice",
+            "X-Forwarded-For: 1.2.3.4", "X-A: " + "x" * 9000, "X-A: 1\r\n" * 200 + "X-B: 2",
+            "Transfer-Encoding: gzip", "Transfer-Encoding:", "Upgrade: websocket", "Trailer: X-A")),
         *(beat(one, b"{}", f"Connection: {how}") + beat(one, b"{}", close)
           for how in ("Close", "close ", "keep-alive", "Keep-Alive, TE", "upgrade", "close, x", "")),
         *(request("POST", path, b"", close, f"Content-Length: {length}", token=one.token) + b"{}"
-          for length in ("2", "002", "+2", "-2", " 2", "2 ", "2, 2", "2.0", "0x2", "\u0662", "", "1", "0", "9" * 30,
-                                                                 "0" * 4300 + "2")),
+          for length in ("2", "002", "+2", "-2", " 2", "2 ", "2, 2", "2.0", "0x2", "\u0662", "", "1", "0",
+                         "9" * 30, "0" * 4300 + "2")),
         *(beat(one, b"{}", close).replace(b"Host: x\r\n", host) for host in (
             b"", b"Host:\r\n", b"Host: a, b\r\n", b"Host: a\r\nHost: a\r\n")),
         *(front + beat(one, b"{}", close) for front in (b"\r\n", b"\n", b" ", b"\r\n\r\n", b"\x16")),
@@ -6665,7 +6853,8 @@ def test_lane_and_route_answer_alike_to_the_byte(launch: Launch) -> None:
         for data in requests:
             with contextlib.closing(site.wire()) as wire:
                 wire.send(data)
-                answers.append(re.sub(rb"(Date: [A-Z].{28}|X-Request-Id: [0-9a-f-]{36})\r\n", b"", wire.rest()))
+                answers.append(re.sub(rb"(Date: [A-Z].{28}|X-Request-Id: [0-9a-f-]{36})\r\n",
+                                      b"", wire.rest()))
         return answers
 
     site.server.manager.heartbeat(one.agent.id, version="2", policy_version=1)  # what one of them changes
@@ -6711,7 +6900,8 @@ def test_pipelined_requests_of_lane_and_pool_are_answered_in_order(launch: Launc
             answers = [wire.answer() for _ in range(41)]
             assert [int(answer.headers["x-request-id"]) for answer in answers] == list(range(41))
             assert [answer.status for answer in answers] == [200] * 40 + [404]
-            assert [b"lastHeartbeat" in answer.body for answer in answers] == [n % 3 > 0 and n < 40 for n in range(41)]
+            assert [b"lastHeartbeat" in answer.body
+                    for answer in answers] == [n % 3 > 0 and n < 40 for n in range(41)]
 
 
 @everywhere
@@ -6833,7 +7023,8 @@ def test_a_locked_database_answers_503_to_every_heartbeat_until_it_is_free(
             wire.send(beat(who))
         for _, wire in everyone:
             answer = wire.answer()
-            assert answer.status == 503 and int(answer.headers["retry-after"]) > 0 and "locked" in answer.error
+            assert answer.status == 503 and "locked" in answer.error
+            assert int(answer.headers["retry-after"]) > 0
             assert answer.headers["x-request-id"] and answer.headers["x-frame-options"] == "DENY"
     caplog.clear()
     assert [wire.call(beat(who)).status for who, wire in everyone] == [200] * 10
@@ -6894,7 +7085,7 @@ def test_connections_beyond_the_limit_are_refused_at_once_until_others_close(lau
 
 
 @everywhere
-def test_connections_of_an_address_without_a_credential_are_limited_and_others_are_not(launch: Launch) -> None:
+def test_connections_of_an_address_without_a_credential_are_limited_others_not(launch: Launch) -> None:
     site = launch(connections_per_address=3)
     who, health = site.agent(), request("GET", "/health")
     inside = [site.wire() for _ in range(3)]
@@ -6957,7 +7148,8 @@ def test_blank_lines_earn_no_time(launch: Launch, hurry: None) -> None:
 def test_a_body_is_not_received_before_its_credential(launch: Launch) -> None:
     site = launch()
     path, length = "/api/agents/register", f"Content-Length: {MIB}"
-    for lines in ((length,), ("Transfer-Encoding: chunked",), (length, "Expect: 100-continue"), ("Content-Length: 1",)):
+    for lines in ((length,), ("Transfer-Encoding: chunked",), (length, "Expect: 100-continue"),
+                  ("Content-Length: 1",)):
         for token, how in (("", path), ("wrong", path), ("", "/nowhere"), ("wrong", "/api/policy")):
             wire = site.wire()
             answer = wire.call(request("POST", how, b"", *lines, token=token))
@@ -6984,11 +7176,12 @@ def test_open_enrolment_takes_a_large_registration_without_a_token(launch: Launc
 @everywhere
 def test_bodies_being_received_are_bounded_together(launch: Launch) -> None:
     site = launch(max_buffered_bytes=2 * MIB)
-    data = request("POST", "/api/agents/register", json.dumps(AGENT).encode().ljust(MIB), token=site.server.token)
+    data = request("POST", "/api/agents/register", json.dumps(AGENT).encode().ljust(MIB),
+                   token=site.server.token)
     for leave in (False, True):
         wires = [site.wire() for _ in range(3)]
         for wire in wires:
-            assert wire.call(request("GET", "/health")).status == 200  # and what TLS sends first has been read
+            assert wire.call(request("GET", "/health")).status == 200  # what TLS sends first has been read
         for wire in wires:
             wire.send(data[:-1])
         answered = select.select([wire.sock for wire in wires], [], [], LIMIT_S)[0]
@@ -7000,7 +7193,7 @@ def test_bodies_being_received_are_bounded_together(launch: Launch) -> None:
                 wire.reset()
             elif wire is not refused:
                 assert wire.call(data[-1:]).status == 201
-    until(lambda: {site.wire().call(data).status for _ in range(2)} == {201}, "bodies that were given up count")
+    until(lambda: {site.wire().call(data).status for _ in range(2)} == {201}, "given up bodies count")
 
 
 def test_one_agents_unfinished_bodies_leave_room_for_those_of_others(launch: Launch) -> None:
@@ -7011,9 +7204,10 @@ def test_one_agents_unfinished_bodies_leave_room_for_those_of_others(launch: Lau
     held = [site.wire() for _ in range(12)]
     for wire in held:
         wire.send(data[:-1])
-    until(lambda: len(select.select([wire.sock for wire in held], [], [], 0.01)[0]) >= 10, "those beyond its share")
+    until(lambda: len(select.select([wire.sock for wire in held], [], [], 0.01)[0]) >= 10, "beyond its share")
     report_path = f"/api/agents/{victim.agent.id}/events"
-    large = request("POST", report_path, json.dumps({"events": [THREAT]}).encode().ljust(MIB), token=victim.token)
+    large = request("POST", report_path, json.dumps({"events": [THREAT]}).encode().ljust(MIB),
+                    token=victim.token)
     assert site.wire().call(large).status == 201
 
 
@@ -7051,7 +7245,7 @@ def test_an_agents_token_takes_no_more_connections_than_an_address_may_have(laun
     until(has_room, "connections that are closed still count")
 
 
-def test_an_id_that_is_no_address_is_refused_as_any_other(api: Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_id_that_is_no_address_is_refused_as_others(api: Client, caplog: pytest.LogCaptureFixture) -> None:
     for odd in ("a:b", "::", "1:2:3", "%25a:b"):
         api.refusal("GET", f"/api/agents/{odd}", token=None, status=401)
         api.refusal("GET", f"/api/agents/{odd}", status=404)
@@ -7059,7 +7253,7 @@ def test_an_id_that_is_no_address_is_refused_as_any_other(api: Client, caplog: p
 
 
 @everywhere
-def test_silent_slow_and_idle_clients_are_closed_in_time_while_heartbeats_go_on(launch: Launch, hurry: None) -> None:
+def test_silent_slow_and_idle_clients_are_closed_while_heartbeats_go_on(launch: Launch, hurry: None) -> None:
     site = launch()
     who, began_s = site.agent(), time.monotonic()
     live, idle, half, half_body, *dripping = (site.wire() for _ in range(24))
@@ -7075,7 +7269,8 @@ def test_silent_slow_and_idle_clients_are_closed_in_time_while_heartbeats_go_on(
         with pytest.raises(ssl.SSLWantReadError):
             site.context.wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
         hello = outgoing.read()
-        for start in (hello[:1], hello[:50], hello, hello[:-1] + b"\0", b"\x16" + os.urandom(200), b"\0" * 1000):
+        for start in (hello[:1], hello[:50], hello, hello[:-1] + b"\0", b"\x16" + os.urandom(200),
+                      b"\0" * 1000):
             victims.append(site.wire(context=None))
             victims[-1].send(start)
     left, drops = {wire.sock: wire for wire in victims}, iter(beat(who, b"x" * 10_000))
@@ -7127,7 +7322,8 @@ def test_a_slow_but_honest_upload_and_a_request_that_takes_long_are_served(
     for each in (long, wire):
         assert each.call(request("GET", "/health")).status == 200
     long.send(site.hold(monkeypatch))
-    data = request("POST", "/api/agents/register", json.dumps(AGENT).encode().ljust(MIB), token=site.server.token)
+    data = request("POST", "/api/agents/register", json.dumps(AGENT).encode().ljust(MIB),
+                   token=site.server.token)
     for start in range(0, len(data), 80_000):
         wire.send(data[start:start + 80_000])
         assert start > 10**6 or not select.select([wire.sock, long.sock], [], [], 0.05)[0]
@@ -7137,20 +7333,22 @@ def test_a_slow_but_honest_upload_and_a_request_that_takes_long_are_served(
 
 
 @everywhere
-def test_a_body_over_a_mebibyte_receives_413_while_it_is_still_being_sent(launch: Launch, tmp_path: Path) -> None:
+def test_a_body_over_a_mebibyte_receives_413_while_it_is_being_sent(launch: Launch, tmp_path: Path) -> None:
     site = launch()
     path, chunk = "/api/agents/register", b"10000\r\n" + b"x" * 2**16 + b"\r\n"
     for data in (request("POST", path, b"x" * (MIB + 1)), request("POST", path, b"x" * 3 * MIB),
                  beat(site.agent(), b"x" * 3 * MIB), request("POST", STREAM, b"x" * 3 * MIB),
-                 request("POST", path, b"", "Transfer-Encoding: chunked", token=site.server.token) + chunk * 48):
+                 request("POST", path, b"", "Transfer-Encoding: chunked",
+                         token=site.server.token) + chunk * 48):
         wire = site.wire()
         answer = wire.call(data)
         assert answer.status == 413 and answer.error and wire.ended()
     (tmp_path / "upload").write_bytes(b"x" * 3 * MIB)
     trust = ["--cacert", str(site.server.certificate[0])] if site.server.certificate else []
     for extra in ([], ["-H", "Expect:"], ["-0"]):
-        done = subprocess.run(["curl", "-sS", "--max-time", "10", *trust, *extra, "-X", "POST", "--data-binary",
-                               f"@{tmp_path}/upload", "-w", " %{http_code}", site.server.url + path],
+        done = subprocess.run(["curl", "-sS", "--max-time", "10", *trust, *extra, "-X", "POST",
+                               "--data-binary", f"@{tmp_path}/upload", "-w", " %{http_code}",
+                               site.server.url + path],
                               capture_output=True, text=True)
         assert done.stdout.endswith(" 413") and json.loads(done.stdout[:-4])["ok"] is False, (extra, done)
 
@@ -7172,9 +7370,11 @@ def test_clients_that_leave_at_any_point_leave_nothing(launch: Launch) -> None:
     token = site.server.token
     site.get("/api/agents")
     sockets = open_sockets()
-    for data in (request("GET", "/api/events?limit=200", token=token), beat(who), beat(who) * 3 + b"rubbish\r\n\r\n",
+    for data in (request("GET", "/api/events?limit=200", token=token), beat(who),
+                 beat(who) * 3 + b"rubbish\r\n\r\n",
                  request("POST", "/api/agents/register", b"{}" * 9000, token=token),
-                 request("GET", STREAM, b"", "Last-Event-ID: 1", token=token), request("HEAD", STREAM, token=token)):
+                 request("GET", STREAM, b"", "Last-Event-ID: 1", token=token),
+                 request("HEAD", STREAM, token=token)):
         for length in (0, 1, 30, len(data) - 1, len(data)):
             for leave in (Wire.close, Wire.reset):
                 wire = site.wire()
@@ -7199,7 +7399,8 @@ def test_ten_megabytes_reach_a_slow_reader_whole_and_nobody_waits(launch: Launch
         body += slow.file.read(min(10**6, int(answer.headers["content-length"]) - len(body)))
         assert other.call(beat(who)).status == other.call(request("GET", "/health")).status == 200
     assert len(body) > 10**7
-    assert [each["hostname"] for each in json.loads(body)["data"][1:]] == [f"web-{number}" for number in range(650)]
+    assert [each["hostname"] for each in json.loads(body)["data"][1:]] == [
+        f"web-{number}" for number in range(650)]
 
 
 # TLS
@@ -7212,7 +7413,8 @@ def command(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
     with log.open("w") as errors, subprocess.Popen(
             [sys.executable, manager.__file__, "--port", "0", "--data-dir", str(folder / "data"), *arguments],
             stdout=subprocess.PIPE, stderr=errors, text=True,
-            env={name: value for name, value in os.environ.items() if not name.startswith("MANAGER_")}) as process:
+            env={name: value for name, value in os.environ.items()
+                 if not name.startswith("MANAGER_")}) as process:
         try:
             greeting = []
             while not greeting or not greeting[-1].startswith("Try: "):
@@ -7262,7 +7464,7 @@ def test_sighup_takes_a_renewed_pair_and_keeps_it_when_the_next_is_broken(tmp_pa
         second = trusting(given["tls_cert"])
         with pytest.raises(ssl.SSLCertVerificationError):
             connect(first)
-        given["tls_key"].write_bytes(make_pair(tmp_path, "other")["tls_key"].read_bytes())  # of another certificate
+        given["tls_key"].write_bytes(make_pair(tmp_path, "other")["tls_key"].read_bytes())  # another's key
         reload("the former one stays in use", 1)
         given["tls_cert"].unlink()
         reload("the former one stays in use", 2)
@@ -7302,12 +7504,13 @@ def test_failed_handshakes_are_counted_and_logged(launch: Launch, pair: dict[str
     assert "127.0.0.1" in line
 
 
-def test_plaintext_is_for_loopback_in_auto_and_for_nobody_in_require(launch: Launch, pair: dict[str, Path]) -> None:
+def test_plaintext_is_for_loopback_in_auto_never_in_require(launch: Launch, pair: dict[str, Path]) -> None:
     site = launch(**pair, tls="auto")
     assert site.wire(context=None).call(beat(site.agent())).status == 200
     site = launch(**pair, tls="require")
     who = site.agent()
-    for data in (beat(who), request("GET", "/health"), request("GET", STREAM, token=site.server.token), b"x\r\n\r\n"):
+    for data in (beat(who), request("GET", "/health"), request("GET", STREAM, token=site.server.token),
+                 b"x\r\n\r\n"):
         wire = site.wire(context=None)
         answer = wire.call(data)
         assert (answer.status, answer.headers["upgrade"]) == (426, "TLS/1.2, HTTP/1.1")
@@ -7320,7 +7523,8 @@ def test_plaintext_is_for_loopback_in_auto_and_for_nobody_in_require(launch: Lau
 def elsewhere() -> Iterator[tuple[str, str, list[str]]]:
     """An address of this host, one of another host, and the words that run a command there."""
     name, low = f"pg{os.getpid()}", os.getpid() % 60 * 4
-    ours, theirs = f"198.18.{os.getpid() // 60 % 250}.{low + 1}", f"198.18.{os.getpid() // 60 % 250}.{low + 2}"
+    net = f"198.18.{os.getpid() // 60 % 250}"
+    ours, theirs = f"{net}.{low + 1}", f"{net}.{low + 2}"
 
     def ip(words: str) -> bool:
         return subprocess.run(["ip", *words.split()], capture_output=True).returncode == 0
@@ -7376,7 +7580,8 @@ def test_a_pair_that_cannot_be_used_is_said_in_a_sentence(tmp_path: Path, pair: 
     garbage, data = tmp_path / "garbage.pem", tmp_path / "data"
     garbage.write_bytes(os.urandom(100))
     locked = tmp_path / "locked.key"
-    subprocess.run(["openssl", "ec", "-in", pair["tls_key"], "-aes128", "-passout", "pass:secret", "-out", locked],
+    subprocess.run(["openssl", "ec", "-in", pair["tls_key"], "-aes128", "-passout", "pass:secret",
+                    "-out", locked],
                    check=True, capture_output=True)
     other = make_pair(tmp_path)["tls_key"]
     for wrong in ({"tls_cert": garbage}, {"tls_key": garbage}, {"tls_key": other}, {"tls_key": locked},
@@ -7384,8 +7589,8 @@ def test_a_pair_that_cannot_be_used_is_said_in_a_sentence(tmp_path: Path, pair: 
         with pytest.raises(StartError, match=f"{next(iter(wrong.values()))}.*cannot be used") as refused:
             Server(port=0, data_dir=data, **{**pair, **wrong}).start()
         assert "\n" not in str(refused.value)
-    done = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--data-dir", data, "--tls-cert", garbage,
-                           "--tls-key", garbage], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--data-dir", data, "--tls-cert",
+                           garbage, "--tls-key", garbage], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")
     with Server(port=0, data_dir=data, **pair) as server:  # and nothing is left of those starts
         assert server.url.startswith("https://")
@@ -7401,7 +7606,8 @@ def test_a_key_that_others_can_read_is_warned_about(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"host": "localhost"}], ids=["127.0.0.1", "localhost"])
 def test_without_openssl_auto_speaks_plaintext_to_loopback_with_a_warning(
-        settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: dict[str, Path]) -> None:
+        settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        pair: dict[str, Path]) -> None:
     monkeypatch.setenv("PATH", "")
     with Server(port=0, data_dir=tmp_path, **settings) as server:
         assert server.url.startswith("http://") and server.certificate is None
@@ -7475,8 +7681,8 @@ def test_the_certificate_is_made_anew_when_its_names_no_longer_fit(tmp_path: Pat
     assert third != second and "127.0.0.3" in alternative_names(certificate)
 
 
-def test_the_certificate_is_renewed_while_running_thirty_days_before_it_ends(tmp_path: Path,
-                                                                             caplog: pytest.LogCaptureFixture) -> None:
+def test_the_certificate_is_renewed_while_running_thirty_days_before_it_ends(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     certificate, clock = tmp_path / "cert.pem", ManualClock(time.time())
     with Server(port=0, data_dir=tmp_path, tls="auto", clock=clock) as server:
         first = certificate.read_bytes()
@@ -7506,8 +7712,8 @@ def test_a_renewal_that_fails_keeps_the_certificate_and_is_tried_again_an_hour_l
         assert certificate.read_bytes() != first
 
 
-@pytest.mark.parametrize("broken", ["cert.pem empty", "key.pem empty", "cert.pem gone", "key.pem gone", "key.pem other",
-                                    "ended in 1971", "starts later"])
+@pytest.mark.parametrize("broken", ["cert.pem empty", "key.pem empty", "cert.pem gone", "key.pem gone",
+                                    "key.pem other", "ended in 1971", "starts later"])
 def test_a_generated_pair_that_cannot_serve_is_made_anew(broken: str, tmp_path: Path) -> None:
     with Server(port=0, data_dir=tmp_path, tls="auto"):
         first = (tmp_path / "cert.pem").read_bytes()
@@ -7537,8 +7743,8 @@ def signed_between(folder: Path, starts: str, ends: str) -> None:
                             f"serial = {ca}/serial\ndefault_md = sha256\npolicy = p\n[p]\nCN = supplied\n"
                             "[e]\nsubjectAltName = DNS:localhost,IP:127.0.0.1,IP:::1\n")
     for command in (f"req -new -key {folder}/key.pem -subj '/CN=Panguard Manager' -out {ca}/csr",
-                    f"ca -batch -selfsign -config {ca}/cnf -extensions e -keyfile {folder}/key.pem -in {ca}/csr "
-                    f"-startdate {starts} -enddate {ends} -notext -out {folder}/cert.pem"):
+                    f"ca -batch -selfsign -config {ca}/cnf -extensions e -keyfile {folder}/key.pem "
+                    f"-in {ca}/csr -startdate {starts} -enddate {ends} -notext -out {folder}/cert.pem"):
         subprocess.run(["openssl", *shlex.split(command)], check=True, capture_output=True)
 
 
@@ -7552,7 +7758,8 @@ def test_an_operators_certificate_in_the_data_folder_is_never_replaced(tmp_path:
         assert not [note for note in server.notes if "Warning" in note]
 
 
-def test_the_line_printed_for_other_hosts_works_there(elsewhere: tuple[str, str, list[str]], tmp_path: Path) -> None:
+def test_the_line_printed_for_other_hosts_works_there(elsewhere: tuple[str, str, list[str]],
+                                                      tmp_path: Path) -> None:
     ours, _, there = elsewhere
     with command(tmp_path, "--host", "0.0.0.0") as (_, greeting, _):
         line = next((each for each in greeting if each.startswith("Other hosts reach it at https://")), "")
@@ -7668,7 +7875,7 @@ def test_a_taken_port_is_said_in_a_sentence_and_leaves_nothing(tmp_path: Path) -
         assert server.url.endswith(f":{port}")
 
 
-# A client whose connection is reset just then loses a socket within ssl.wrap_socket(); ours are counted below.
+# A client whose connection is reset then loses a socket within ssl.wrap_socket(); ours are counted.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @everywhere
 def test_starts_and_stops_under_load_leave_no_thread_and_no_descriptor(launch: Launch) -> None:
@@ -7722,12 +7929,14 @@ def test_the_url_of_an_ipv6_address_has_brackets(launch: Launch, pair: dict[str,
 def test_another_loopback_address_is_printed_as_it_is_and_its_certificate_fits(tmp_path: Path) -> None:
     with command(tmp_path, "--host", "127.0.0.2") as (_, greeting, _):
         assert re.search(r"https://127\.0\.0\.2:\d+$", greeting[0])
-        done = subprocess.run(["bash", "-c", greeting[-1].removeprefix("Try: ")], capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", greeting[-1].removeprefix("Try: ")],
+                              capture_output=True, text=True)
         assert json.loads(done.stdout) == {"ok": True, "data": []}, done
 
 
 def test_an_unknown_host_is_said_in_a_sentence(tmp_path: Path, run_main: Any) -> None:
-    status, said = run_main("--host", "nosuchhost.invalid", "--port", "0", "--tls", "off", "--data-dir", tmp_path)
+    status, said = run_main("--host", "nosuchhost.invalid", "--port", "0", "--tls", "off",
+                            "--data-dir", tmp_path)
     assert status == 1 and said.count("\n") == 1 and "cannot listen on nosuchhost.invalid" in said, said
 
 
@@ -7749,7 +7958,8 @@ def test_files_are_made_with_their_modes_whatever_the_umask(mask: int, tmp_path:
             modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").iterdir()}
     finally:
         os.umask(before)
-    assert set(modes) >= {"manager.db", "lock", "token", "cert.pem", "key.pem"} and set(modes.values()) == {0o600}
+    assert set(modes) >= {"manager.db", "lock", "token", "cert.pem",
+                          "key.pem"} and set(modes.values()) == {0o600}
 
 
 def test_what_the_start_makes_is_synced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -7763,7 +7973,8 @@ def test_what_the_start_makes_is_synced_to_the_disk(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", fsync)
     with Server(port=0, data_dir=folder, tls="auto"):
         inodes = {ino for ino, _ in synced}
-        for path in (folder / "token", folder / "cert.pem", folder / "key.pem", folder, folder.parent, tmp_path):
+        for path in (folder / "token", folder / "cert.pem", folder / "key.pem", folder,
+                     folder.parent, tmp_path):
             assert path.stat().st_ino in inodes, path
         of_folder = [names for ino, names in synced if ino == folder.stat().st_ino]
         assert of_folder[-1] >= {"token", "cert.pem", "key.pem", "manager.db"}
@@ -7799,7 +8010,8 @@ def test_localhost_is_served_on_both_of_its_addresses_by_one_port(launch: Launch
 # Embedding: faults, waiting, the clock
 
 
-def over_the_wire(server: Server, method: str, path: str, body: Any = None, *, token: str | None = None) -> Any:
+def over_the_wire(server: Server, method: str, path: str, body: Any = None, *,
+                  token: str | None = None) -> Any:
     """Over a real connection: the `data` of the answer. Raises HTTPError, or OSError when there is none."""
     request = urllib.request.Request(server.url + path, method=method,
                                      data=None if body is None else json.dumps(body).encode(),
@@ -7838,7 +8050,7 @@ def test_an_embedded_server_takes_the_settings_of_config_and_no_others(tmp_path:
         Server(Config(data_dir=tmp_path), port=0)
 
 
-def test_wait_for_goes_on_from_the_entry_it_gave_last_and_knows_the_types(server: Server, clock: ManualClock) -> None:
+def test_wait_for_goes_on_after_its_last_entry_and_checks_types(server: Server, clock: ManualClock) -> None:
     agents = [server.manager.register(f"h{number}", "linux", "1").agent.id for number in range(2)]
     assert [server.wait_for(type="agent_registered").agent_id for _ in range(2)] == agents
     with pytest.raises(TimeoutError):
@@ -7883,12 +8095,14 @@ def test_server_requests_has_what_agents_sent_and_were_answered(server: Server, 
     if path == "worker":  # while there is a fault, workers answer heartbeats
         server.faults.add(route="GET /livez", status=503)
     route = "POST /api/agents/:id/heartbeat"
-    beat = over_the_wire(server, "POST", f"/api/agents/{agent['id']}/heartbeat", {"cpu": 1.5}, token=agent["token"])
+    beat = over_the_wire(server, "POST", f"/api/agents/{agent['id']}/heartbeat", {"cpu": 1.5},
+                         token=agent["token"])
     made, beaten = server.requests
     assert (made.route, made.body, made.status) == (REGISTER_ROUTE, AGENT, 201)
     assert (beaten.method, beaten.path) == ("POST", f"/api/agents/{agent['id']}/heartbeat")
     assert (beaten.route, beaten.body, beaten.status) == (route, {"cpu": 1.5}, 200)
-    assert beaten.answer == {"ok": True, "data": beat} and beaten.headers["Content-Type"] == "application/json"
+    assert beaten.answer == {"ok": True,
+                             "data": beat} and beaten.headers["Content-Type"] == "application/json"
     assert agent["token"] not in str(beaten) and server.token not in str(made), "credentials are not kept"
 
 
@@ -7908,15 +8122,16 @@ def test_server_requests_has_refused_dropped_malformed_and_long_requests(server:
         raw.sendall(b"nonsense\r\n\r\n")
         raw.recv(9)
     with socket.create_connection(("127.0.0.1", port_of(server.url))) as raw:
-        raw.sendall(b"POST /api/agents/register HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nAuthorization: Bearer "
-                    + server.token.encode() + b"\r\n\r\n[[[")
+        raw.sendall(b"POST /api/agents/register HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n"
+                    b"Authorization: Bearer " + server.token.encode() + b"\r\n\r\n[[[")
         raw.recv(9)
     seen = [(each.route.rpartition("/")[2], each.path.rpartition("/")[2], each.body, each.status)
             for each in server.requests]
     assert seen == [
         ("events", "events", {"events": []}, None), ("events", "events", {"events": [1]}, 200),
-        ("agents", "agents?page=1", None, 200), ("", "nothing", {"a": 1}, 404), ("events", "events", None, 201),
-        ("heartbeat", "heartbeat", {"cpu": 1}, 401), ("", "", None, 400), ("register", "register", b"[[[", 400)]
+        ("agents", "agents?page=1", None, 200), ("", "nothing", {"a": 1}, 404),
+        ("events", "events", None, 201), ("heartbeat", "heartbeat", {"cpu": 1}, 401), ("", "", None, 400),
+        ("register", "register", b"[[[", 400)]
     assert server.requests[1].answer == b'{"ok": tru' and server.requests[0].answer is None
 
 
@@ -7927,7 +8142,8 @@ def test_server_requests_has_the_latest_1000_and_none_of_an_operators_manager(
         for number in range(1010):
             connection.request("GET", "/livez", headers={"X-Number": str(number)})
             connection.getresponse().read()
-    assert [each.headers["X-Number"] for each in server.requests] == [str(number) for number in range(10, 1010)]
+    assert [each.headers["X-Number"]
+            for each in server.requests] == [str(number) for number in range(10, 1010)]
     with Server(port=0, data_dir=tmp_path, tls="off") as operators:
         over_the_wire(operators, "GET", "/health")
         assert operators.requests == []
@@ -7953,7 +8169,7 @@ def test_seed_registers_agents_and_reports_threat_events(server: Server) -> None
         assert small.manager.census().agents[Status.ONLINE] == 0, "all or none"
 
 
-def test_wait_for_returns_an_entry_that_is_there_or_comes_and_else_says_what_there_was(server: Server) -> None:
+def test_wait_for_returns_an_entry_now_or_later_or_says_what_there_was(server: Server) -> None:
     first = server.manager.register("web-1", "linux", "1.2.0").agent
     assert server.wait_for(type="agent_registered", agent_id=first.id).agent_id == first.id
     late = threading.Thread(target=lambda: server.manager.deregister(first.id))
@@ -7998,7 +8214,7 @@ def test_a_fault_answers_a_status_n_times_to_the_route_and_agent_it_names(server
 
 
 @pytest.mark.parametrize(("drop", "registered"), [("before", 0), ("after", 1)])
-def test_a_fault_drops_the_connection_before_or_after_the_commit(server: Server, drop: str, registered: int) -> None:
+def test_a_fault_drops_before_or_after_the_commit(server: Server, drop: str, registered: int) -> None:
     server.faults.add(route=REGISTER_ROUTE, drop=drop)
     with pytest.raises(OSError):
         over_the_wire(server, "POST", "/api/agents/register", AGENT)
@@ -8024,7 +8240,8 @@ def test_a_fault_answers_late_and_the_others_do_not_wait_for_it(server: Server) 
 
 @pytest.mark.parametrize("wrong", [
     {"route": "POST /api/nothing", "status": 500}, {"drop": "never"}, {"status": 200}, {}, {"delay_s": -1},
-    {"delay_s": math.nan}, {"delay_s": math.inf}, {"status": 500, "times": 0}, {"status": 500, "body": "text"}])
+    {"delay_s": math.nan}, {"delay_s": math.inf}, {"status": 500, "times": 0},
+    {"status": 500, "body": "text"}])
 def test_a_fault_that_makes_no_sense_is_refused(server: Server, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         server.faults.add(**wrong)
@@ -8038,7 +8255,7 @@ def test_faults_can_be_forgotten_and_no_route_adds_one(server: Server, api: Clie
     assert not [route.path for route in manager.ENDPOINTS if "fault" in route.path]
 
 
-def test_a_registration_and_a_batch_whose_replies_were_lost_leave_one_agent_and_one_event(server: Server) -> None:
+def test_lost_replies_to_a_registration_and_a_batch_leave_one_agent_and_one_event(server: Server) -> None:
     identity = {**AGENT, "machine_id": "m-1"}
     server.faults.add(route=REGISTER_ROUTE, drop="after")
     server.faults.add(route="POST /api/agents/:id/events", drop="after")
@@ -8047,8 +8264,10 @@ def test_a_registration_and_a_batch_whose_replies_were_lost_leave_one_agent_and_
     agent = over_the_wire(server, "POST", "/api/agents/register", identity)
     event = {"id": "e-1", "type": "scan", "severity": "low", "details": {}}
     with pytest.raises(OSError):
-        over_the_wire(server, "POST", f"/api/agents/{agent['id']}/events", {"events": [event]}, token=agent["token"])
-    ids = over_the_wire(server, "POST", f"/api/agents/{agent['id']}/events", {"events": [event]}, token=agent["token"])
+        over_the_wire(server, "POST", f"/api/agents/{agent['id']}/events", {"events": [event]},
+                      token=agent["token"])
+    ids = over_the_wire(server, "POST", f"/api/agents/{agent['id']}/events", {"events": [event]},
+                        token=agent["token"])
     assert [each["id"] for each in over_the_wire(server, "GET", "/api/agents")] == [agent["id"]]
     assert [each["id"] for each in over_the_wire(server, "GET", "/api/threats")] == ids["eventIds"]
     assert not server.manager.journal(type="identity_conflict")
@@ -8066,16 +8285,18 @@ def open_server() -> Iterator[Server]:
 SHIPPED_BEAT = {"eventsProcessed": 5, "threatsDetected": 1, "actionsExecuted": 0, "mode": "protection",
                 "uptime": 90_500, "memoryUsageMB": 81.5}
 SHIPPED_EVENT = {
-    "event": {"id": "syslog-1", "timestamp": "2026-03-07T11:59:59.500Z", "source": "authlog", "severity": "info",
-              "category": "auth", "description": "login failed", "raw": {"line": 1}, "host": "web-1",
-              "metadata": {"remoteAddr": "203.0.113.50", "newHash": "ABCDEF", "user": "root"}},
+    "event": {"id": "syslog-1", "timestamp": "2026-03-07T11:59:59.500Z", "source": "authlog",
+              "severity": "info", "category": "auth", "description": "login failed", "raw": {"line": 1},
+              "host": "web-1", "metadata": {"remoteAddr": "203.0.113.50", "newHash": "ABCDEF",
+                                            "user": "root"}},
     "verdict": {"conclusion": "malicious", "confidence": 92, "action": "block_ip"}}
 
 
-def test_open_enrolment_answers_the_shipped_agent_where_it_looks_and_maps_what_it_sends(open_server: Server) -> None:
+def test_open_enrolment_answers_and_maps_as_the_shipped_agent_expects(open_server: Server) -> None:
     api = Client(open_server)
     made = api.call("POST", "/api/agents/register", {**AGENT, "arch": "x64"}, token=None, status=201).json
-    assert made["ok"] is True and (made["agentId"], made["token"]) == (made["data"]["id"], made["data"]["token"])
+    assert made["ok"] is True and (made["agentId"],
+                                   made["token"]) == (made["data"]["id"], made["data"]["token"])
     path, token = f"/api/agents/{made['agentId']}", made["token"]
     api.post(path + "/heartbeat", SHIPPED_BEAT, token=token)
     assert api.get(path)["uptime"] == 90.5
@@ -8096,24 +8317,26 @@ def test_open_enrolment_answers_the_shipped_agent_where_it_looks_and_maps_what_i
 @pytest.mark.parametrize(("body", "named"), [
     ({**SHIPPED_BEAT, "uptime": "long"}, "uptime"), ({**SHIPPED_BEAT, "uptime": -1}, "uptime"),
     ({**SHIPPED_BEAT, "uptime": True}, "uptime"), ({**SHIPPED_BEAT, "uptime": 10**400}, "uptime")])
-def test_a_broken_heartbeat_of_the_shipped_agent_is_refused(open_server: Server, body: Any, named: str) -> None:
+def test_a_broken_heartbeat_of_a_shipped_agent_is_refused(open_server: Server, body: Any, named: str) -> None:
     api = Client(open_server)
     agent = api.register()
-    assert named in api.refusal("POST", f"/api/agents/{agent['id']}/heartbeat", body, token=agent["token"], status=400)
+    assert named in api.refusal("POST", f"/api/agents/{agent['id']}/heartbeat", body,
+                                token=agent["token"], status=400)
 
 
 @pytest.mark.parametrize(("event", "verdict", "named"), [
-    ({"category": 7}, {}, "type"), ({"severity": "terrible"}, {}, "severity"), ({"timestamp": "then"}, {}, "timestamp"),
-    ({"id": ""}, {}, "id"), ({}, {"confidence": 101}, "confidence"), ({}, {"confidence": "sure"}, "confidence"),
-    ({}, {"confidence": 10**400}, "confidence"), (None, {}, "event"), ({}, 5, "verdict"),
-    ({"raw": json.loads("[" * 70 + "]" * 70)}, {}, "details")])
+    ({"category": 7}, {}, "type"), ({"severity": "terrible"}, {}, "severity"),
+    ({"timestamp": "then"}, {}, "timestamp"), ({"id": ""}, {}, "id"), ({}, {"confidence": 101}, "confidence"),
+    ({}, {"confidence": "sure"}, "confidence"), ({}, {"confidence": 10**400}, "confidence"),
+    (None, {}, "event"), ({}, 5, "verdict"), ({"raw": json.loads("[" * 70 + "]" * 70)}, {}, "details")])
 def test_a_broken_event_of_the_shipped_agent_is_refused(open_server: Server, event: Any, verdict: Any,
                                                          named: str) -> None:
     api = Client(open_server)
     agent = api.register()
     body = {"event": None if event is None else {**SHIPPED_EVENT["event"], **event},
             "verdict": {**SHIPPED_EVENT["verdict"], **verdict} if isinstance(verdict, dict) else verdict}
-    assert named in api.refusal("POST", f"/api/agents/{agent['id']}/events", body, token=agent["token"], status=400)
+    assert named in api.refusal("POST", f"/api/agents/{agent['id']}/events", body,
+                                token=agent["token"], status=400)
     assert api.get("/api/threats") == []
 
 
@@ -8144,23 +8367,27 @@ def test_newcomers_fill_half_of_the_fleet_at_most() -> None:
 
 
 @pytest.mark.parametrize(("headers", "status"), [
-    ({}, 201), ({"Content-Type": "application/json; charset=utf-8"}, 201), ({"Content-Type": "text/plain"}, 415),
-    ({"Content-Type": ""}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
-    ({"Origin": "https://a.example"}, 201), ({"Origin": "https://b.example"}, 403), ({"Origin": "null"}, 403)])
+    ({}, 201), ({"Content-Type": "application/json; charset=utf-8"}, 201),
+    ({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415),
+    ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+    ({"Origin": "https://a.example"}, 201), ({"Origin": "https://b.example"}, 403),
+    ({"Origin": "null"}, 403)])
 def test_a_web_page_cannot_have_a_browser_register_agents(headers: dict[str, str], status: int) -> None:
-    with Server(port=0, clock=ManualClock(), open_enrollment=True, cors_allowed_origins="https://a.example") as server:
+    with Server(port=0, clock=ManualClock(), open_enrollment=True,
+                cors_allowed_origins="https://a.example") as server:
         api = Client(server)
         api.call("POST", "/api/agents/register", AGENT, token=None, headers=headers, status=status)
         assert len(api.get("/api/agents")) == (status == 201)
 
 
-def test_open_enrolment_is_throttled_per_address_and_takes_over_nobody(open_server: Server, clock: ManualClock) -> None:
+def test_open_enrolment_is_throttled_and_takes_over_nobody(open_server: Server, clock: ManualClock) -> None:
     api, elsewhere = Client(open_server), Client(open_server, address="198.51.100.8")
     known = api.register(machine_id="m-1")
     open_server.clock.advance(67)  # type: ignore[attr-defined]
     body = {**AGENT, "machine_id": "m-1"}
     made = [api.call("POST", "/api/agents/register", body, token=None, status=201).json for _ in range(120)]
-    assert known["id"] not in {each["agentId"] for each in made} and len({each["agentId"] for each in made}) == 120
+    assert known["id"] not in {each["agentId"]
+                               for each in made} and len({each["agentId"] for each in made}) == 120
     refused = api.call("POST", "/api/agents/register", body, token=None, status=429)
     assert int(refused.headers["Retry-After"]) > 0
     elsewhere.call("POST", "/api/agents/register", body, token=None, status=201)
@@ -8168,7 +8395,7 @@ def test_open_enrolment_is_throttled_per_address_and_takes_over_nobody(open_serv
     api.beat(known)
 
 
-def test_without_open_enrolment_nobody_registers_tokenless_and_shapes_are_the_published_ones(api: Client) -> None:
+def test_without_open_enrolment_a_token_is_needed_and_shapes_are_the_published_ones(api: Client) -> None:
     api.refusal("POST", "/api/agents/register", AGENT, token=None, status=401)
     assert api.get("/api/agents") == [] and api.journal() == []
     agent = api.register()
@@ -8186,8 +8413,8 @@ const sent = [];
 const fetched = await Promise.all(Array.from({ length: count }, async (_, number) => {
   const client = new PanguardAgentClient(url, 50);
   await client.register("1.4.5");
-  client.startHeartbeat(() => ({ eventsProcessed: 1, threatsDetected: 0, actionsExecuted: 0, mode: "protection",
-                                 uptime: 61000, memoryUsageMB: 50 }));
+  client.startHeartbeat(() => ({ eventsProcessed: 1, threatsDetected: 0, actionsExecuted: 0,
+                                 mode: "protection", uptime: 61000, memoryUsageMB: 50 }));
   await client.reportEvent({ event: { ...event.event, id: `event-${number}`, timestamp: new Date() },
                              verdict: event.verdict });
   const rules = await client.pullRules();
@@ -8199,7 +8426,7 @@ console.log(JSON.stringify(fetched));
 """
 
 
-@pytest.mark.skipif(not GUARD, reason="GUARD_CLIENT names no @panguard-ai/panguard-guard client; CI installs one")
+@pytest.mark.skipif(not GUARD, reason="GUARD_CLIENT names no @panguard-ai/panguard-guard; CI installs one")
 @pytest.mark.parametrize("count", [1, 50])
 def test_the_guard_agent_from_npm_registers_beats_reports_and_pulls_rules(tmp_path: Path, count: int) -> None:
     script = tmp_path / "drive.mjs"
@@ -8215,11 +8442,12 @@ def test_the_guard_agent_from_npm_registers_beats_reports_and_pulls_rules(tmp_pa
         assert sorted(ids) == sorted(each["id"] for each in fetched) and len(set(ids)) == count
         threats = over_the_wire(server, "GET", "/api/threats?limit=200")
         assert {threat["agentId"] for threat in threats} == set(ids)
-        assert {(each["type"], each["severity"], each["confidence"]) for each in threats} == {("auth", "low", 0.92)}
+        assert {(each["type"], each["severity"], each["confidence"])
+                for each in threats} == {("auth", "low", 0.92)}
         assert {over_the_wire(server, "GET", f"/api/agents/{each}")["uptime"] for each in ids} == {61}
 
 
-@pytest.mark.skipif(not GUARD, reason="GUARD_CLIENT names no @panguard-ai/panguard-guard client; CI installs one")
+@pytest.mark.skipif(not GUARD, reason="GUARD_CLIENT names no @panguard-ai/panguard-guard; CI installs one")
 def test_the_guard_agent_from_npm_is_refused_without_open_enrolment(tmp_path: Path, server: Server) -> None:
     script = tmp_path / "drive.mjs"
     script.write_text(DRIVE)
@@ -8258,7 +8486,8 @@ class Model:
                 due.append((seen + self.OFFLINE_MS, agent, "offline"))
                 self.announced[agent] = "offline"
                 self.since[agent] = seen + self.OFFLINE_MS
-        self.journal += [(at, f"agent_{status}", agent) for at, agent, status in sorted(due, key=lambda each: each[0])]
+        self.journal += [(at, f"agent_{status}", agent)
+                         for at, agent, status in sorted(due, key=lambda each: each[0])]
 
     def contact(self, now: int, agent: str) -> None:
         if self.announced[agent] != "online":
@@ -8398,7 +8627,8 @@ def test_two_hundred_servers_leave_no_thread_descriptor_or_file(tmp_path: Path,
         idle.close()
 
     once()
-    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    threads = threading.active_count()
+    files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for _ in range(200):
         once()
     assert threading.active_count() == threads
@@ -8490,7 +8720,8 @@ def test_the_service_manager_is_told_and_the_watchdog_fed(tmp_path: Path) -> Non
 
 
 def test_logs_may_be_json_a_line_each(tmp_path: Path) -> None:
-    with Running(tmp_path / "data", MANAGER_TLS="off", MANAGER_LOG_FORMAT="json", MANAGER_TYPO="1") as running:
+    with Running(tmp_path / "data", MANAGER_TLS="off", MANAGER_LOG_FORMAT="json",
+                 MANAGER_TYPO="1") as running:
         running.ask("GET", "/api/agents", token="wrong")
         assert running.end() == 0
     lines = [json.loads(line) for line in running.log.read_text().splitlines()]
@@ -8526,7 +8757,7 @@ def test_a_signal_finishes_what_is_in_flight_and_exits_0(number: int, tmp_path: 
             agent = json.loads(answer.read())["data"]
             assert running.process.wait(timeout=LIMIT_S) == 0
         assert "Traceback" not in running.log.read_text()
-    assert {path.name for path in folder.glob("manager.db*")} == {"manager.db"}, "the database is closed cleanly"
+    assert {path.name for path in folder.glob("manager.db*")} == {"manager.db"}, "it is closed cleanly"
     with Running(folder, MANAGER_TLS="off") as running:
         assert running.ask("GET", f"/api/agents/{agent['id']}", token=agent["token"])[0] == 200
 
@@ -8537,7 +8768,8 @@ def test_ten_thousand_agents_that_register_again_after_a_restart_keep_their_ids(
         ids = set()
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)) as connection:
             for number in numbers:
-                connection.request("POST", "/api/agents/register", json.dumps({**AGENT, "machine_id": f"m-{number}"}),
+                connection.request("POST", "/api/agents/register",
+                                   json.dumps({**AGENT, "machine_id": f"m-{number}"}),
                                    {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
                 answer = connection.getresponse()
                 made = json.load(answer)
@@ -8547,7 +8779,8 @@ def test_ten_thousand_agents_that_register_again_after_a_restart_keep_their_ids(
 
     with Server(port=0, data_dir=tmp_path, tls="off") as server:
         with server.manager.store.transaction():
-            known = {server.manager.register(**AGENT, machine_id=f"m-{number}").agent.id for number in range(10_000)}
+            known = {server.manager.register(**AGENT, machine_id=f"m-{number}").agent.id
+                     for number in range(10_000)}
         for agent_id in known:
             server.manager.heartbeat(agent_id)
     with Server(port=0, data_dir=tmp_path, tls="off") as server, ThreadPoolExecutor(20) as pool:
@@ -8574,7 +8807,8 @@ class Ledger:
 
     def step(self, running: Running) -> None:
         """One request, and a note of its answer. Raises OSError or HTTPException when there is none."""
-        kind = self.chance.choices(["register", "beat", "report", "policy", "deregister"], [30, 30, 20, 5, 15])[0]
+        kind = self.chance.choices(["register", "beat", "report", "policy", "deregister"],
+                                   [30, 30, 20, 5, 15])[0]
         if kind == "register" or not self.tokens:
             agent = self.sent(running, "POST", "/api/agents/register", {**AGENT, "hostname": self.name}, 201)
             self.tokens[agent["id"]] = agent["token"]
@@ -8589,7 +8823,8 @@ class Ledger:
                 self.sent(running, "POST", f"{path}/heartbeat", {"uptime": uptime}, 200, token)
                 self.uptimes[agent_id] = uptime
             elif kind == "report":
-                own = [f"{agent_id}-{self.chance.getrandbits(60):x}" for _ in range(self.chance.randint(1, 20))]
+                own = [f"{agent_id}-{self.chance.getrandbits(60):x}"
+                       for _ in range(self.chance.randint(1, 20))]
                 self.batches.append(set(own))
                 batch = {"events": [{**THREAT, "id": each, "details": {"own": each}} for each in own]}
                 ids = self.sent(running, "POST", f"{path}/events", batch, 201, token)["eventIds"]
@@ -8646,7 +8881,8 @@ class Rounds:
         self.streamed: dict[int, Any] = {}
         self.journal: dict[int, Any] = {}
         self.announced: dict[str, str] = {}  # by agent: its last change of status
-        self.environ = {"MANAGER_TLS": "off", "MANAGER_HEARTBEAT_TIMEOUT_MS": "1000", "MANAGER_LOG_LEVEL": "ERROR"}
+        self.environ = {"MANAGER_TLS": "off", "MANAGER_HEARTBEAT_TIMEOUT_MS": "1000",
+                        "MANAGER_LOG_LEVEL": "ERROR"}
 
     def follow(self, running: Running) -> None:
         """Read the stream after the last entry received, until the manager ends."""
@@ -8672,7 +8908,8 @@ class Rounds:
         elif what == "backup":
             environ = {"MANAGER_BACKUP_DIR": str(self.backups), "MANAGER_BACKUP_EVERY_MS": "1000"}
         work = [self.follow, *(each.work for each in self.ledgers)]
-        with ThreadPoolExecutor(len(work)) as pool, Running(self.folder, **self.environ, **environ) as running:
+        environ |= self.environ
+        with ThreadPoolExecutor(len(work)) as pool, Running(self.folder, **environ) as running:
             jobs = [pool.submit(each, running) for each in work]
             self._wait(least_s, most_s)
         for job in jobs:
@@ -8804,7 +9041,8 @@ def managed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Client]:
 
 
 @pytest.fixture
-def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+          monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A command run in this process: its exit status, what it wrote, and what it said on standard error."""
     for name in list(os.environ):
         if name.startswith("MANAGER_"):
@@ -8824,13 +9062,14 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 @pytest.fixture
 def furnished(managed: Client, tmp_path: Path) -> Client:
-    """Two agents, of which one is silent, two policies for all and one override, an event and an enrolment token."""
+    """Two agents, one of them silent; two policies for all and one override; an event; an enrolment token."""
     silent = managed.register(hostname="db-1", tags=["database"])
     managed.server.clock.advance(400)
     agent = managed.register(hostname="web-1", org_id="o")
     report(managed, agent, threat(severity="critical", sourceIp="203.0.113.9"))
     for name, ip in (("one", "203.0.113.1"), ("two", "203.0.113.2")):
-        managed.post("/api/policy", {"name": name, "rules": [{"type": "block_ip", "config": {"ip": ip}}]}, status=201)
+        managed.post("/api/policy", {"name": name, "rules": [{"type": "block_ip", "config": {"ip": ip}}]},
+                     status=201)
     policy(managed, agent_id=agent["id"])
     managed.post("/api/enroll-tokens", {}, status=201)
     (tmp_path / "policy.json").write_text(json.dumps({"name": "p", "rules": [RULE]}))
@@ -8842,7 +9081,8 @@ def furnished(managed: Client, tmp_path: Path) -> Client:
 EXAMPLE_STATUS = {"status": 3, "doctor": 0}
 
 
-@pytest.mark.parametrize("name", [name for name in manager.COMMANDS if name not in ("demo", "restore", "notify test")])
+@pytest.mark.parametrize("name", [name for name in manager.COMMANDS
+                                  if name not in ("demo", "restore", "notify test")])
 def test_the_example_of_every_command_runs(name: str, furnished: Client, shell: Any) -> None:
     words = shlex.split(manager.COMMANDS[name].example)
     if name == "enroll revoke":
@@ -8853,7 +9093,8 @@ def test_the_example_of_every_command_runs(name: str, furnished: Client, shell: 
     assert (status, err) == (EXAMPLE_STATUS.get(name, 0), ""), out
     assert out.strip()
     status, out, _ = shell(*name.split(), "--help")
-    assert status == 0 and f"example: panguard-manager {manager.COMMANDS[name].example}" in " ".join(out.split())
+    example = f"example: panguard-manager {manager.COMMANDS[name].example}"
+    assert status == 0 and example in " ".join(out.split())
 
 
 def test_commands_say_what_the_api_says(furnished: Client, shell: Any) -> None:
@@ -8865,8 +9106,9 @@ def test_commands_say_what_the_api_says(furnished: Client, shell: Any) -> None:
                         ("agents --tag database --os linux --version 1.2.0 --silent 5m --sort=-hostname",
                          "/api/agents?detail=true&tag=database"),
                         ("agents --org-id o", "/api/agents?detail=true&org_id=o"),
-                        ("threats --severity critical --agent web --state open --source-ip 203.0.113.9 --limit 1",
-                         "/api/threats"), ("policy show v1", None), ("agent web-1", f"/api/agents/{agent['id']}")):
+                        ("threats --severity critical --agent web --state open --source-ip 203.0.113.9 "
+                         "--limit 1", "/api/threats"), ("policy show v1", None),
+                        ("agent web-1", f"/api/agents/{agent['id']}")):
         status, out, err = shell(*words.split(), "--json")
         assert (status, err) == (0, ""), words
         if path:
@@ -8894,7 +9136,8 @@ def test_an_agent_is_named_by_the_beginning_of_its_id_or_hostname(furnished: Cli
     for name in (agent, agent[:-1], "web-1", "web"):
         assert json.loads(shell("agent", name, "--json")[1])["id"] == agent
     furnished.register(hostname="web-10")
-    assert json.loads(shell("agent", "web-1", "--json")[1])["id"] == agent, "the whole name goes before its beginning"
+    found = json.loads(shell("agent", "web-1", "--json")[1])
+    assert found["id"] == agent, "the whole name goes before its beginning"
     for name, why in (("web", "means 2 agents"), ("nobody", "no agent is called 'nobody'"), ("", "no agent"),
                       ("eb-1", "no agent"), ("agent-", "means 3 agents")):
         status, out, err = shell("agent", name)
@@ -8908,9 +9151,11 @@ def test_agents_are_changed_by_name_pattern_or_filter_after_a_yes(furnished: Cli
 
     assert shell("tag", "web-1", "--add", "a", "--add", "b", "--yes")[:2] == (0, "1 agent tagged: web-1\n")
     assert tags() == [["database"], ["a", "b"]]
-    assert json.loads(shell("tag", "--tag", "database", "--remove", "database", "--yes", "--json")[1])["changed"] == 1
+    untagged = json.loads(shell("tag", "--tag", "database", "--remove", "database", "--yes", "--json")[1])
+    assert untagged["changed"] == 1
     assert shell("tag", "web-1", "--remove", "c", "--yes")[:2] == (0, "1 agent found, and none to change\n")
-    assert shell("tag", "?b-*", "*-1", "--add", "c", "--dry-run")[:2] == (0, "2 agents would be tagged: db-1, web-1\n")
+    assert shell("tag", "?b-*", "*-1", "--add", "c",
+                 "--dry-run")[:2] == (0, "2 agents would be tagged: db-1, web-1\n")
     assert tags() == [[], ["a", "b"]]
     for words, why in ((["tag", "web-1", "--add", "c"], "Add tags to 1 agent (web-1)? Add --yes"),
                        (["tag", "web-1"], "--add or --remove"), (["deregister", "--yes"], "filter"),
@@ -8925,7 +9170,8 @@ def test_agents_are_changed_by_name_pattern_or_filter_after_a_yes(furnished: Cli
                        (["threats", "--agent", ""], "no agent"), (["events", "--agent", ""], "no agent")):
         status, _, err = shell(*words)
         assert status in (2, 3) and why in err, (words, err)
-    assert shell("policy", "push", "policy.json", "--agent", "")[0] == 3 and len(furnished.get("/api/policy")) == 3
+    assert shell("policy", "push", "policy.json", "--agent",
+                 "")[0] == 3 and len(furnished.get("/api/policy")) == 3
     assert tags() == [[], ["a", "b"]]
     assert shell("deregister", "--silent", "30d", "--yes")[:2] == (3, "0 agents found, and none to change\n")
     assert json.loads(shell("deregister", "--silent", "30d", "--yes", "--json")[1])["matched"] == 0
@@ -8933,7 +9179,8 @@ def test_agents_are_changed_by_name_pattern_or_filter_after_a_yes(furnished: Cli
     assert shell("deregister", "d*", "--yes")[:2] == (0, "1 agent deregistered: db-1\n") and len(tags()) == 1
 
 
-def test_a_policy_that_asks_for_a_dry_run_itself_is_not_issued(furnished: Client, shell: Any, tmp_path: Path) -> None:
+def test_a_policy_that_asks_for_a_dry_run_itself_is_not_issued(furnished: Client, shell: Any,
+                                                               tmp_path: Path) -> None:
     (tmp_path / "dry.json").write_bytes("\ufeff".encode() + json.dumps(
         {"name": "p", "rules": [RULE], "dryRun": True}).encode())
     assert "dryRun" in shell("policy", "push", "dry.json")[1] and len(furnished.get("/api/policy")) == 3
@@ -8957,7 +9204,8 @@ def test_what_a_command_cannot_do_is_one_sentence_and_a_status(
     for words, status, why in (
             (["status", "--token", "wrong"], 1, "the token is wrong"),
             (["status", "--url", f"http://127.0.0.1:{free}"], 1, "nothing listens at"),
-            (["status", "--url", "ftp://x"], 2, "--url takes"), (["status", "--url", "https://[::1"], 2, "--url takes"),
+            (["status", "--url", "ftp://x"], 2, "--url takes"),
+            (["status", "--url", "https://[::1"], 2, "--url takes"),
             (["status", "--url", "http://user:secret@localhost"], 2, "--url takes"),
             (["events", "--follow", "--url", "http://a b"], 2, "--url takes"),
             (["status", "--url", f"http://{'x' * 70}.example"], 1, "cannot be asked"),
@@ -8967,18 +9215,22 @@ def test_what_a_command_cannot_do_is_one_sentence_and_a_status(
             (["status", "--url", "http://nosuchhost.invalid"], 1, "cannot be asked"),
             (["status", "--cacert", tmp_path / "none.pem", "--url", "https://localhost:1"], 2, "--cacert"),
             (["status", "--data-dir", nowhere], 2, "no token is known"),
-            (["threats", "--limit", 0], 2, "limit: must be"), (["policy", "show"], 3, "no policy is in force"),
+            (["threats", "--limit", 0], 2, "limit: must be"),
+            (["policy", "show"], 3, "no policy is in force"),
             (["policy", "show", "v9"], 3, "no policy has the version"),
-            (["policy", "push", "none"], 2, "No such file"), (["policy", "push", "not.json"], 2, "is not JSON"),
-            (["events", "--exec", "true"], 2, "needs --follow"), (["restore", "none", "--yes"], 1, "No such file"),
+            (["policy", "push", "none"], 2, "No such file"),
+            (["policy", "push", "not.json"], 2, "is not JSON"),
+            (["events", "--exec", "true"], 2, "needs --follow"),
+            (["restore", "none", "--yes"], 1, "No such file"),
             (["events", "--follow", "--exec", "/no/such"], 2, "can be run"),
             (["threats", "--follow", "--exec", "'"], 2, "can be run"),
             (["threat", "evt_00000000ffff", "--state", "open"], 1, "is not kept"),
-            (["enroll", "revoke", "../agents"], 1, "there is no"), (["check", "--data-dir", nowhere], 2, "manager.db"),
+            (["enroll", "revoke", "../agents"], 1, "there is no"),
+            (["check", "--data-dir", nowhere], 2, "manager.db"),
             (["backup", "b", "--data-dir", nowhere], 2, "manager.db"),
             (["backup", "none/b"], 1, "none/b cannot be written (No such file"),
-            (["backup", "data/token"], 1, "outside of the data folder"), (["backup", "/dev/null"], 1, "name a file"),
-            (["--completion", "csh"], 2, "--completion takes")):
+            (["backup", "data/token"], 1, "outside of the data folder"),
+            (["backup", "/dev/null"], 1, "name a file"), (["--completion", "csh"], 2, "--completion takes")):
         found, out, err = shell(*words)
         assert (found, out) == (status, ""), (words, err)
         assert why in one_line(err) and "secret" not in err, (words, err)
@@ -8988,14 +9240,15 @@ def test_what_a_command_cannot_do_is_one_sentence_and_a_status(
         assert "is not trusted" in one_line(shell("status")[2])
         assert shell("status", "--cacert", tmp_path / "cert.pem")[0] == 0
     monkeypatch.setenv("MANAGER_AUTH_TOKEN", "wrong,other")
-    assert "the token is wrong" in shell("agents", "--cacert", tmp_path / "cert.pem")[2] or url.startswith("http:")
+    assert "the token is wrong" in shell("agents", "--cacert",
+                                         tmp_path / "cert.pem")[2] or url.startswith("http:")
     assert shell("agents", "--nosuch")[0] == 2 and shell("policy")[0] == 2
 
 
 def test_a_server_that_is_no_manager_is_said_so(shell: Any, tmp_path: Path) -> None:
     shapes = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body) for body in (
-        b"[]", b"null", b'{"data": null}', b'{"data": 5}', b'{"data": "x"}', b'{"data": [null]}', b'{"data": [{}]}',
-        b"[" * 5000)]
+        b"[]", b"null", b'{"data": null}', b'{"data": 5}', b'{"data": "x"}', b'{"data": [null]}',
+        b'{"data": [{}]}', b"[" * 5000)]
     answers = (*shapes, b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
                b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n",
                b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b"\x00\x01", b"HTTP/1.1 400 \x1b[2J\r\n"
@@ -9009,7 +9262,8 @@ def test_a_server_that_is_no_manager_is_said_so(shell: Any, tmp_path: Path) -> N
         thread = threading.Thread(target=serve)
         thread.start()
         for _ in answers:
-            status, _, err = shell("agents", "--url", f"http://127.0.0.1:{listening.getsockname()[1]}", "--token", "t")
+            status, _, err = shell("agents", "--url", f"http://127.0.0.1:{listening.getsockname()[1]}",
+                                   "--token", "t")
             assert status in (1, 2) and "\x1b" not in one_line(err)
         thread.join()
 
@@ -9017,8 +9271,9 @@ def test_a_server_that_is_no_manager_is_said_so(shell: Any, tmp_path: Path) -> N
 def drawn(columns: int, *words: str, **environ: str) -> str:
     """What a command draws on a terminal of so many columns."""
     ours, theirs = os.openpty()
-    process = subprocess.Popen([sys.executable, manager.__file__, *words], stdout=theirs, stderr=subprocess.PIPE,
-                               env={**os.environ, "COLUMNS": str(columns), "LINES": "24", **environ})
+    process = subprocess.Popen([sys.executable, manager.__file__, *words], stdout=theirs,
+                               stderr=subprocess.PIPE, env={**os.environ, "COLUMNS": str(columns),
+                                                            "LINES": "24", **environ})
     os.close(theirs)
     out = b""
     with contextlib.suppress(OSError):  # the other end is closed
@@ -9040,7 +9295,8 @@ def test_tables_are_aligned_whatever_the_hostnames_and_fit_a_terminal(columns: i
     for name in names:
         managed.register(hostname=name, tags=["正式環境", "web"])
     lines = drawn(columns, "agents", NO_COLOR="1", MANAGER_DATA_DIR=str(tmp_path / "data")).splitlines()
-    assert len(lines) == 5 and max(map(manager.display_width, lines)) <= columns and "\x1b" not in "".join(lines)
+    assert len(lines) == 5 and max(map(manager.display_width,
+                                       lines)) <= columns and "\x1b" not in "".join(lines)
     start = manager.display_width(lines[0].partition("ADDRESS")[0])
     for line in lines[1:]:
         before = line.rpartition("198.51.")[0] if "198.51." in line else line[:start]
@@ -9085,8 +9341,8 @@ def test_events_are_followed_and_handed_to_a_command_one_at_a_time(tmp_path: Pat
                         "--data-dir", folder, "--exec", shlex.join([sys.executable, str(script)])],
                         stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
                     until(lambda: "_open 1\n" in scraped(running), "the follower is there")
-                assert tls_ask(running, folder, "POST", "/api/policy", {"name": f"p{round_number}", "rules": [RULE]},
-                               token) == 201
+                assert tls_ask(running, folder, "POST", "/api/policy",
+                               {"name": f"p{round_number}", "rules": [RULE]}, token) == 201
                 until(lambda heard_before=round_number: len(heard_lines()) > heard_before, "it was heard")
                 assert running.end() == 0
         assert [json.loads(line)["name"] for line in heard_lines()] == ["p0", "p1"]
@@ -9106,7 +9362,8 @@ def test_threats_are_followed_one_by_one_as_they_match(tmp_path: Path) -> None:
         with interrupted("threats", "--follow", "--severity", "critical", "--data-dir", tmp_path / "data",
                          "--json") as follower:
             until(lambda: "_open 1\n" in scraped(server), "the follower is there")
-            for batch in ([("low", "a"), ("critical", "b"), ("critical", "c")], [("low", "d")], [("critical", "e")]):
+            for batch in ([("low", "a"), ("critical", "b"), ("critical", "c")], [("low", "d")],
+                          [("critical", "e")]):
                 server.manager.report_events(agent.id, [
                     threat(severity=severity, type=name) for severity, name in batch])
             found = [json.loads(follower.stdout.readline())["type"] for _ in range(3)]
@@ -9118,18 +9375,21 @@ def test_a_command_whose_reader_leaves_ends(tmp_path: Path) -> None:
         for number in range(3):
             server.manager.register(f"h\u00e9-{number}", "linux", "1")
         python = f"{sys.executable} {manager.__file__}"
+        environ = {**os.environ, "MANAGER_DATA_DIR": str(tmp_path / "data")}
+        either = "h.xe9-2\\|h.u00e9-2"
         for line, status in ((f"{python} agents | true", 0), (f"{python} --completion bash | true", 0),
                              (f"{python} agents > /dev/full", 1), (f"{python} agents >&-", 0),
-                             (f"PYTHONIOENCODING=ascii {python} agents --json | grep -q 'h.xe9-2\\|h.u00e9-2'", 0),
+                             (f"PYTHONIOENCODING=ascii {python} agents --json | grep -q '{either}'", 0),
                              (f"PYTHONIOENCODING=ascii {python} agents | grep -q 'h.xe9-2'", 0)):
-            done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False,
-                                  timeout=LIMIT_S, env={**os.environ, "MANAGER_DATA_DIR": str(tmp_path / "data")})
+            done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True,
+                                  check=False, timeout=LIMIT_S, env=environ)
             assert (done.returncode, "Traceback" in done.stderr) == (status, False), (line, done.stderr)
-        follower = subprocess.Popen(["bash", "-c", f"{python} events --follow | head -1"], stdout=subprocess.PIPE,
-                                    env={**os.environ, "MANAGER_DATA_DIR": str(tmp_path / "data")})
+        follower = subprocess.Popen(["bash", "-c", f"{python} events --follow | head -1"],
+                                    stdout=subprocess.PIPE, env=environ)
         try:
             until(lambda: "_open 1\n" in scraped(server), "the follower is there")
-            until(lambda: server.manager.create_policy("p", [RULE]) and follower.poll() is not None, "it has ended")
+            until(lambda: server.manager.create_policy("p", [RULE]) and follower.poll() is not None,
+                  "it has ended")
             assert follower.returncode == 0
         finally:
             follower.kill()
@@ -9170,9 +9430,9 @@ def test_doctor_tells_what_happened_to_an_agent_and_what_to_do(managed: Client, 
     managed.post("/api/agents/register", {**AGENT, "hostname": "web-2", "machine_id": "m", "ip": "192.0.2.2"})
     clock.advance(67)
     status, out, _ = shell("doctor", "web-2")
-    for finding in ("stale: last heartbeat", "see whether the machine runs", "it came back, from 192", "(wrong_token)",
-                    "it has policy none, and 1 newer ones wait", "formerly as web-1 from 192.0.2.1",
-                    "it went offline", "is off by 21600 s",
+    for finding in ("stale: last heartbeat", "see whether the machine runs", "it came back, from 192",
+                    "(wrong_token)", "it has policy none, and 1 newer ones wait",
+                    "formerly as web-1 from 192.0.2.1", "it went offline", "is off by 21600 s",
                     "it reported 1 threats, the worst high"):
         assert finding in out, (finding, out)
     assert status == 3
@@ -9188,7 +9448,8 @@ def test_doctor_tells_what_happened_to_an_agent_and_what_to_do(managed: Client, 
 
 
 def test_an_issued_token_and_its_line_register_an_agent(managed: Client, shell: Any, tmp_path: Path) -> None:
-    token = shell("enroll", "issue", "--uses", 2, "--ttl", "2h", "--org-id", "o", "--tag", "t", "--note", "n", "-q")[1]
+    token = shell("enroll", "issue", "--uses", 2, "--ttl", "2h", "--org-id", "o", "--tag", "t",
+                  "--note", "n", "-q")[1]
     made = managed.post("/api/agents/register", AGENT, token=token.strip(), status=201)
     assert (made["org_id"], made["tags"]) == ("o", ["t"])
     (listed,) = json.loads(shell("enroll", "list", "--json")[1])
@@ -9196,8 +9457,8 @@ def test_an_issued_token_and_its_line_register_an_agent(managed: Client, shell: 
     line = shell("enroll", "issue")[1].splitlines()[-1]
     if shutil.which("curl") and shutil.which("hostname"):
         trust = {**os.environ, "CURL_CA_BUNDLE": str(tmp_path / "data" / "cert.pem")}
-        pasted = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=LIMIT_S, check=False,
-                                env=trust)
+        pasted = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=LIMIT_S,
+                                check=False, env=trust)
         assert json.loads(pasted.stdout)["data"]["hostname"] == socket.gethostname(), pasted.stderr
 
 
@@ -9205,14 +9466,16 @@ def test_an_issued_token_and_its_line_register_an_agent(managed: Client, shell: 
 def test_a_shell_completes_every_command_and_option(name: str, shell: Any) -> None:
     status, out, _ = shell("--completion", name)
     words = set(re.findall(r"[\w-]+", out))
-    assert status == 0 and {part for each in manager.COMMANDS for part in each.split()} | {"serve", "--silent"} <= words
+    assert status == 0 and {part for each in manager.COMMANDS
+                            for part in each.split()} | {"serve", "--silent"} <= words
     if shutil.which(name):
         assert subprocess.run([name, "-n"], input=out, text=True, check=False).returncode == 0
 
 
 def test_help_names_every_command(shell: Any) -> None:
     status, out, _ = shell("--help")
-    assert status == 0 and all(f"  {each.name}" in out and each.summary in out for each in manager.COMMANDS.values())
+    assert status == 0 and all(f"  {each.name}" in out and each.summary in out
+                               for each in manager.COMMANDS.values())
     assert shell("serve", "--help")[1] == out
 
 
@@ -9258,10 +9521,10 @@ def test_a_backup_is_restored_elsewhere_with_all_it_held(db_only: bool, furnishe
     assert said == {"schema": len(manager.MIGRATIONS), "agents": 2, "threatEvents": 1, "policies": 3,
                     "journalEntries": seqs[-1]}
     assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o600
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "kept", "policy.json"}, "no work is left behind"
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "kept", "policy.json"}, "no work is left"
     furnished.register(hostname="later")
-    assert shell("check")[:2] == (0, f"sound: schema {len(manager.MIGRATIONS)}, agents 3, threatEvents 1, policies 3, "
-                                     f"journalEntries {seqs[-1] + 1}\n")
+    assert shell("check")[:2] == (0, f"sound: schema {len(manager.MIGRATIONS)}, agents 3, threatEvents 1, "
+                                     f"policies 3, journalEntries {seqs[-1] + 1}\n")
     other = tmp_path / "other"
     assert shell("restore", "kept", "--data-dir", other, "--yes")[0] == 0
     token = furnished.server.token
@@ -9273,7 +9536,8 @@ def test_a_backup_is_restored_elsewhere_with_all_it_held(db_only: bool, furnishe
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of files")
-def test_what_root_restores_belongs_to_the_owner_of_the_folder(furnished: Client, shell: Any, tmp_path: Path) -> None:
+def test_what_root_restores_belongs_to_the_owner_of_the_folder(furnished: Client, shell: Any,
+                                                               tmp_path: Path) -> None:
     assert shell("backup", "kept")[0] == 0
     other = tmp_path / "other"
     other.mkdir(mode=0o700)
@@ -9472,8 +9736,10 @@ def test_a_backup_without_room_leaves_no_file_of_its_name(tmp_path: Path) -> Non
     with Server(port=0, data_dir=folder, tls="off") as server:
         server.manager.register("first", "linux", "1")
     target = tmp_path / "kept"
-    done = subprocess.run(["bash", "-c", f"ulimit -f 16; exec {sys.executable} {manager.__file__} backup {target} "
-                           f"--data-dir {folder}"], capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    done = subprocess.run(["bash", "-c",
+                           f"ulimit -f 16; exec {sys.executable} {manager.__file__} backup {target} "
+                           f"--data-dir {folder}"], capture_output=True, text=True, check=False,
+                          timeout=LIMIT_S)
     assert done.returncode == 1 and one_line(done.stderr)
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
@@ -9490,11 +9756,13 @@ def test_the_manager_makes_backups_by_itself_and_keeps_the_latest(tmp_path: Path
         first = names()[0]
         until(lambda: first not in names(), "the oldest is removed")
         assert len(names()) <= 3 and "backups_failed 0" in scraped(server)
-        assert float(re.search(r"backup_proved_timestamp_seconds ([0-9.]+)", scraped(server))[1]) > time.time() - 60
+        assert float(re.search(r"backup_proved_timestamp_seconds ([0-9.]+)",
+                               scraped(server))[1]) > time.time() - 60
         kept.rename(tmp_path / "moved")
         kept.write_text("a file in its place")
         until(lambda: re.search(r"backups_failed [1-9]", scraped(server)), "it fails")
-    assert manager.unpack(sorted((tmp_path / "moved").iterdir())[-1], tmp_path)["schema"] == len(manager.MIGRATIONS)
+    assert manager.unpack(sorted((tmp_path / "moved").iterdir())[-1],
+                          tmp_path)["schema"] == len(manager.MIGRATIONS)
 
 
 def test_backups_by_itself_leave_alone_what_is_not_theirs(tmp_path: Path) -> None:
@@ -9513,11 +9781,11 @@ def test_backups_by_itself_leave_alone_what_is_not_theirs(tmp_path: Path) -> Non
     os.utime(left, (time.time() - 2 * 86_400,) * 2)
     with Server(port=0, data_dir=tmp_path / "data", tls="off", backup_dir=kept, backup_every_ms=1000,
                 backup_keep=2) as server:
-        until(lambda: re.search(r"backup_proved_timestamp_seconds [1-9]", scraped(server)), "a backup is made")
+        until(lambda: re.search(r"backup_proved_timestamp_seconds [1-9]", scraped(server)), "it is made")
         until(lambda: not future.exists() or len(list(kept.glob("panguard-2*"))) >= 2, "another")
         assert "backups_failed 0" in scraped(server)
-    assert {"panguard-1.2.0-before-upgrade.backup", "panguard-x.backup", "panguard-y.backup", "panguard-z.backup",
-            "other"} <= {path.name for path in kept.iterdir()}
+    assert {"panguard-1.2.0-before-upgrade.backup", "panguard-x.backup", "panguard-y.backup",
+            "panguard-z.backup", "other"} <= {path.name for path in kept.iterdir()}
     assert not left.exists() and [path for path in kept.glob("panguard-2*") if path.stat().st_size > 1000]
     with pytest.raises(manager.SettingError, match="must differ"):
         Config(data_dir=tmp_path, backup_dir=tmp_path)
@@ -9543,7 +9811,8 @@ def test_a_backup_within_traffic_has_all_that_was_acknowledged_before_it(tmp_pat
                     until(lambda number=number: len(made) > 40 * number, "traffic")
                     before = set(made)
                     assert shell("backup", f"kept{number}")[0] == 0
-                    assert shell("restore", f"kept{number}", "--yes", "--data-dir", tmp_path / f"r{number}")[0] == 0
+                    assert shell("restore", f"kept{number}", "--yes", "--data-dir",
+                                 tmp_path / f"r{number}")[0] == 0
                     with Server(port=0, data_dir=tmp_path / f"r{number}", tls="off") as other:
                         assert before <= {agent.id for agent in other.manager.agents()[0]}
             finally:
@@ -9576,14 +9845,15 @@ def advance(api: Client, seconds: float) -> None:
     api.server.clock.advance(seconds)
 
 
-def threat(*, type: str = "brute_force", severity: str = "high", own: str | None = None, **details: Any) -> Any:
+def threat(*, type: str = "brute_force", severity: str = "high", own: str | None = None,
+           **details: Any) -> Any:
     return {"type": type, "severity": severity, "details": details, **({"id": own} if own else {})}
 
 
 def report(api: Client, agent: Any, *events: Any) -> Any:
     """The ids of events that an agent reports with its own token."""
-    answer = api.call("POST", f"/api/agents/{agent['id']}/events", {"events": list(events)}, token=agent["token"],
-                      status=201).json["data"]
+    answer = api.call("POST", f"/api/agents/{agent['id']}/events", {"events": list(events)},
+                      token=agent["token"], status=201).json["data"]
     assert answer["received"] == len(events) == len(answer["eventIds"])
     return answer["eventIds"]
 
@@ -9619,18 +9889,21 @@ HOSTILE = "<img src=x onerror=alert(1)>\"'`${1}</script><script>alert(2)</script
 
 def test_the_page_is_the_same_in_every_process() -> None:
     show = "import hashlib, manager; print(hashlib.sha256(manager.DASHBOARD).hexdigest())"
-    pages = {subprocess.run([sys.executable, "-c", show], cwd=PROJECT, env={**os.environ, "PYTHONHASHSEED": seed},
-                            capture_output=True, check=True).stdout for seed in ("1", "2", "3")}
+    pages = {subprocess.run([sys.executable, "-c", show], cwd=PROJECT,
+                            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True,
+                            check=True).stdout for seed in ("1", "2", "3")}
     assert len(pages) == 1
 
 
 def test_dashboard_runs_its_own_style_and_script_only(api: Client) -> None:
     answer = api.call("GET", "/", token=None)
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-    policy = dict(part.strip().partition(" ")[::2] for part in answer.headers["Content-Security-Policy"].split(";"))
+    policy = dict(part.strip().partition(" ")[::2]
+                  for part in answer.headers["Content-Security-Policy"].split(";"))
     for tag in ("style", "script"):
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
-        assert policy[f"{tag}-src"] == f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        hashed = b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{hashed}'"
     assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
     assert policy["connect-src"] == "'self'"
     assert set(re.findall(r"https?://[^\s\"']*", answer.text)) == {"http://www.w3.org/2000/svg"}
@@ -9665,7 +9938,8 @@ class Screen:
 
     def __init__(self, browser: Any, server: Server, **options: Any) -> None:
         self.server = server
-        self.context = browser.new_context(**{"locale": "en-GB", "viewport": {"width": 1400, "height": 900}, **options})
+        self.context = browser.new_context(**{"locale": "en-GB",
+                                              "viewport": {"width": 1400, "height": 900}, **options})
         self.problems: list[str] = []
         self.requests: list[str] = []
         self.page = self.tab()
@@ -9694,7 +9968,8 @@ class Screen:
 
     def row(self, hostname: str) -> Any:
         """The fleet's row of an agent."""
-        return self.page.get_by_role("row").filter(has=self.page.get_by_role("link", name=hostname, exact=True))
+        link = self.page.get_by_role("link", name=hostname, exact=True)
+        return self.page.get_by_role("row").filter(has=link)
 
 
 @pytest.fixture
@@ -9703,7 +9978,7 @@ def screen(chromium: Any, server: Server) -> Iterator[Screen]:
     yield shown
     shown.context.close()
     assert not shown.problems
-    assert {url for url in shown.requests if not url.startswith((f"{server.url}/", "data:", "blob:"))} == set()
+    assert not [url for url in shown.requests if not url.startswith((f"{server.url}/", "data:", "blob:"))]
 
 
 @pytest.mark.browser
@@ -9750,7 +10025,8 @@ def test_dashboard_shows_hostile_text_as_text(screen: Screen, api: Client) -> No
     api.post(f"/api/agents/{agent['id']}/events", {"events": [{
         "type": HOSTILE, "severity": "high", "details": {"sourceIp": HOSTILE, HOSTILE: HOSTILE},
         "sigmaRuleId": HOSTILE}]}, status=201)
-    api.post("/api/policy", {"name": HOSTILE, "rules": [{"type": "custom", "config": {HOSTILE: HOSTILE}}]}, status=201)
+    api.post("/api/policy", {"name": HOSTILE, "rules": [{"type": "custom", "config": {HOSTILE: HOSTILE}}]},
+             status=201)
     page = screen.sign_in()
     page.get_by_role("link", name=HOSTILE).first.click()
     page.get_by_role("heading", name=HOSTILE).wait_for()
@@ -9835,7 +10111,8 @@ def test_dashboard_has_nothing_that_changes_something_for_a_viewer(chromium: Any
     viewer = "viewer-token-viewer-token"
     with Server(port=0, viewer_token=viewer) as server:
         agent = Client(server).register(hostname="web-1", tags=["old"])
-        Client(server).post("/api/policy", {"name": "one", "rules": [RULE], "agent_id": agent["id"]}, status=201)
+        Client(server).post("/api/policy",
+                            {"name": "one", "rules": [RULE], "agent_id": agent["id"]}, status=201)
         screen = Screen(chromium, server)
         page = screen.sign_in(token=viewer)
         views = page.get_by_role("navigation").get_by_role("link").all_inner_texts()
@@ -9936,7 +10213,8 @@ def test_dashboard_triage(screen: Screen, api: Client) -> None:
     states = [threat["state"] for threat in api.get("/api/threats")]
     assert states == ["false_positive"] * 2 + ["open"] * 4
     rows.first.get_by_title("Same source").click()
-    until(lambda: page.get_by_label("Source").input_value() == "203.0.113.9", "the source is not what is looked for")
+    until(lambda: page.get_by_label("Source").input_value() == "203.0.113.9",
+          "the source is not what is looked for")
     page.get_by_text("6 threats").wait_for()
 
 
@@ -9970,7 +10248,8 @@ def test_dashboard_shows_past_hours(screen: Screen, api: Client, clock: ManualCl
     screen.sign_in()
     page = screen.page
     page.goto(f"{api.server.url}/#overview")
-    drawn_threats, drawn_agents = (page.get_by_role("img", name=f"{what} per hour") for what in ("Threats", "Agents"))
+    drawn_threats, drawn_agents = (page.get_by_role("img", name=f"{what} per hour")
+                                   for what in ("Threats", "Agents"))
     drawn_threats.wait_for()
     assert drawn_threats.locator("rect.high").count() == drawn_threats.locator("rect.low").count() == 1
     assert drawn_agents.locator("rect.offline").count() == 2
@@ -9986,14 +10265,15 @@ def test_dashboard_shows_past_hours(screen: Screen, api: Client, clock: ManualCl
 
 
 @pytest.mark.browser
-def test_dashboard_tells_the_command_for_what_it_shows(screen: Screen, api: Client, monkeypatch: pytest.MonkeyPatch,
+def test_dashboard_tells_the_command_for_what_it_shows(screen: Screen, api: Client,
+                                                       monkeypatch: pytest.MonkeyPatch,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     api.register(hostname="web-1", tags=["it's"])
     screen.sign_in()
     monkeypatch.setenv("MANAGER_URL", api.server.url)
     monkeypatch.setenv("MANAGER_AUTH_TOKEN", api.server.token)
-    for view in ("fleet", "fleet?tag=it's&silent_ms=0&q=web", "fleet?silent_ms=2592000000", "threats?severity=low",
-                 "overview", "policies", "journal?type=agent_online"):
+    for view in ("fleet", "fleet?tag=it's&silent_ms=0&q=web", "fleet?silent_ms=2592000000",
+                 "threats?severity=low", "overview", "policies", "journal?type=agent_online"):
         screen.page.goto(f"{api.server.url}/#{view}")
         screen.page.locator("main[aria-busy=false] details.foot pre").last.wait_for(state="attached")
         command = screen.page.locator("details.foot pre").last.text_content()
@@ -10100,7 +10380,8 @@ def test_dashboard_is_accessible(chromium: Any, theme: str) -> None:
 
         def check() -> None:
             found = screen.page.evaluate(axe + "; axe.run()")["violations"]
-            assert not [(each["id"], node["html"], node["failureSummary"]) for each in found for node in each["nodes"]]
+            assert not [(each["id"], node["html"], node["failureSummary"]) for each in found
+                        for node in each["nodes"]]
 
         screen.page.get_by_label("Token").wait_for()
         check()
@@ -10488,7 +10769,8 @@ def test_the_containerfile_copies_what_the_package_needs() -> None:
 def table(head: str, rows: list[list[str]]) -> str:
     columns = head.split(", ")
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
+    return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|"
+                     for line in lines)
 
 
 def shown_table(title: str) -> str:
@@ -10500,7 +10782,8 @@ def test_readme_settings() -> None:
     for each in fields(manager.Config):
         told = each.metadata
         default = told["shown"] + (" " + told["unit"] if told["unit"] and told["shown"].isdigit() else "")
-        rows.append([f"`{told['option']}`" if told["option"] else "", f"`{told['variable']}`", default, told["help"]])
+        rows.append([f"`{told['option']}`" if told["option"] else "", f"`{told['variable']}`", default,
+                     told["help"]])
     expected = table("Option, Variable, Default, Meaning", rows)
     assert shown_table("Settings") == expected, f"the README's table of settings must be\n\n{expected}\n"
 
@@ -10508,7 +10791,8 @@ def test_readme_settings() -> None:
 def test_readme_api() -> None:
     roles = (manager.ADMIN, manager.VIEWER, manager.ENROLLER, manager.AGENT, manager.NEWCOMER)
     rows = [[each.method, f"`{each.path}`",
-             "anyone" if manager.ANYONE in each.allow else ", ".join(role for role in roles if role in each.allow),
+             "anyone" if manager.ANYONE in each.allow
+             else ", ".join(role for role in roles if role in each.allow),
              each.summary] for each in manager.ENDPOINTS]
     expected = table("Method, Path, Who may call, What it does", rows)
     assert shown_table("API") == expected, f"the README's table of the API must be\n\n{expected}\n"
@@ -10621,8 +10905,8 @@ def test_readme_numbers(api: Client) -> None:
     assert f"more than {liveness.offline_after_ms // 1000} s (five timeouts)" in text
     assert f"until the next: {beat.headers['X-Heartbeat-Interval']}, a third of the timeout of 60 s" in text
     assert f"After {manager.FAILED_LOGINS_PER_MINUTE} wrong tokens in a minute" in section("API")
-    assert {each.metadata["variable"].removeprefix("MANAGER_").lower() for each in fields(manager.Config)} == {
-        each.name for each in fields(manager.Config)}
+    assert {each.metadata["variable"].removeprefix("MANAGER_").lower()
+            for each in fields(manager.Config)} == {each.name for each in fields(manager.Config)}
 
 
 def test_readme_metrics(api: Client) -> None:
@@ -10653,8 +10937,9 @@ def test_readme_in_your_tests(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(conftest)
     (tmp_path / "test_examples.py").write_text(examples)
     assert len(conftest.split("\n\n\n", 1)[1].splitlines()) <= 10
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PROJECT)},
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 
@@ -10663,15 +10948,17 @@ def test_readme_in_your_tests(tmp_path: Path) -> None:
 
 def test_map_matches_banners() -> None:
     told = ast.get_docstring(ast.parse(SOURCE), clean=False) or ""
-    rooms = [(number, name.strip()) for number, name in re.findall(r"^    (\d+) +(.{14})\S", told, re.MULTILINE)]
+    sections = [(number, name.strip())
+                for number, name in re.findall(r"^    (\d+) +(.{14})\S", told, re.MULTILINE)]
     banners = re.findall(r"^#{40,}\n# (\d+)  (.+?) #+\n#{40,}$", SOURCE, re.MULTILINE)
-    assert rooms and rooms == banners
+    assert sections and sections == banners
 
 
 def test_inline_metadata_equals_setup() -> None:
     header = re.match(r"# /// script\n((?:# .*\n)+)# ///\n", SOURCE)
     assert header
-    told = {name: json.loads(value) for name, value in re.findall(r"^# (\S+) = (.+)$", header[1], re.MULTILINE)}
+    told = {name: json.loads(value)
+            for name, value in re.findall(r"^# (\S+) = (.+)$", header[1], re.MULTILINE)}
     assert told == {"requires-python": SETUP["options"]["python_requires"],
                     "dependencies": SETUP["options"]["install_requires"].split()}
 
@@ -10685,7 +10972,8 @@ def test_imports_stdlib_bottle_waitress_only() -> None:
             assert node.module and not node.level
             imported.add(node.module.partition(".")[0])
     assert imported - sys.stdlib_module_names == {"bottle", "waitress", "typing_extensions"}
-    assert re.findall(r"\n(.*)\n.*typing_extensions", SOURCE) == ["if typing.TYPE_CHECKING:"], "not at run time"
+    assert re.findall(r"\n(.*)\n.*typing_extensions",
+                      SOURCE) == ["if typing.TYPE_CHECKING:"], "not at run time"
 
 
 def test_public_names_are_documented() -> None:
@@ -10696,13 +10984,15 @@ def test_public_names_are_documented() -> None:
 
 
 def test_every_error_that_a_caller_can_get_is_public() -> None:
-    errors = {name for name, each in vars(manager).items() if isinstance(each, type) and issubclass(each, Exception)
+    errors = {name for name, each in vars(manager).items() if isinstance(each, type)
+              and issubclass(each, Exception)
               and each.__module__ == manager.__name__}
     assert errors - set(manager.__all__) == {"CommandError"}, "main() prints it"
 
 
 @pytest.mark.parametrize(("order", "beside"), [
-    ("manager, panguard_manager", False), ("panguard_manager, manager", False), ("manager, panguard_manager", True)])
+    ("manager, panguard_manager", False), ("panguard_manager, manager", False),
+    ("manager, panguard_manager", True)])
 def test_both_names_import_the_same_module(order: str, beside: bool, tmp_path: Path) -> None:
     """Also if `manager` is a copy of the file in the current folder, as in this repository."""
     if beside:
@@ -10715,8 +11005,9 @@ def test_both_names_import_the_same_module(order: str, beside: bool, tmp_path: P
 
 @pytest.mark.parametrize("name", ["manager", "panguard_manager"])
 def test_either_name_runs_as_a_module(name: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", name, "--version"], cwd=tmp_path, text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(PROJECT / "src")}, check=False)
+    done = subprocess.run([sys.executable, "-m", name, "--version"], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(PROJECT / "src")},
+                          check=False)
     assert done.stdout == f"Panguard Manager {manager.__version__}\n", done.stderr
 
 
@@ -10745,20 +11036,25 @@ def test_the_pytest_fixture_imports_the_manager_only_for_a_test_that_uses_it(tmp
     (tmp_path / "test_agent.py").write_text(PLUGIN_EXAMPLES)
     environ = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "-p", "pytest_panguard_manager"],
+        [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "-p",
+         "pytest_panguard_manager"],
         cwd=tmp_path, env=environ, text=True, capture_output=True, check=False)
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_missing_package_ends_the_start_with_one_sentence(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-I", "-S", manager.__file__], text=True, capture_output=True, check=False)
-    assert done.returncode == 1 and re.fullmatch(r"manager\.py needs bottle .*'bottle'.*\n", done.stderr), done.stderr
+    done = subprocess.run([sys.executable, "-I", "-S", manager.__file__], text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 1 and re.fullmatch(r"manager\.py needs bottle .*'bottle'.*\n",
+                                                 done.stderr), done.stderr
 
 
 def test_a_system_without_posix_ends_the_start_with_one_sentence() -> None:
-    start = f"import runpy, sys; sys.modules['fcntl'] = None; runpy.run_path({manager.__file__!r}, run_name='__main__')"
+    start = ("import runpy, sys; sys.modules['fcntl'] = None; "
+             f"runpy.run_path({manager.__file__!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", start], text=True, capture_output=True, check=False)
-    assert done.returncode == 1 and re.fullmatch(r"manager\.py needs Linux or macOS; .*\n", done.stderr), done.stderr
+    assert done.returncode == 1 and re.fullmatch(r"manager\.py needs Linux or macOS; .*\n",
+                                                 done.stderr), done.stderr
 
 
 def test_file_alone_runs(tmp_path: Path) -> None:
@@ -10779,13 +11075,15 @@ def test_readme_start_line(tmp_path: Path) -> None:
     home.mkdir()
     for name in ("LICENSE", "README.md", "manager.py", "pyproject.toml", "setup.cfg"):
         shutil.copy(PROJECT / name, clone)
-    shutil.copytree(PROJECT / "src", clone / "src", symlinks=True, ignore=shutil.ignore_patterns("*.egg-info"))
+    shutil.copytree(PROJECT / "src", clone / "src", symlinks=True,
+                    ignore=shutil.ignore_patterns("*.egg-info"))
     with newcomer(home, "bash", "-c", readme_line("sh start"), cwd=clone):
         assert (home / ".panguard-manager" / "token").stat().st_mode & 0o777 == 0o600
     elsewhere: Any = {"cwd": home, "env": environ(home), "text": True, "capture_output": True, "check": True}
     version = subprocess.run([clone / ".venv/bin/panguard-manager", "--version"], **elsewhere)
     assert version.stdout == f"Panguard Manager {manager.__version__}\n"
-    module = subprocess.run([clone / ".venv/bin/python", "-c", "import manager; print(manager.__file__)"], **elsewhere)
+    module = subprocess.run([clone / ".venv/bin/python", "-c", "import manager; print(manager.__file__)"],
+                            **elsewhere)
     assert "site-packages" in module.stdout
 
 
@@ -10802,11 +11100,12 @@ def test_openapi_is_valid(api: Client) -> None:
 @pytest.mark.fuzz
 def test_a_generated_client_is_typed_and_works(
         server: Server, api: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document, settings_file, package = tmp_path / "api.json", tmp_path / "config.yml", tmp_path / "panguard_client"
+    document, package = tmp_path / "api.json", tmp_path / "panguard_client"
+    settings_file = tmp_path / "config.yml"
     document.write_text(json.dumps(api.get_openapi()))
     settings_file.write_text("post_hooks: []\n")
-    subprocess.run([sys.executable, "-m", "openapi_python_client", "generate", "--path", document, "--meta", "none",
-                    "--output-path", package, "--config", settings_file], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-m", "openapi_python_client", "generate", "--path", document, "--meta",
+                    "none", "--output-path", package, "--config", settings_file], check=True, cwd=tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
     def call(name: str, /, *path: str, credential: str = server.token, **how: Any) -> Any:
@@ -10848,8 +11147,8 @@ def test_openapi_fuzzed(server: Server, api: Client, caplog: pytest.LogCaptureFi
                     case.path_parameters["id"] = agent.id
                 answer = case.call(headers={"Authorization": f"Bearer {server.token}"})
                 case.validate_response(answer, checks=[
-                    checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
-                    checks.response_schema_conformance])
+                    checks.not_a_server_error, checks.status_code_conformance,
+                    checks.content_type_conformance, checks.response_schema_conformance])
             with suppress(Unsatisfiable):  # a route that takes nothing takes nothing wrong
                 check()
     assert not caplog.records
