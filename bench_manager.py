@@ -1,4 +1,4 @@
-"""Measure Panguard Manager against bare waitress and against itself: `python bench_manager.py [--quick] [NAME …]`.
+"""Measure Panguard Manager against bare waitress and itself: `python bench_manager.py [--quick] [NAME …]`.
 
 `python bench_manager.py soak [SECONDS]` gives a manager ordinary work for ten minutes, or for SECONDS, and
 measures its memory, files and latencies. It needs no wrk, and ends with status 1 if something fails or grows
@@ -6,9 +6,9 @@ beyond its bound.
 
 `python bench_manager.py growth` needs no wrk either. Unless --quick is given it draws docs/growth.svg.
 
-Needs wrk (Debian: apt-get install wrk), Linux, and an open-file limit of 8,000. Every contender is a process of
-its own that this script starts; contenders take turns, and what is printed are medians of the rounds and ratios
-within this run. wrk gets one core to itself, the contenders share the others.
+Needs wrk (Debian: apt-get install wrk), Linux, and an open-file limit of 8,000. This script starts each
+contender as a process. Contenders take turns; what is printed are medians of the rounds and ratios within the
+run. wrk gets one core to itself, the contenders share the others.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ LUA = f"""
 local agents = {{}}
 for line in io.lines(os.getenv("BENCH_AGENTS")) do
   local id, token = line:match("(%S+) (%S+)")
-  agents[#agents + 1] = wrk.format("POST", "/api/agents/" .. id .. "/heartbeat",
-    {{["Host"] = "bench", ["Authorization"] = "Bearer " .. token, ["Content-Type"] = "application/json"}}, [[{BODY}]])
+  local headers = {{
+    ["Host"] = "bench", ["Authorization"] = "Bearer " .. token, ["Content-Type"] = "application/json"}}
+  agents[#agents + 1] = wrk.format("POST", "/api/agents/" .. id .. "/heartbeat", headers, [[{BODY}]])
 end
 math.randomseed(7)
 function request() return agents[math.random(#agents)] end
@@ -75,7 +76,8 @@ function request()
 end
 """
 REGISTER_LUA = f"""
-local headers = {{["Host"] = "bench", ["Authorization"] = "Bearer {TOKEN}", ["Content-Type"] = "application/json"}}
+local headers = {{
+  ["Host"] = "bench", ["Authorization"] = "Bearer {TOKEN}", ["Content-Type"] = "application/json"}}
 function request() return wrk.format("POST", "/api/agents/register", headers,
   [[{{"hostname": "web-1", "os": "linux", "version": "1.2.0", "tags": ["production"]}}]]) end
 """
@@ -172,17 +174,21 @@ class Contender:
         """Heartbeats for a while: rate, 99th percentile and maximum in ms, complaints."""
         return self.script("beat", connections, seconds)
 
-    def script(self, name: str, connections: int, seconds: float, batch: int = 1) -> tuple[float, float, float, str]:
+    def script(self, name: str, connections: int, seconds: float,
+               batch: int = 1) -> tuple[float, float, float, str]:
         """The same for the requests of a script; `batch` is the number of events in a report."""
         os.environ["BENCH_BATCH"] = str(batch)
         return self.wrk(connections, seconds, "-s", str(self.agents.with_name(f"{name}.lua")))
 
-    def wrk(self, connections: int, seconds: float, *options: str, path: str = "") -> tuple[float, float, float, str]:
+    def wrk(self, connections: int, seconds: float, *options: str,
+            path: str = "") -> tuple[float, float, float, str]:
         scheme = "https" if self.kind == "tls" else "http"
         out = subprocess.run(
-            ["taskset", "-c", str(CORES[-1]), "wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s",
-             "--latency", *options, f"{scheme}://127.0.0.1:{self.port}{path}"],
-            capture_output=True, text=True, env={**os.environ, "BENCH_AGENTS": str(self.agents)}, check=True).stdout
+            ["taskset", "-c", str(CORES[-1]), "wrk", "-t1", f"-c{connections}",
+             f"-d{max(1, round(seconds))}s", "--latency", *options,
+             f"{scheme}://127.0.0.1:{self.port}{path}"],
+            capture_output=True, text=True, env={**os.environ, "BENCH_AGENTS": str(self.agents)},
+            check=True).stdout
         rate = float(found(r"Requests/sec:\s+([\d.]+)", out))
         p99_ms = milliseconds(found(r"99%\s+(\S+)", out))
         most_ms = milliseconds(found(r"Latency\s+\S+\s+\S+\s+(\S+)", out))
@@ -207,14 +213,15 @@ def found(pattern: str, text: str) -> str:
 def milliseconds(text: str) -> float:
     """wrk's '1.23ms' as a number of ms; not a number where it has none."""
     match = re.fullmatch(r"([\d.]+)(us|ms|s|m|h)", text)
-    return float(match[1]) * {"us": 0.001, "ms": 1, "s": 1e3, "m": 6e4, "h": 3.6e6}[match[2]] if match else math.nan
+    in_ms = {"us": 0.001, "ms": 1, "s": 1e3, "m": 6e4, "h": 3.6e6}
+    return float(match[1]) * in_ms[match[2]] if match else math.nan
 
 
 # Files to serve from
 
 
 def fleet(folder: Path, agents: int, events: int = 0, age_ms: int = 0) -> Path:
-    """A data folder with a fleet, its tokens beside it, and threat events received `age_ms` ago and before."""
+    """A data folder with a fleet, its tokens beside it, and threat events received `age_ms` ago or before."""
     folder.mkdir()
     store = manager.Store(folder)
     fleet = manager.Manager(manager.Config(max_agents=10**6), manager.SystemClock(), store)
@@ -261,7 +268,8 @@ class Bench:
         print(f"  {label:<44}" + "".join(f"{value:>16}" for value in values), flush=True)
 
     def duel(self, label: str, one: Contender, other: Contender, connections: int,
-             around: Callable[[Contender], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
+             around: Callable[[Contender], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+             ) -> None:
         """Heartbeats of two contenders in turn; the ratio is the other's to the first one's."""
         results: dict[Contender, list[tuple[float, float, float, str]]] = {one: [], other: []}
         for _ in range(self.rounds):
@@ -291,7 +299,7 @@ class Bench:
                 before.append(ours.beat(64, self.seconds)[0])
                 with held(ours, 1000 if self.quick else 5000):
                     after.append(ours.beat(64, self.seconds)[0])
-            self.row("without | with", f"{statistics.median(before):.0f}/s", f"{statistics.median(after):.0f}/s",
+            self.row("without | with", *(f"{statistics.median(rates):.0f}/s" for rates in (before, after)),
                      f"{statistics.median(after) / statistics.median(before):.2f}")
 
     def large_fleet(self) -> None:
@@ -318,7 +326,8 @@ class Bench:
     def busy_pool(self) -> None:
         """heartbeats while events are purged and the full list and a summary are asked for all the time"""
         many = 100_000 if self.quick else 1_000_000
-        folder = fleet(self.home / "busy_pool", 10_000 if self.quick else 100_000, many, age_ms=31 * 86_400_000)
+        folder = fleet(self.home / "busy_pool", 10_000 if self.quick else 100_000, many,
+                       age_ms=31 * 86_400_000)
         with Contender("manager", folder) as ours:
             over = threading.Event()
 
@@ -335,8 +344,8 @@ class Bench:
             for thread in threads:
                 thread.join()
             left = int(found(r"panguard_threat_events_stored (\d+)", ours.ask("/metrics").decode()))
-            self.row("rate, 99th percentile, longest", f"{rate:.0f}/s", f"{p99_ms:.0f} ms", f"{most_ms:.0f} ms",
-                     f"{many - left:,} purged", complaint)
+            self.row("rate, 99th percentile, longest", f"{rate:.0f}/s", f"{p99_ms:.0f} ms",
+                     f"{most_ms:.0f} ms", f"{many - left:,} purged", complaint)
 
     def streams(self) -> None:
         """500 event streams open: GET /health meanwhile, and how soon an event has reached them all"""
@@ -377,16 +386,18 @@ class Bench:
             seconds = 5 if self.quick else 20
             time.sleep(seconds)
             _, mb, after_s = ours.tell("measure")
-            self.row("resident, share of a core", f"{mb:.0f} MB", f"{100 * (after_s - before_s) / seconds:.2f} %")
+            self.row("resident, share of a core", f"{mb:.0f} MB",
+                     f"{100 * (after_s - before_s) / seconds:.2f} %")
 
     def fleet_size(self) -> None:
-        """100 agents against 10,000, in one process: a heartbeat, lists with a limit, a sweep that finds nothing"""
+        """100 agents against 10,000, in one process: a heartbeat, lists with a limit, an idle sweep"""
         fleets = [self._open(fleet(self.home / f"size-{agents}", agents)) for agents in (100, 10_000)]
         ids = [[line.split()[0] for line in (each.store.folder / "agents.txt").read_text().splitlines()]
                for each in fleets]
         acts: dict[str, Callable[[int], object]] = {
             "heartbeat": lambda which: fleets[which].heartbeat(ids[which][42], uptime=5, cpu=1.5, memory=3.0),
-            "list: status=online&limit=50": lambda which: fleets[which].agents_json(status="online", limit=50),
+            "list: status=online&limit=50": lambda which: fleets[which].agents_json(
+                status="online", limit=50),
             "list: tag=rack-3&limit=50": lambda which: fleets[which].agents_json(tag=["rack-3"], limit=50),
             "list: limit=50": lambda which: fleets[which].agents_json(limit=50),
             "sweep that finds nothing": lambda which: fleets[which].sweep()}
@@ -418,8 +429,8 @@ class Bench:
                     ours.agents_json(limit=50, **given)
                     times[which].append(time.perf_counter() - began_s)
             page, found = (statistics.median(each) * 1000 for each in times)
-            self.row(" ".join(f"{name}={value}" for name, value in filters.items()) or "plain page", f"{page:.2f} ms",
-                     f"{found:.2f} ms", f"{found / page:.2f}")
+            self.row(" ".join(f"{name}={value}" for name, value in filters.items()) or "plain page",
+                     f"{page:.2f} ms", f"{found:.2f} ms", f"{found / page:.2f}")
         ours.store.close()
 
     def backup(self) -> None:
@@ -654,7 +665,8 @@ def chart(panels: list[Panel]) -> str:
 def held(contender: Contender, count: int) -> Iterator[list[socket.socket]]:
     """Keep-alive connections that have been served once and stay open."""
     with contextlib.ExitStack() as crowd:
-        sockets = [crowd.enter_context(socket.create_connection(("127.0.0.1", contender.port))) for _ in range(count)]
+        sockets = [crowd.enter_context(socket.create_connection(("127.0.0.1", contender.port)))
+                   for _ in range(count)]
         for each in sockets:
             each.sendall(b"GET /health HTTP/1.1\r\nHost: bench\r\n\r\n")
         for each in sockets:
@@ -665,17 +677,19 @@ def held(contender: Contender, count: int) -> Iterator[list[socket.socket]]:
 def bare_inserts(path: Path, seconds: float) -> float:
     """Events a second that a bare sqlite3 loop inserts: three indexes, synchronous=FULL, a commit for 100."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; CREATE TABLE threats (key INTEGER "
-                         "PRIMARY KEY, agent_id, hostname, type, severity, confidence, rule, received_ms, source_ip, "
-                         "details); CREATE INDEX a ON threats (received_ms); CREATE INDEX b ON threats (agent_id, "
-                         "received_ms); CREATE INDEX c ON threats (source_ip, received_ms)")
+        db.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; CREATE TABLE threats (key INTEGER PRIMARY "
+            "KEY, agent_id, hostname, type, severity, confidence, rule, received_ms, source_ip, details); "
+            "CREATE INDEX a ON threats (received_ms); CREATE INDEX b ON threats (agent_id, received_ms); "
+            "CREATE INDEX c ON threats (source_ip, received_ms)")
         count, until_s = 0, time.perf_counter() + seconds
         while time.perf_counter() < until_s:
             db.execute("BEGIN")
             for number in range(100):
                 db.execute("INSERT INTO threats VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (
-                    f"agent-{count // 100 % 300:08x}", "web-1", "brute_force", "high", 0.9, "ssh-1", count + number,
-                    "203.0.113.9", '{"sourceIp":"203.0.113.9","port":22,"user":"root","attempts":31}'))
+                    f"agent-{count // 100 % 300:08x}", "web-1", "brute_force", "high", 0.9, "ssh-1",
+                    count + number, "203.0.113.9",
+                    '{"sourceIp":"203.0.113.9","port":22,"user":"root","attempts":31}'))
             db.execute("COMMIT")
             count += 100
     return count / seconds
@@ -717,7 +731,8 @@ def dripping(contender: Contender, count: int) -> Iterator[None]:
     """Clients that send their request a byte a second."""
     over = threading.Event()
     with contextlib.ExitStack() as crowd:
-        sockets = [crowd.enter_context(socket.create_connection(("127.0.0.1", contender.port))) for _ in range(count)]
+        sockets = [crowd.enter_context(socket.create_connection(("127.0.0.1", contender.port)))
+                   for _ in range(count)]
 
         def drip() -> None:
             text = b"POST /api/agents/register HTTP/1.1\r\nHost: bench\r\nX-Padding: " + b"x" * 600
@@ -790,7 +805,8 @@ class Soak:
     def run(self) -> int:
         """Print what is measured at intervals; 0 unless something failed or grew beyond its bounds."""
         with (self.home / "log").open("w") as log, subprocess.Popen(
-                [sys.executable, manager.__file__, "--port", "0", "--data-dir", str(self.folder), "--tls", "off"],
+                [sys.executable, manager.__file__, "--port", "0", "--data-dir", str(self.folder),
+                 "--tls", "off"],
                 stdout=subprocess.PIPE, stderr=log, text=True) as self.process:
             assert self.process.stdout
             while "curl " not in (line := self.process.stdout.readline()):
@@ -803,8 +819,8 @@ class Soak:
                 self.process.terminate()
         if self.process.returncode:
             self.errors.append(f"the manager ended with status {self.process.returncode}")
-        print(f"in all: {self._latencies(self.taken_ms)}, {self.streamed} entries streamed, {self.backups} backups, "
-              f"{len((self.home / 'log').read_text().splitlines())} lines of log")
+        print(f"in all: {self._latencies(self.taken_ms)}, {self.streamed} entries streamed, "
+              f"{self.backups} backups, {len((self.home / 'log').read_text().splitlines())} lines of log")
         warm = self.measured[len(self.measured) // 5:]
         for name, bound in _SOAK_BOUNDS.items():
             first, most = warm[0][name], max(each[name] for each in warm)
@@ -815,13 +831,14 @@ class Soak:
         print(f"{len(self.errors)} errors" + "".join(f"; {each}" for each in self.errors[:5]))
         return bool(self.errors)
 
-    async def _ask(self, wire: tuple[asyncio.StreamReader, asyncio.StreamWriter], method: str, path: str, token: str,
-                   body: Any = None) -> Any:
+    async def _ask(self, wire: tuple[asyncio.StreamReader, asyncio.StreamWriter], method: str, path: str,
+                   token: str, body: Any = None) -> Any:
         """The JSON of the answer. An answer that is no success is added to `errors`."""
         reader, writer = wire
         data = b"" if body is None else json.dumps(body).encode()
-        writer.write(f"{method} {path} HTTP/1.1\r\nHost: soak\r\nAuthorization: Bearer {token}\r\nContent-Type: "
-                     f"application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: soak\r\nAuthorization: Bearer {token}\r\n"
+                     "Content-Type: application/json\r\n"
+                     f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
         head = await reader.readuntil(b"\r\n\r\n")
         answer = await reader.readexactly(int(found(r"(?i)content-length: (\d+)", head.decode())))
         self.requests += 1
@@ -839,7 +856,8 @@ class Soak:
             async with at_once:
                 wire = await self._open()
                 answer = await self._ask(wire, "POST", "/api/agents/register", self.token, {
-                    "hostname": f"host-{number}", "os": "linux", "version": "1.2.0", "machine_id": f"m-{number}"})
+                    "hostname": f"host-{number}", "os": "linux", "version": "1.2.0",
+                    "machine_id": f"m-{number}"})
                 return answer["data"], wire
         made = await asyncio.gather(*map(register, range(_SOAK_AGENTS)))
         self.agents = [(agent["id"], agent["token"]) for agent, _ in made]
@@ -875,15 +893,15 @@ class Soak:
     async def _read(self) -> None:
         wire = await self._open()
         while time.monotonic() < self.end_s:
-            for path in ("/api/agents?limit=50", "/api/threats?limit=50", "/api/overview", "/api/threats/summary",
-                         "/api/events?order=desc", "/api/timeline"):
+            for path in ("/api/agents?limit=50", "/api/threats?limit=50", "/api/overview",
+                         "/api/threats/summary", "/api/events?order=desc", "/api/timeline"):
                 await self._ask(wire, "GET", path, self.token)
                 await asyncio.sleep(0.1)
 
     async def _stream(self) -> None:
         reader, writer = await self._open()
-        writer.write(f"GET /api/events/stream HTTP/1.1\r\nHost: soak\r\nAuthorization: Bearer {self.token}\r\n\r\n"
-                     .encode())
+        writer.write("GET /api/events/stream HTTP/1.1\r\nHost: soak\r\n"
+                     f"Authorization: Bearer {self.token}\r\n\r\n".encode())
         with contextlib.suppress(asyncio.TimeoutError):
             while data := await asyncio.wait_for(reader.read(65536), self.end_s - time.monotonic()):
                 self.streamed += data.count(b"\nevent: ")
@@ -935,7 +953,8 @@ def main() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
     print(f"Panguard Manager {manager.__version__}, Python {platform.python_version()}, SQLite "
-          f"{sqlite3.sqlite_version}, {platform.system()} {platform.machine()}, {len(CORES)} cores", flush=True)
+          f"{sqlite3.sqlite_version}, {platform.system()} {platform.machine()}, {len(CORES)} cores",
+          flush=True)
     if options.names[:1] == ["soak"]:
         with tempfile.TemporaryDirectory(prefix="panguard-soak-") as home:
             return Soak(Path(home), float((options.names[1:] or ["600"])[0])).run()
