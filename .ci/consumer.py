@@ -1,4 +1,4 @@
-"""A project that uses the installed module: mypy and pyright must refuse the lines marked `error`, and no others."""
+"""A project that uses the installed module: mypy and pyright must refuse exactly the lines marked `error`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from panguard_manager import Config, Entry, Exchange, ManualClock, Registration, Server, Settings, Status, SystemClock
+import panguard_manager
+from panguard_manager import Config, Entry, Exchange, ManualClock, Registration, Server, Settings, Status
 
 
 @pytest.fixture
@@ -24,9 +25,11 @@ def test_right(guard_manager: Server[ManualClock], tmp_path: Path) -> None:
     fault = guard_manager.faults.add(route="POST /api/agents/register", drop="after", times=2)
     sent: list[Exchange] = guard_manager.requests
     settings: Settings = {"heartbeat_timeout_ms": 1000}
-    with Server(**settings), Server(port=0, data_dir=tmp_path, auth_token="mine", tls_name=["a", "b"]) as server:
-        clock: SystemClock = server.clock
-    print(entry.seq, fault.hits, sent[0].body["hostname"], clock.now(), Config(port=0, notify_on="offline").port)
+    with Server(**settings), Server(port=0, data_dir=tmp_path, auth_token="mine",
+                                    tls_name=["a", "b"]) as server:
+        clock: panguard_manager.SystemClock = server.clock
+    print(entry.seq, fault.hits, sent[0].body["hostname"], clock.now(),
+          Config(port=0, notify_on="offline").port)
 
 
 def test_wrong(guard_manager: Server[ManualClock]) -> None:

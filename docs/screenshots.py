@@ -18,7 +18,7 @@ from manager import ManualClock, Server
 HOUR_S = 3600
 MACHINES = (("web", "linux", "web-tier"), ("db", "linux", "database"), ("edge", "linux", "edge"),
             ("mac", "darwin", "laptop"), ("win", "win32", "office"))
-SILENT_S = {3: 240, 11: 9 * 60, 17: 11 * HOUR_S, 23: 100, 31: 130}  # number of the machine: how long it is silent
+SILENT_S = {3: 240, 11: 9 * 60, 17: 11 * HOUR_S, 23: 100, 31: 130}  # machine's number: time of its silence
 TYPES = ("brute_force", "port_scan", "malware_detected", "suspicious_process")
 RULES = [{"type": "alert_threshold", "config": {"severity": "high", "count": 3}}]
 
@@ -38,17 +38,19 @@ def fill(server: Server) -> str:
         name, system, role = MACHINES[number % 5]
         agents.append(manager.register(
             f"{name}-{number // 5 + 1}.taipei", system, "1.8.4" if chance.random() < 0.2 else "1.9.1",
-            ip=f"10.0.{number % 5}.{number + 10}", tags=["production" if number % 4 else "staging", role]).agent)
+            ip=f"10.0.{number % 5}.{number + 10}",
+            tags=["production" if number % 4 else "staging", role]).agent)
     manager.create_policy("Base line", [block("203.0.113.9"), *RULES])
     for left_s in range(24 * HOUR_S, 0, -50):
         clock.advance(50)
         for number, agent in enumerate(agents):
             if SILENT_S.get(number, 0) < left_s:
-                manager.heartbeat(agent.id, cpu=chance.uniform(1, 70), memory=chance.uniform(20, 95), uptime=90_000,
-                                  policy_version=1)
+                manager.heartbeat(agent.id, cpu=chance.uniform(1, 70), memory=chance.uniform(20, 95),
+                                  uptime=90_000, policy_version=1)
         if left_s % 1800 == 0:
             manager.report_events(chance.choice(agents).id, [{
-                "type": chance.choice(TYPES), "severity": chance.choice(("low", "low", "medium", "high", "critical")),
+                "type": chance.choice(TYPES),
+                "severity": chance.choice(("low", "low", "medium", "high", "critical")),
                 "details": {"sourceIp": f"198.51.100.{chance.randrange(200)}"}} for _ in range(3)])
     for agent in agents[5:9]:
         manager.report_events(agent.id, [{"type": "brute_force", "severity": "high", "details": {
@@ -64,12 +66,14 @@ def fill(server: Server) -> str:
 def main() -> None:
     """Write the pictures beside this file."""
     folder = Path(__file__).parent
-    with Server(port=0, clock=ManualClock(time.time() - 24 * HOUR_S)) as server, sync_playwright() as playwright:
-        views = {"fleet": "fleet", "agent": f"agent/{fill(server)}", "threats": "threats", "overview": "overview"}
+    clock = ManualClock(time.time() - 24 * HOUR_S)
+    with Server(port=0, clock=clock) as server, sync_playwright() as playwright:
+        views = {"fleet": "fleet", "agent": f"agent/{fill(server)}", "threats": "threats",
+                 "overview": "overview"}
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for theme in ("light", "dark"):
-            context = browser.new_context(viewport={"width": 1400, "height": 860}, color_scheme=theme, locale="en-GB",
-                                          timezone_id="Asia/Taipei")
+            context = browser.new_context(viewport={"width": 1400, "height": 860}, color_scheme=theme,
+                                          locale="en-GB", timezone_id="Asia/Taipei")
             page = context.new_page()
             page.goto(server.url)
             page.get_by_label("Token").fill(server.token)
