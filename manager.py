@@ -3033,7 +3033,7 @@ class Manager:
             agent_id = "agent-" + secrets.token_hex(4)
             (taken,) = db.execute(
                 "SELECT EXISTS (SELECT 1 FROM agents WHERE id = ?1) OR EXISTS (SELECT 1 FROM threats WHERE "
-                "agent_id = ?1) OR EXISTS (SELECT 1 FROM journal WHERE agent_id = ?1)", (agent_id,)).fetchone()
+                "agent_id = ?1) OR EXISTS (SELECT 1 FROM journal WHERE agent_id = ?1)", [agent_id]).fetchone()
             if not taken:
                 return agent_id
 
