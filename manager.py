@@ -1548,6 +1548,23 @@ MIGRATIONS = (
     DROP INDEX threats_org;
     CREATE INDEX threats_org ON threats (org_id, received_ms) WHERE org_id IS NOT NULL;
     """,
+    """
+    CREATE TABLE agent_totals (      -- how many agents of an org have an operating system
+        org_id TEXT NOT NULL, os TEXT NOT NULL, n INTEGER NOT NULL, PRIMARY KEY (org_id, os)) WITHOUT ROWID;
+    INSERT INTO agent_totals SELECT coalesce(org_id, ''), os, count(*) FROM agents GROUP BY 1, 2;
+    CREATE TRIGGER agent_counted AFTER INSERT ON agents BEGIN
+        INSERT INTO agent_totals VALUES (coalesce(new.org_id, ''), new.os, 1) ON CONFLICT DO UPDATE SET n = n + 1;
+    END;
+    CREATE TRIGGER agent_uncounted AFTER DELETE ON agents BEGIN
+        UPDATE agent_totals SET n = n - 1 WHERE org_id = coalesce(old.org_id, '') AND os = old.os;
+        DELETE FROM agent_totals WHERE org_id = coalesce(old.org_id, '') AND os = old.os AND n = 0;
+    END;
+    CREATE TRIGGER agent_os_changed AFTER UPDATE OF os ON agents WHEN new.os != old.os BEGIN
+        UPDATE agent_totals SET n = n - 1 WHERE org_id = coalesce(old.org_id, '') AND os = old.os;
+        DELETE FROM agent_totals WHERE org_id = coalesce(old.org_id, '') AND os = old.os AND n = 0;
+        INSERT INTO agent_totals VALUES (coalesce(new.org_id, ''), new.os, 1) ON CONFLICT DO UPDATE SET n = n + 1;
+    END;
+    """,
 )
 
 _LEAST_SQLITE = (3, 35)
@@ -2571,6 +2588,7 @@ _LEAST_EXCESS_BYTES = 8 * 2**20  # of the database over its bound, beyond which 
 _AGENTS_COUNTED = 100_000  # agents whose bytes in a minute are remembered, the latest
 _PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
 _COUNTED = "received_ms, org_id, severity, type, agent_id, source_ip, state"  # what threat_totals count by
+_ALL_AGENTS = "SELECT coalesce(sum(n), 0) FROM agent_totals"
 _ALL_THREATS = "SELECT coalesce(sum(n), 0) FROM threat_totals WHERE kind IN ('severity', 'false_positives')"
 _TYPES_SUMMED_UP = 1000  # an agent can report any number, and encoding a million stops all else for 0.7 s
 _LISTED = 100      # events that one event lists as correlated with it, at most
@@ -3020,7 +3038,7 @@ class Manager:
         most = self.config.max_agents
         (newest,) = db.execute("SELECT coalesce(max(key), 0) FROM agents").fetchone()
         # No more agents exist than the newest key: while it is below the limit, none need be counted.
-        if newest >= most and db.execute("SELECT count(*) FROM agents").fetchone()[0] >= most:
+        if newest >= most and db.execute(_ALL_AGENTS).fetchone()[0] >= most:
             raise Conflict(f"the fleet is full: MANAGER_MAX_AGENTS allows {most} agents")
         if newcomer and newest >= most // 2 and db.execute(
                 "SELECT count(*) FROM agents WHERE newcomer").fetchone()[0] >= most // 2:
@@ -3144,7 +3162,8 @@ class Manager:
         paged, window = _window(page, limit)
         tables, where, given, total = self._filter(db, now, **filters)
         if paged and total is None:
-            (total,) = db.execute(f"SELECT count(*) FROM {_joined(tables)}{where}", given).fetchone()
+            counted = f"SELECT count(*) FROM {_joined(tables)}{where}" if where else _ALL_AGENTS
+            (total,) = db.execute(counted, given).fetchone()
         order = ""
         if sort:
             table, value = _SORTS[sort.lstrip("-")]
@@ -3698,7 +3717,7 @@ class Manager:
     def overview(self, *, org_id: str | None = None) -> dict[str, Any]:
         """The fleet at a glance: agents by status and system, threats by severity and type."""
         now = self.now()
-        of_org = "a.org_id = :org_id" if org_id else "TRUE"
+        of_org = "WHERE org_id = :org_id" if org_id else ""
         with self.store.read() as db:
             counts = self._counts(db, now, org_id)
             count = functools.partial(self._threats_of, db, now)
@@ -3711,8 +3730,8 @@ class Manager:
                 "activePolicyVersion": version_text(resolve(in_force, 0).version),
                 "topThreats": [{"type": type, "count": n}
                                for type, n in count("24h", org_id, "type", 10).items()],
-                "agentsByOs": dict(db.execute(f"SELECT os, count(*) FROM agents a WHERE {of_org} GROUP BY os "
-                                              "ORDER BY count(*) DESC, os", {"org_id": org_id}).fetchall()),
+                "agentsByOs": dict(db.execute(f"SELECT os, sum(n) FROM agent_totals {of_org} GROUP BY os "
+                                              "ORDER BY sum(n) DESC, os", {"org_id": org_id}).fetchall()),
                 "updatedAt": iso(now.wall_ms)}
 
     @checked(TIMELINE)
@@ -3723,9 +3742,8 @@ class Manager:
         """
         now = self.now()
         first_ms = now.wall_ms // _HOUR_MS * _HOUR_MS - (hours - 1) * _HOUR_MS
-        shift_ms = self._spans[-1].shift_ms
-        given = {"agent_id": agent_id, "first_ms": first_ms, "shift_ms": shift_ms,
-                 "since_ms": first_ms - shift_ms, "last": hours - 1}
+        since_ms = first_ms - self._spans[-1].shift_ms
+        given = {"agent_id": agent_id, "first_ms": first_ms, "since_ms": since_ms, "last": hours - 1}
         shown: list[dict[str, Any]] = [{"at": iso(first_ms + hour * _HOUR_MS)} for hour in range(hours)]
         with self.store.read() as db:
             intervals = {"intervals": self._intervals(db, now, agent_id, given)} if agent_id else {}
@@ -3734,10 +3752,12 @@ class Manager:
             for hour in shown:
                 hour["threats"] = dict.fromkeys(SEVERITIES, 0)
             source = "WHERE agent_id = :agent_id" if agent_id else "INDEXED BY threats_time WHERE TRUE"
-            for index, severity, count in db.execute(
-                    f"SELECT min((received_ms + :shift_ms - :first_ms) / {_HOUR_MS}, :last), severity, "
-                    f"count(*) FROM threats {source} AND received_ms >= :since_ms "
-                    "AND state != 'false_positive' GROUP BY 1, 2", given):
+            counted = (f"SELECT min((received_ms - :since_ms) / {_HOUR_MS}, :last), severity, count(*) "
+                       f"FROM threats {source} AND received_ms >= :since_ms AND state != 'false_positive'")
+            if not agent_id and since_ms % _HOUR_MS == 0:  # not after a step by part of an hour
+                counted = (f"SELECT min(hour - :since_ms / {_HOUR_MS}, :last), value, sum(n) FROM threat_totals "
+                           f"WHERE kind = 'severity' AND hour >= :since_ms / {_HOUR_MS}")
+            for index, severity, count in db.execute(f"{counted} GROUP BY 1, 2", given):
                 shown[index]["threats"][severity] = count
         return {"agentId": agent_id, "hours": shown, **intervals}
 
@@ -3745,7 +3765,7 @@ class Manager:
         """How many agents had which status at each hour's end: the present numbers less the changes since."""
         silent = db.execute(f"SELECT announced, count(*) FROM contacts WHERE {_SILENT} GROUP BY 1").fetchall()
         counts = Counter(dict(silent))
-        counts["online"] = db.execute("SELECT count(*) FROM contacts").fetchone()[0] - counts.total()
+        counts["online"] = db.execute(_ALL_AGENTS).fetchone()[0] - counts.total()
         changed: list[Counter[str]] = [Counter() for _ in range(given["last"] + 1)]
         before = (f"SELECT type FROM journal p WHERE p.agent_id = j.agent_id AND p.seq < j.seq AND p.type IN "
                   f"({_STATUS_ENTRIES}) ORDER BY p.seq DESC LIMIT 1")
@@ -3936,7 +3956,7 @@ class Manager:
             with self.store.transaction(durable=False) as db:  # in which nobody adds or removes an agent
                 total = self._agent_counts[0]
                 if self._fleet_changed:
-                    (total,) = db.execute("SELECT count(*) FROM agents").fetchone()
+                    (total,) = db.execute(_ALL_AGENTS).fetchone()
                 silent = sum(db.execute(
                     f"SELECT count(*) FROM contacts c WHERE {self._of_status(now, status)}",
                     self.liveness.cutoffs(now.tick_ms)).fetchone()[0]
@@ -3973,8 +3993,10 @@ class Manager:
         counts = {status: db.execute(
             f"SELECT count(*) FROM {source} WHERE {self._of_status(now, status)}{scope}", given).fetchone()[0]
             for status in (Status.STALE, Status.OFFLINE)}
-        (total,) = db.execute(f"SELECT count(*) FROM {source} WHERE TRUE{scope}" if scope else
-                              "SELECT count(*) FROM contacts", given).fetchone()
+        counted = "SELECT count(*) FROM agents WHERE id = :agent_id" if agent_id else _ALL_AGENTS
+        if org_id:
+            counted += " AND org_id = :org_id" if agent_id else " WHERE org_id = :org_id"
+        (total,) = db.execute(counted, given).fetchone()
         return {Status.ONLINE: total - sum(counts.values()), **counts}
 
 

@@ -1291,7 +1291,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
 # The digest of each migration. A new migration adds its digest; a released one must not change.
 RELEASED = ["ed1f0752610b6d27", "46291b0c3314ecff", "329c10660a3cdd14", "0953a1f929c78372",
             "9f1faaeb4b6dcc08", "0773770dae394551", "f50b2a7887d16788", "6352923b7efbeaf5",
-            "dde6f8dd4c3c9628"]
+            "dde6f8dd4c3c9628", "89b1604f3f64e898"]
 
 
 def test_released_migrations_never_change() -> None:
@@ -3804,6 +3804,41 @@ def test_sums_equal_a_recount(history: list[tuple[int, str, str, str, int, list[
             assert overview["totalAgents"] == sum(org is None or each == org for each in orgs)
 
 
+def test_agents_by_system_equal_a_recount_after_any_changes(by_hand: tuple[Manager, ManualClock]) -> None:
+    registry, clock = by_hand
+    chance, known = random.Random(11), {}
+    for _ in range(150):
+        machine, system = chance.choice("abcdefgh"), chance.choice(["linux", "macos", "windows"])
+        org = "o" if machine < "d" else None
+        if machine in known and chance.random() < 0.4:
+            registry.deregister(known.pop(machine)[0])
+            continue
+        clock.advance(70)  # the machine is silent: it is the same agent that comes back
+        agent = registry.register(**{**AGENT, "os": system}, org_id=org, machine_id=machine).agent
+        known[machine] = (agent.id, org, system)
+    for org in (None, "o"):
+        expected = Counter(system for _, its_org, system in known.values() if org in (None, its_org))
+        overview = registry.overview(org_id=org)
+        assert overview["agentsByOs"] == expected and overview["totalAgents"] == expected.total()
+    assert registry.agents(page=1)[1] == len(known)
+
+
+def test_a_migration_counts_the_agents_in_the_file(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "manager.db")) as db:
+        db.executescript(f"{';'.join(manager.MIGRATIONS[:9])}; PRAGMA user_version = 9; "
+                         f"PRAGMA application_id = {0x50474D31}")
+        for key, (org, system) in enumerate([("o", "linux"), ("o", "macos"), (None, "linux"), (None, "linux")]):
+            db.execute("INSERT INTO agents (key, id, hostname, os, ip, org_id, tags, registered_ms, token_digest) "
+                       "VALUES (?, ?, 'h', ?, '127.0.0.1', ?, '[]', 0, ?)",
+                       (key + 1, f"agent-{key}", system, org, bytes([key])))
+            db.execute("INSERT INTO contacts (agent, seen_ms, heartbeat_ms, announced, version) "
+                       "VALUES (?, 0, 0, 'offline', '1')", (key + 1,))
+        db.commit()
+    with fleet(data_dir=tmp_path) as api:
+        assert api.get("/api/overview")["agentsByOs"] == {"linux": 3, "macos": 1}
+        assert api.get("/api/overview?org_id=o")["agentsByOs"] == {"linux": 1, "macos": 1}
+
+
 def test_a_migration_counts_the_threat_events_in_the_file(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "manager.db")) as db:
         db.executescript(f"{';'.join(manager.MIGRATIONS[:8])}; PRAGMA user_version = 8; "
@@ -4143,6 +4178,28 @@ def test_a_timeline_agrees_with_what_was_counted_at_each_hour(api: Client, clock
         clock.advance(1)
     hours = api.get("/api/timeline?hours=31")["hours"]
     assert [tuple(hour[status] for status in Status) for hour in hours[:-1]] == counted
+
+
+@pytest.mark.parametrize("step_s", [0, 7200, 1234], ids=["no step", "whole hours", "part of an hour"])
+def test_a_timeline_counts_threats_by_the_hours_of_the_wall_clock(
+        api: Client, clock: ManualClock, step_s: int) -> None:
+    agent, expected = api.register(), Counter()
+    clock.step(step_s)
+    clock.advance(60)  # the step is noticed
+    for number in range(20):
+        severity = ("high", "low")[number % 2]
+        made = report(api, agent, threat(severity=severity))[0]
+        if number % 5 == 0:
+            api.call("PATCH", f"/api/threats/{made}", {"state": "false_positive"})
+        else:
+            expected[clock.now().wall_ms // 3_600_000, severity] += 1
+        clock.advance(1500)
+    last = clock.now().wall_ms // 3_600_000
+    for path in ("/api/timeline?hours=12", f"/api/timeline?hours=12&agent_id={agent['id']}"):
+        hours = api.get(path)["hours"]
+        found = {(last - 11 + index, severity): count for index, hour in enumerate(hours)
+                 for severity, count in hour["threats"].items() if count}
+        assert found == expected
 
 
 # The journal and query plans
