@@ -1377,8 +1377,8 @@ def object_schema(answer: str) -> dict[str, Any]:
 # 4  Storage ###########################################################################################
 ########################################################################################################
 
-# Append only: a file's user_version counts the migrations it has had, and released ones never change again. They run
-# with foreign keys off, so that a table can be made anew.
+# Append only: a file's user_version counts the migrations it has had, and released ones never change again.
+# They run with foreign keys off, so that a table can be made anew.
 MIGRATIONS = (
     """
     CREATE TABLE agents (            -- who an agent is; `key` is registration order
@@ -1439,7 +1439,7 @@ MIGRATIONS = (
     CREATE TABLE policies_in_force ( -- the newest of each scope: 'all', 'org:…' or 'agent:…'
         scope TEXT PRIMARY KEY, version INTEGER NOT NULL REFERENCES policies (version)) WITHOUT ROWID;
     """,
-    # Migration 1 was edited before 1.0.0, so files of user_version 1 have one of seven schemas. This makes them one.
+    # Files of user_version 1 have one of seven schemas, since migration 1 was edited. This makes them one.
     """
     CREATE TABLE new_agents (
         key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, token_digest BLOB,
@@ -1572,21 +1572,22 @@ _BUSY_MS = 250  # how long a write waits for another program
 _CHECKPOINT_CHANGES = 2000
 _PAGE_BYTES = 1024  # a heartbeat is 60 bytes, and writes a page
 _LOG_BYTES = 8 * 2**20  # the log is made empty once it is longer; less on a small disk
-_FEW_PAGES = 1000  # that writers wait for, while the log is made empty
+_FEW_PAGES = 1000  # at most so many are copied while writers wait
 _PROBE_BYTES = 2**17  # more than the log may hold without growing
-_APPLICATION_ID = 0x50474D31  # "PGM1", so that `file` and we know the file from any other SQLite database
+_APPLICATION_ID = 0x50474D31  # "PGM1": tells the file from other SQLite databases, for `file` too
 _LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'journal'"
 _RUNNING = "another manager is running on {folder}; stop it or choose another --data-dir"
 _FAULTS = (
-    ("moved", "{folder}/manager.db or its log was removed or replaced; put it back, or stop the manager and restore "
-              "a backup"),
+    ("moved", "{folder}/manager.db or its log was removed or replaced; put it back, or stop the manager and "
+              "restore a backup"),
     ("disk is full", "the disk of {folder} is full; free some space"),
     ("locked", "another program holds {folder}/manager.db locked; end it"),
     ("readonly", "{folder}/manager.db cannot be written; give this user the right to write it"),
     ("malformed|Could not decode|not a database",
      "{folder}/manager.db is damaged; stop the manager and restore a backup: panguard-manager restore FILE"),
     ("disk I/O error", "the disk under {folder} fails to read or write; check it"),
-    ("unable to open", "{folder}/manager.db cannot be opened; check that the folder is there and can be written"),
+    ("unable to open",
+     "{folder}/manager.db cannot be opened; check that the folder is there and can be written"),
 )
 
 
@@ -1624,7 +1625,7 @@ def make_folder(folder: Path) -> None:
 
 
 def private_file(path: Path) -> None:
-    """Make a file that only its owner can read, if there is none. Raises OSError, also if it cannot be written.
+    """Make a file that only its owner can read, if there is none. Raises OSError if it cannot be written.
 
     One that is there is not opened: closing it would end this process' locks on it (POSIX).
     """
@@ -1635,30 +1636,28 @@ def private_file(path: Path) -> None:
 
 
 def take_folder(folder: Path) -> sqlite3.Connection:
-    """Lock a data folder until the connection is closed or the process ends, however it ends. Raises StartError."""
+    """Lock a data folder until the connection is closed or the process ends. Raises StartError."""
+    guard = None
     try:
-        private_file(folder / "lock")  # whoever can open it can hold it
+        private_file(folder / "lock")  # a user who could open it could lock it
         guard = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None, check_same_thread=False)
-    except (sqlite3.Error, OSError) as error:
-        raise StartError(f"the data folder {folder} cannot be written ({error}); choose another or change its "
-                         "owner") from None
-    try:
         guard.execute("PRAGMA journal_mode = MEMORY")
         guard.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        guard.close()
+    except (sqlite3.Error, OSError) as error:
+        if guard:
+            guard.close()
         if "database is locked" in str(error):
             raise StartError(_RUNNING.format(folder=folder)) from None
-        raise StartError(f"the data folder {folder} cannot be written ({error}); choose another or change its "
-                         "owner") from None
+        raise StartError(f"the data folder {folder} cannot be written ({error}); choose another or change "
+                         "its owner") from None
     return guard
 
 
 def lock_file(path: Path) -> int:
-    """Lock a byte of the database that SQLite does not use: the file `lock` may have been removed. Raises StartError.
+    """Lock a byte of the database that SQLite does not use, since the file `lock` may have been removed.
 
-    In WAL mode only: before, SQLite unlocks all bytes. POSIX locks end once the process closes any descriptor of the
-    file, so the one returned stays open until SQLite's is closed.
+    Needs WAL mode: in others SQLite unlocks all bytes. POSIX locks end once the process closes any descriptor
+    of the file, so the one returned stays open until SQLite's is closed. Raises StartError.
     """
     descriptor = os.open(path, os.O_RDWR)
     try:
@@ -1694,7 +1693,7 @@ class Turn:
 
 
 class FairLock:
-    """A lock granted in the order of asking: whoever asks again and again delays each of the others by one turn.
+    """A lock granted in the order of asking, so that no thread can take it again before one that waits.
 
     Release is idempotent and safe at any interruption point, since a signal handler may raise anywhere.
     """
@@ -1726,7 +1725,7 @@ class FairLock:
             if turn in self._queue:
                 self._queue.remove(turn)
             if self._queue:
-                self._queue[0].grant()  # perhaps for the second time
+                self._queue[0].grant()  # again, if a signal handler interrupted the first release
             return True
 
     @contextlib.contextmanager
@@ -1740,7 +1739,7 @@ class FairLock:
         finally:
             try:
                 self.release(turn)
-            except BaseException:
+            except BaseException:  # from a signal handler
                 self.release(turn)
                 raise
 
@@ -1771,8 +1770,8 @@ class Commit:
 
 
 class Within(contextlib.AbstractContextManager["sqlite3.Connection"]):
-    """What is read or written within a transaction of the same thread: a heartbeat enters two of them, so it is no
-    generator, which takes four times as long."""
+    """The open transaction of this thread. Each heartbeat enters it twice, so it is no generator: that would
+    take four times as long."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -1832,16 +1831,18 @@ class Store:
             make_folder(folder)
             held = folder.stat()
         except OSError as error:
-            raise StartError(f"the data folder {folder} cannot be made ({error.strerror}); choose another") from None
+            raise StartError(f"the data folder {folder} cannot be made ({error.strerror}); "
+                             "choose another") from None
         if held.st_uid not in (os.geteuid(), 0):
-            raise StartError(f"the data folder {folder} belongs to another user, who could replace what is in it; "
-                             "chown it to the user that runs the manager, or choose another --data-dir")
+            raise StartError(f"the data folder {folder} belongs to another user, who could replace what is "
+                             "in it; chown it to the user that runs the manager, or choose another "
+                             "--data-dir")
         if held.st_mode & 0o022:
             raise StartError(f"other users can write to the data folder {folder}; run: "
                              f"chmod go-w {shlex.quote(str(folder))}")
         if (folder / _UNFINISHED).exists():
-            raise StartError(f"a restore was cut short in {folder}: run it again, or move the files of its newest "
-                             f"before-restore folder back and remove the file {_UNFINISHED}")
+            raise StartError(f"a restore was cut short in {folder}: run it again, or move the files of its "
+                             f"newest before-restore folder back and remove the file {_UNFINISHED}")
 
     def _open(self, undo: contextlib.ExitStack) -> None:
         self._guard = take_folder(self.folder)
@@ -1869,7 +1870,7 @@ class Store:
             raise StartError(f"{self._path} cannot be written ({error.strerror}); change its owner") from None
 
     def _check_folder(self) -> None:
-        """Raises StartError if the folder cannot be written, or its file system has not what SQLite needs."""
+        """Raises StartError if the folder cannot be written, or its file system lacks what SQLite needs."""
         lacks = "cannot be written"
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
@@ -1879,8 +1880,8 @@ class Store:
                 lacks = "is on a file system that cannot share memory"
                 mmap.mmap(file.fileno(), mmap.PAGESIZE).close()
         except OSError as error:
-            raise StartError(f"the data folder {self.folder} {lacks} ({error.strerror}); choose another or change its "
-                             "owner") from None
+            raise StartError(f"the data folder {self.folder} {lacks} ({error.strerror}); choose another or "
+                             "change its owner") from None
 
     def _find_inodes(self) -> list[tuple[int, int]] | None:
         try:
@@ -1891,13 +1892,13 @@ class Store:
 
     def _check_file(self) -> None:
         if self._path.exists() and self._path.with_name("manager.db-journal").exists():
-            with contextlib.closing(self._connect()) as db:  # of a first start that a power cut ended
+            with contextlib.closing(self._connect()) as db:  # a power cut ended the first start: roll back
                 db.execute("SELECT 1 FROM sqlite_master")
         try:
             if not self._path.exists() or self._path.stat().st_size == 0:
                 if self.log_bytes():
-                    raise StartError(f"{self._path} is missing, but its log {self._log} is there; put the file "
-                                     "back, or move the log away and restore a backup")
+                    raise StartError(f"{self._path} is missing, but its log {self._log} is there; put the "
+                                     "file back, or move the log away and restore a backup")
                 return
             with self._path.open("rb") as file:
                 if file.read(16) != b"SQLite format 3\0":
@@ -1905,16 +1906,16 @@ class Store:
                                      "panguard-manager restore FILE")
         except OSError as error:
             raise StartError(f"{self._path} cannot be read ({error.strerror}); change its owner") from None
-        # Where no log is waiting, not even the reader's own files need be made beside the database.
+        # A file that is refused stays as it was: without a log, SQLite need not make its files beside it.
         mode = "?mode=ro" if self._log.exists() else "?immutable=1"
         with contextlib.closing(sqlite3.connect(self._path.absolute().as_uri() + mode, uri=True)) as db:
-            (version,), (owner,) = db.execute("PRAGMA user_version").fetchone(), \
-                db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            (owner,) = db.execute("PRAGMA application_id").fetchone()
             if owner != _APPLICATION_ID and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise StartError(f"{self._path} belongs to another program; move it away")
             if version > len(MIGRATIONS):
-                raise StartError(f"{self._path} was written by a newer manager (schema {version}, this one knows "
-                                 f"{len(MIGRATIONS)}); run that one, or restore a backup")
+                raise StartError(f"{self._path} was written by a newer manager (schema {version}, this one "
+                                 f"knows {len(MIGRATIONS)}); run that one, or restore a backup")
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path.absolute().as_uri() + "?mode=rw", uri=True, timeout=_BUSY_MS / 1000,
@@ -1927,14 +1928,16 @@ class Store:
         db = self.writer
         db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # of a file that is new
         if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-            raise StartError(f"the file system of {self.folder} cannot share memory, as SQLite must; choose another")
+            raise StartError(f"the file system of {self.folder} cannot share memory, as SQLite must; "
+                             "choose another")
         self._path.chmod(0o600)
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if 0 < version < len(MIGRATIONS):
             self._keep_copy(self._path.with_name(f"manager.db.schema-{version}"))
         for number, statements in enumerate(MIGRATIONS[version:], version + 1):
-            db.executescript(f"PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE; {statements}; "
-                             f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {number}; COMMIT;")
+            db.executescript(
+                f"PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE; {statements}; "
+                f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {number}; COMMIT;")
         db.execute("PRAGMA foreign_keys = ON")
         found = schema_of(db)
         wrong = [name for name, sql in expected_schema(MIGRATIONS).items() if found.get(name) != sql]
@@ -1942,17 +1945,16 @@ class Store:
             raise StartError(f"{self._path} lacks what this version needs, or has it in another form "
                              f"({', '.join(wrong)}); restore a backup")
         db.executescript(
-            f"PRAGMA busy_timeout = 0; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; "
-            "PRAGMA wal_autocheckpoint = 1000000; "
-            f"PRAGMA journal_size_limit = {self.log_limit_bytes}; "
+            "PRAGMA busy_timeout = 0; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8000; "
+            f"PRAGMA wal_autocheckpoint = 1000000; PRAGMA journal_size_limit = {self.log_limit_bytes}; "
             "CREATE TEMP TABLE due (agent INTEGER PRIMARY KEY, status TEXT, due_ms INTEGER)")
 
     def _keep_copy(self, path: Path) -> None:
-        """Copy the database to `path`, durably; a copy that is there already is replaced once the new one is whole."""
+        """Copy the database to `path`, durably. A former copy is replaced once the new one is whole."""
         part = path.with_name(path.name + ".new")
         try:
             part.unlink(missing_ok=True)
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            private_file(part)
             with contextlib.closing(sqlite3.connect(part)) as copy:
                 self.writer.backup(copy)
             sync_path(part)
@@ -1960,8 +1962,8 @@ class Store:
             sync_path(self.folder)
         except (OSError, sqlite3.Error) as error:
             part.unlink(missing_ok=True)
-            raise StartError(f"{self._path} must be changed for this version, and no copy of it can be kept first "
-                             f"({error}); free some space for {path}") from error
+            raise StartError(f"{self._path} must be changed for this version, and no copy of it can be kept "
+                             f"first ({error}); free some space for {path}") from error
         log.info("%s is changed for this version; %s is a copy of what it was", self._path, path)
 
     def transaction(self, *, durable: bool = True, savepoint: bool = True, turn: Turn | None = None,
@@ -1988,7 +1990,7 @@ class Store:
             yield db
             db.execute(f"RELEASE {name}")
         except BaseException as error:
-            if self._owner != threading.get_ident():  # interrupted in contextlib; its turn has ended
+            if self._owner != threading.get_ident():  # a signal handler raised in contextlib: the turn ended
                 raise
             del self._on_commit[kept:]
             try:
@@ -2029,12 +2031,12 @@ class Store:
             call()
         for listener in tuple(self.listeners) if journaled else ():  # also those added meanwhile
             listener()
-        if durable and self.log_bytes() > 4 * self.log_limit_bytes:  # whoever writes a lot helps to copy it
+        if durable and self.log_bytes() > 4 * self.log_limit_bytes:  # the timer alone does not keep up
             with contextlib.suppress(Unavailable):
                 self.checkpoint()
 
     def _begin(self, durable: bool, wait_ms: int) -> Commit:
-        """The transaction that the turn before left open, or a new one. Another program is waited for."""
+        """The transaction that the turn before left open, or a new one, once no other program is writing."""
         if self._commit:
             return self._commit
         self._commit = Commit()  # first: if a signal handler raises, _finish() must see it
@@ -2063,7 +2065,7 @@ class Store:
 
     def _finish(self, turn: Turn) -> None:
         """End a turn. The transaction stays open if the next turn joins, else it is committed. Idempotent."""
-        if self.write_lock.holds(turn):  # not if it was interrupted while another turn ran
+        if self.write_lock.holds(turn):  # not if it was interrupted while it waited, or has ended
             self._owner, self._on_commit, self.journaled = None, [], False
             if self._commit and not self._end(self._commit, turn):
                 return
@@ -2072,26 +2074,20 @@ class Store:
 
     def _end(self, commit: Commit, turn: Turn) -> bool:
         """Commit or roll back, and let all callers return; false if it stays open for the next turn."""
-        open, whole = self.writer.in_transaction, commit.parts and not commit.error
-        if open and whole and self.write_lock.release(turn, if_joined=True):
+        is_open, whole = self.writer.in_transaction, commit.parts and not commit.error
+        if is_open and whole and self.write_lock.release(turn, if_joined=True):
             return False
         try:
-            if open:
+            if is_open:
                 self.writer.execute("COMMIT" if whole else "ROLLBACK")
         except (sqlite3.Error, MemoryError) as error:
-            self._undo(commit, error)
+            fault = self._fault(error)
+            commit.error = commit.error or fault
+            with contextlib.suppress(sqlite3.Error):
+                if self.writer.in_transaction:
+                    self.writer.execute("ROLLBACK")
         commit.end(turn)
         return True
-
-    def _undo(self, commit: Commit, error: sqlite3.Error | MemoryError) -> None:
-        """Roll back a transaction whose commit failed, and keep the reason for all callers."""
-        with contextlib.suppress(sqlite3.Error):
-            if self.writer.in_transaction:
-                self.writer.execute("ROLLBACK")
-        try:
-            self._translate(error)
-        except Exception as fault:
-            commit.error = commit.error or fault
 
     def require_whole(self) -> None:
         """Raise the error of this thread's transaction, if it has failed: SQLite may have undone it, and
@@ -2100,7 +2096,7 @@ class Store:
             raise self._commit.error
 
     def on_commit(self, call: Callable[[], None]) -> None:
-        """Call it once this thread's transaction is committed, and never if it is undone; at once outside of one."""
+        """Make a call once this thread's transaction is committed; outside of one, at once."""
         if self._owner == threading.get_ident():
             self._on_commit.append(call)
         else:
@@ -2113,7 +2109,7 @@ class Store:
             self._translate(sqlite3.OperationalError("moved: device and inode differ"))
 
     def read(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
-        """A view of one instant, which no writer waits for; within a transaction of the same thread, of that.
+        """A view of one instant, which delays no writer; within a transaction of this thread, of that.
 
         Raises Unavailable when the file cannot be read.
         """
@@ -2121,8 +2117,9 @@ class Store:
 
     def break_off(self, error: sqlite3.Error) -> NoReturn:
         """Raise a fault within this thread's transaction, and have all of it undone."""
-        self._fail(error)
-        self._translate(error)
+        fault = self._fault(error)
+        self._fail(fault)
+        raise fault
 
     def _fail(self, error: BaseException) -> None:
         if self._commit:
@@ -2202,7 +2199,7 @@ class Store:
                 f"{sentence} ({times} times)" for sentence, times in ended.items()))
 
     def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Look for damage in all of the file; `problem` is what was found. Ends early once `stopped()` is true.
+        """Look for damage in all of the file, and keep it in `problem`. Ends early once `stopped()` is true.
 
         Raises Unavailable for a damaged file.
         """
@@ -2228,10 +2225,11 @@ class Store:
     def checkpoint(self) -> None:
         """Copy the log into the file, if it has grown or a write has failed, while others go on writing.
 
-        SQLite would do it within a commit, and let a heartbeat wait for the disk. A log longer than its limit is
-        made empty, for which writers wait: while little is left to copy, or when it is very long.
+        SQLite would do it within a commit, and a heartbeat would wait for the disk. A log longer than its
+        limit is truncated, while writers wait: when little is left to copy, or when it is very long.
         """
-        if self._closed or self._owner == threading.get_ident() or not self._checkpointing.acquire(blocking=False):
+        if self._closed or self._owner == threading.get_ident() or \
+                not self._checkpointing.acquire(blocking=False):
             return
         try:
             if not self._faults and self.log_bytes() <= self.log_limit_bytes and \
@@ -2243,7 +2241,7 @@ class Store:
                 copied = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[2]
                 if self.log_bytes() <= self.log_limit_bytes and not self._faults:
                     return
-                _, pages, copied_now = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()  # written meanwhile
+                _, pages, copied_now = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()  # the rest
             if (pages == copied_now <= copied + _FEW_PAGES) or self.log_bytes() > 8 * self.log_limit_bytes:
                 self._empty_log()
         finally:
@@ -2260,8 +2258,8 @@ class Store:
                 self._translate(error)
         long = self.log_bytes() > 8 * self.log_limit_bytes
         if long and not self._log_was_long:
-            log.warning("%s has %d bytes: another program reads the database for long, such as a backup or a shell; "
-                        "end it", self._log, self.log_bytes())
+            log.warning("%s has %d bytes: another program reads the database for long, such as a backup or a "
+                        "shell; end it", self._log, self.log_bytes())
         self._log_was_long = long
 
     def log_bytes(self) -> int:
@@ -2298,14 +2296,18 @@ class Store:
                 self._readers.pop().close()
 
     def _sentence(self, error: BaseException) -> str | None:
-        return next((sentence.format(folder=self.folder) for sign, sentence in _FAULTS if re.search(sign, str(error))),
-                    None)
+        return next((sentence.format(folder=self.folder) for sign, sentence in _FAULTS
+                     if re.search(sign, str(error))), None)
 
     def _translate(self, error: BaseException) -> NoReturn:
         """Raise Unavailable for a fault of the file or its disk, and any other error as it is."""
+        raise self._fault(error)
+
+    def _fault(self, error: BaseException) -> BaseException:
+        """What _translate() raises. A fault is logged, and this thread's transaction fails with it."""
         sentence = self._sentence(error) if isinstance(error, sqlite3.DatabaseError) else None
         if sentence is None:
-            raise error
+            return error
         sentence = "the database is not available: " + sentence
         if "is damaged" in sentence:
             self._damage = sentence  # until a restart: reads may have given wrong answers
@@ -2315,9 +2317,10 @@ class Store:
         elif times == 10 ** (len(str(times)) - 1):  # a power of ten; probe() logs when the fault has ended
             log.error("repeated %d times: %s", times, sentence)
         fault = Unavailable(sentence, retry_after_s=5)
+        fault.__cause__ = error
         if self._owner == threading.get_ident():
             self._fail(fault)
-        raise fault from error
+        return fault
 
 
 # Backup, restore and check
@@ -2330,8 +2333,8 @@ _UNFINISHED = "restore-unfinished"  # there while a restore changes the folder
 def examine(path: Path, shown: Path | None = None) -> dict[str, int]:
     """Look for damage in all of a database; its schema, and how many rows of each kind it holds.
 
-    `shown` is what messages call it. Raises Unavailable for what is damaged or is no database of this manager, and
-    StartError for what cannot be read.
+    `shown` is what messages call it. Raises Unavailable for what is damaged or is not a manager's database,
+    and StartError for what cannot be read.
     """
     shown = shown or path
     try:
@@ -2344,11 +2347,13 @@ def examine(path: Path, shown: Path | None = None) -> dict[str, int]:
 
 
 def _examined(db: sqlite3.Connection, shown: Path) -> dict[str, int]:
-    owner, schema = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+    (owner,) = db.execute("PRAGMA application_id").fetchone()
+    (schema,) = db.execute("PRAGMA user_version").fetchone()
     if owner != _APPLICATION_ID or schema < 1:
         raise Unavailable(f"{shown} is not a database of this manager")
     if schema > len(MIGRATIONS):
-        raise Unavailable(f"{shown} was written by a newer manager (schema {schema}, this one knows {len(MIGRATIONS)})")
+        raise Unavailable(f"{shown} was written by a newer manager (schema {schema}, this one knows "
+                          f"{len(MIGRATIONS)})")
     found, expected = schema_of(db), expected_schema(MIGRATIONS[:schema])
     strange = [name for name in found if name not in expected and name.split(" ")[0] in ("trigger", "view")]
     # Files of schema 1 differ from each other: migration 2 makes them one.
@@ -2362,22 +2367,26 @@ def _examined(db: sqlite3.Connection, shown: Path) -> dict[str, int]:
         wrong.append(f"the journal lacks {last - first + 1 - count} entries between {first} and {last}")
     if wrong:
         raise Unavailable(f"{shown} is damaged: {'; '.join(wrong)}; restore a backup")
-    return {"schema": schema, **{name: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for name, table in (
-        ("agents", "agents"), ("threatEvents", "threats"), ("policies", "policies"), ("journalEntries", "journal"))}}
+    held = {"schema": schema}
+    for name, table in (("agents", "agents"), ("threatEvents", "threats"), ("policies", "policies"),
+                        ("journalEntries", "journal")):
+        (held[name],) = db.execute(f"SELECT count(*) FROM {table}").fetchone()
+    return held
 
 
 def copy_database(source: Path, target: Path, progress: Callable[[float], None]) -> None:
-    """Copy a database that may be in use, as of one instant, into a new file; `progress` hears which part is done."""
+    """Copy a database that may be in use to a new file, as of one instant; `progress` takes the part done."""
     with contextlib.closing(sqlite3.connect(source.absolute().as_uri() + "?mode=ro", uri=True)) as db, \
             contextlib.closing(sqlite3.connect(target)) as copy:
         db.execute("BEGIN")
-        db.execute("SELECT 1 FROM sqlite_master").fetchone()  # one view for all steps, which no writer waits for
+        db.execute("SELECT 1 FROM sqlite_master").fetchone()  # one view for all steps; it delays no writer
         db.backup(copy, pages=_COPY_PAGES, progress=lambda _, left, total: progress(1 - left / max(total, 1)))
         copy.execute("PRAGMA journal_mode = DELETE")  # one file
 
 
-def back_up(folder: Path, target: Path, progress: Callable[[float], None], *, db_only: bool = False) -> dict[str, int]:
-    """Write a proved backup of a data folder to a file of mode 0600, replacing one that is there; what it holds.
+def back_up(folder: Path, target: Path, progress: Callable[[float], None],
+            *, db_only: bool = False) -> dict[str, int]:
+    """Write a checked backup of a data folder to a file of mode 0600, replacing a former one; what it holds.
 
     Raises ManagerError, and then leaves a file that was there as it was.
     """
@@ -2398,11 +2407,11 @@ def back_up(folder: Path, target: Path, progress: Callable[[float], None], *, db
             made.replace(target)
             sync_path(target.parent)
     except sqlite3.Error as error:
-        raise Unavailable(f"{folder / 'manager.db'} cannot be copied to {target} ({error}); free some space, or "
-                          "check the disk") from None
+        raise Unavailable(f"{folder / 'manager.db'} cannot be copied to {target} ({error}); free some space, "
+                          "or check the disk") from None
     except OSError as error:
-        raise Unavailable(f"the backup {target} cannot be written ({error.strerror}); check its folder and its disk"
-                          ) from None
+        raise Unavailable(f"the backup {target} cannot be written ({error.strerror}); check its folder and "
+                          "its disk") from None
     return held
 
 
@@ -2431,10 +2440,10 @@ def digest_of(file: BinaryIO) -> str:
 
 
 def unpack(backup: Path, work: Path) -> dict[str, int]:
-    """Unpack a backup into an empty folder and prove it; what it holds. Raises ManagerError and OSError."""
+    """Unpack a backup into an empty folder and check it; what it holds. Raises ManagerError and OSError."""
     with backup.open("rb") as file:
         plain = file.read(16) == b"SQLite format 3\0"
-    if plain and Path(f"{backup}-wal").exists():  # what it holds is in its log, too
+    if plain and Path(f"{backup}-wal").exists():  # the log holds a part of it
         copy_database(backup, work / "manager.db", lambda part: None)
     elif plain:
         shutil.copyfile(backup, work / "manager.db")
@@ -2445,10 +2454,10 @@ def unpack(backup: Path, work: Path) -> dict[str, int]:
 
 def _extract(backup: Path, work: Path) -> None:
     try:
-        with tarfile.open(backup, "r:") as archive:  # never compressed: what it takes is bounded by its own size
+        with tarfile.open(backup, "r:") as archive:  # not compressed, so its size bounds what is unpacked
             for member in archive:
                 if member.name in ("manifest.json", *_KEPT) and member.isreg():
-                    with open(os.open(work / member.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    with (work / member.name).open("xb") as file:  # of a folder that only this user can read
                         shutil.copyfileobj(cast("BinaryIO", archive.extractfile(member)), file)
         whole = json.loads((work / "manifest.json").read_text())["sha256"] == digest_of(
             (work / "manager.db").open("rb"))
@@ -2466,10 +2475,10 @@ def _give_to_owner(path: Path, folder: Path) -> None:
 
 
 def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
-    """Put a backup in the place of what a data folder holds; what the backup holds, and where the former files are.
+    """Replace what a data folder holds by a backup; what the backup holds, and where the former files are.
 
-    Raises ManagerError, while a manager runs there too, and OSError; then nothing is replaced. While it is cut short, a
-    manager does not start there.
+    Raises OSError and ManagerError, also while a manager runs there; then nothing is replaced. Once this was
+    cut short, a manager does not start there.
     """
     backup.open("rb").close()
     make_folder(folder)
@@ -2487,7 +2496,8 @@ def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
                 (work / name).chmod(0o600)
                 _give_to_owner(work / name, folder)
                 sync_path(work / name)
-        former = [folder / name for name in (*_KEPT, "manager.db-wal", "manager.db-shm") if (folder / name).exists()]
+        names = (*_KEPT, "manager.db-wal", "manager.db-shm")
+        former = [folder / name for name in names if (folder / name).exists()]
         kept = folder / f"before-restore-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
         kept.mkdir(mode=0o700)
         _exchange(folder, former, kept, [work / name for name in _KEPT if (work / name).exists()])
