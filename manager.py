@@ -5593,28 +5593,29 @@ def _sentence(entry: Entry) -> str:
 
 # What of waitress is overridden, and why a user would notice if it were not:
 #
-#   ChunkedReceiver   received                    time linear in what arrives; chunk lines and trailers are bounded
+#   ChunkedReceiver   received                    linear time; chunk lines and trailers are bounded
 #   HTTPRequestParser received, close             bodies are bounded in all; one request is read at a time
-#                     parse_header                linear time; forms that two readers may read differently are refused;
+#                     parse_header                linear time; what readers may read differently is refused;
 #                                                 a body is not received without a known credential
 #   WSGITask          get_environment             a path keeps its slashes
 #                     service, finish             a stream keeps its connection and returns its worker
-#                     build_response_header       our headers are not normalised again, which takes five times as long
+#                     build_response_header       our headers bypass its normalisation: 5 times faster
 #   ErrorTask         execute                     refusals are JSON, with the headers that all answers have
-#   HTTPChannel       readable, writable          idle connections and those that a worker serves cost the loop nothing
+#   HTTPChannel       readable, writable          connections that are idle or at a worker cost no loop time
 #                     handle_read, received       TLS on the same port; heartbeats in the loop
 #                     handle_write, handle_close  the last answer arrives before the connection ends
-#                     write_soon, send_continue   workers leave all sending to the loop: none waits for a client,
-#                                                 and no two threads use one SSL object
+#                     write_soon, send_continue   the loop alone sends: no worker waits for a client, and no
+#                                                 two threads use one SSL object
 #                     recv, send                  a client that is gone is no error
 #                     service                     the loop goes on with the next request
-#   TcpWSGIServer     handle_accept, add_task     connections are bounded per address; refusals need no worker, nor does
-#                                                 what is answered from memory
+#   TcpWSGIServer     handle_accept               connections are bounded per address
+#                     add_task                    refusals and answers from memory need no worker
+#                     pull_trigger                an answer wakes the loop once, not twice
 #   ThreadedTask…     start_new_thread            workers run at a lower priority than the loop
 
 
 def run_thread(name: str, target: Callable[[], None], end: Callable[[], None]) -> Callable[[], None]:
-    """Run `target` in a thread; the function returned calls `end`, which must make it return, and waits for it."""
+    """Run `target` in a thread. The function returned calls `end`, which must end `target`, and waits."""
     thread = threading.Thread(target=target, name=name, daemon=True)
     thread.start()
 
@@ -5634,8 +5635,8 @@ class SystemClock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stalled_ms = 0
-        self._watch_s = math.inf  # how often this process is seen to run, at least
-        self._ran_s = self._cpu_s = 0.0  # when it was seen to run last, and the CPU time that it had used by then
+        self._watch_s = math.inf  # the interval of watch(), while it runs
+        self._ran_s = self._cpu_s = 0.0  # at the last measurement: the time, and the CPU time used so far
 
     def now(self) -> Moment:
         """One reading of the machine's clocks."""
@@ -5645,10 +5646,10 @@ class SystemClock:
                 return Moment(wall_ns // 1_000_000, tick_ns // 1_000_000, (boot_ns - tick_ns) // 1_000_000)
 
     def stalled_ms(self) -> int:
-        """How long, in ms, this process was not run: the time since it was seen to run, less the CPU time used since.
+        """How long, in ms, this process was not run: the sum of long gaps, each less the CPU time used in it.
 
-        Measured while `every()` runs, by a thread that waits for nothing else: neither a slow disk nor a slow callback
-        delays it, and what delays it because it computes uses CPU time.
+        Measured while `every()` runs, by a thread that waits for nothing else: a slow disk or callback does
+        not delay it, and a computation that delays it uses CPU time.
         """
         with self._lock:
             ran_s, cpu_s = time.monotonic(), time.process_time()
@@ -5678,7 +5679,8 @@ class SystemClock:
 
         self.stalled_ms()
         self._watch_s = interval_s
-        stops = [run_thread("panguard-timer", repeat, over.set), run_thread("panguard-watch", watch, over.set)]
+        stops = [run_thread("panguard-timer", repeat, over.set),
+                 run_thread("panguard-watch", watch, over.set)]
 
         def stop() -> None:
             for each in stops:
@@ -5722,7 +5724,8 @@ class ManualClock:
 
     def _pass(self, seconds: float, *, stalled: bool = False, suspended: bool = False) -> None:
         if not 0 <= seconds < math.inf:
-            raise ValueError(f"time can pass for 0 s or longer, not for {seconds} s; step() sets the clock back")
+            raise ValueError(f"time can pass for 0 s or longer, not for {seconds} s; "
+                             "step() sets the clock back")
         passed_ms = round(seconds * 1000)
         self._stalled_ms += passed_ms if stalled else 0
         ticked_ms = 0 if suspended else passed_ms
@@ -5748,14 +5751,14 @@ IDLE_S = 120.0
 BLOCKED_S = 1.0  # how long heartbeats wait for another program that writes
 RETRY_S = 0.01  # between two tries
 UNAUTHENTICATED_IDLE_S = 15.0  # for connections on which nobody has shown a credential yet
-CLEANUP_S = 5.0  # between two looks at who has had their time
+CLEANUP_S = 5.0  # between two searches for connections that have had their time
 GRACE_S = 4.0  # at the stop, for what is in flight
 MAX_HEADERS = 32 * KIB
 MAX_HEADER_LINES = 512
 CHUNK_LINE_BYTES = 4 * KIB  # of a chunk line, and of all trailers
 SEND_BYTES = 64 * KIB  # at once
 SENDS_AT_ONCE = 16  # then other clients have their turn
-OUTPUT_BUFFER_BYTES = 8 * KIB  # up to that waitress' buffers are of bytes, which take the least time and memory
+OUTPUT_BUFFER_BYTES = 8 * KIB  # up to this waitress uses bytes, which take the least time and memory
 STREAM_BACKLOG = 1 * MIB  # a reader further behind than this is dropped
 LINGER_BYTES = 8 * MIB  # what a client may still send after its last answer
 SPARE_DESCRIPTORS = 200  # for the database, logs, and clients being told that there are too many
@@ -5798,7 +5801,7 @@ class SocketMap(dict[int, Any]):
         self._poller: Any = select.epoll() if self.use_epoll else select.poll()
         self._interest: dict[int, int] = {}
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        self._later: deque[tuple[float, Callable[[], object]]] = deque()  # with the time on the monotonic clock
+        self._later: deque[tuple[float, Callable[[], object]]] = deque()  # each with its monotonic time
         self._asleep = False
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
@@ -5824,7 +5827,7 @@ class SocketMap(dict[int, Any]):
     def call_soon(self, call: Callable[..., object], *args: Any) -> None:
         """Have the loop make a call; for every thread, the loop's own included."""
         self._calls.append((call, args))
-        if self._asleep:  # written before the loop looks at the calls, read after they were added to
+        if self._asleep:  # the loop sets it before it looks for calls, so it sees this one or is woken
             self._asleep = False
             with contextlib.suppress(OSError):
                 self._wake_w.send(b"!")
@@ -5847,7 +5850,7 @@ class SocketMap(dict[int, Any]):
             if channel is None:
                 if fd == self._wake_r.fileno():
                     self._wake_r.recv(4096)
-            elif channel.accepting:  # after the others: a descriptor freed here must not be reused here
+            elif channel.accepting:  # later: a new descriptor may be one that events of this pass name
                 self.call_soon(channel.handle_accept)
             else:
                 if flags & READ and not channel.readable():
@@ -5857,7 +5860,7 @@ class SocketMap(dict[int, Any]):
                 self.update_interest(channel)
         while self._later and self._later[0][0] <= time.monotonic():
             self.call_soon(self._later.popleft()[1])
-        for _ in range(len(self._calls)):  # those that these ask for are made after the next look at the sockets
+        for _ in range(len(self._calls)):  # calls that these add wait until the sockets had their turn
             call, args = self._calls.popleft()
             call(*args)
 
@@ -5915,8 +5918,8 @@ _LEADING_BLANKS = re.compile(rb"(\r\n%b:)[\t ]+" % _TOKEN_CHARS)
 class ChunkedBody(ChunkedReceiver):  # type: ignore[misc]
     """A chunked body (RFC 9112, 7.1) for waitress' parser, read in time linear in what arrives.
 
-    waitress' own reads unfinished lines and trailers again at every receive, copies the rest at every chunk, and takes
-    a size with a line feed after it. Here a chunk line, and all trailers together, have at most CHUNK_LINE_BYTES.
+    waitress' own reads unfinished lines again at every receive, copies the rest at every chunk, and takes a
+    size with a line feed after it. Here a chunk line, and all trailers, have at most CHUNK_LINE_BYTES.
     """
 
     error: Error | None = None
@@ -5969,12 +5972,14 @@ class ChunkedBody(ChunkedReceiver):  # type: ignore[misc]
             if self._framing_bytes > 4 * CHUNK_LINE_BYTES:
                 self.error = BadRequest("the chunks are too small for their lines")
         else:
-            self.error = BadRequest("a chunk line must be a size in hexadecimal digits, with or without extensions")
+            self.error = BadRequest("a chunk line must be a size in hexadecimal digits, with or without "
+                                    "extensions")
 
 
 class Request(HTTPRequestParser):  # type: ignore[misc]
-    """waitress' parser, given only what it reads in linear time, and strict where two readers might differ."""
+    """waitress' parser, given only what it reads in linear time; strict where two readers might differ."""
 
+    command = path = ""  # until they are parsed
     body_rcv: Any
     chunked: bool
     content_length: int
@@ -5988,7 +5993,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
         self.channel = channel
 
     def received(self, data: bytes) -> int:
-        """Read on. What follows this request is left with the channel, so that one request is read at a time."""
+        """Read on. What follows this request is left with the channel: one request is read at a time."""
         consumed: int = super().received(data)
         site = self.channel.server.site
         if self.body_rcv is not None and self.error is None:
@@ -5996,7 +6001,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             if site.count_body_bytes(self.counted_as, arrived_bytes):
                 self.counted_bytes += arrived_bytes
             else:
-                self.close()  # its place is free for others at once
+                self.close()  # its bytes count no more, so that others can be received
                 self.error, self.completed = Overloaded("too many bodies are being received; try again"), True
         if not self.completed:
             return consumed
@@ -6028,7 +6033,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError(str(problem)) from None
         self._check_headers()
         if self.body_rcv is None or self.content_length >= self.adj.max_request_body_size:
-            self.expect_continue = False  # else it is told to go on, and its answer forgotten
+            self.expect_continue = False  # else waitress would send 100 Continue instead of the answer
             return
         if self.chunked:
             self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow))
@@ -6044,7 +6049,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]
         hosts = self.headers.get("HOST")
         if (self.version == "1.1" and hosts is None) or "," in (hosts or ""):
             raise ParsingError("there must be one Host header")
-        if "TRANSFER_ENCODING" in self.headers:  # waitress has taken out that of HTTP/1.1; another's is an attack
+        if "TRANSFER_ENCODING" in self.headers:  # waitress has taken out that of HTTP/1.1
             raise ParsingError("Transfer-Encoding needs HTTP/1.1")
         if self.chunked and "CONTENT_LENGTH" in self.headers:  # RFC 9112, 6.1: two lengths are an attack
             raise ParsingError("there must not be both Content-Length and Transfer-Encoding")
@@ -6091,12 +6096,12 @@ class Task(WSGITask):  # type: ignore[misc]
         return head[:-2] + "".join(lines).encode("latin-1") + b"\r\n"
 
     def finish(self) -> None:
-        wanted = request_state(self.environ or {}).stream
+        stream = request_state(self.environ or {}).stream
         if not self.wrote_header:
             self.write(b"")
         if self.request.command == "HEAD":
             self.chunked_response = False  # and so no last chunk
-        if not wanted or self.request.command == "HEAD" or not self.has_body:
+        if not stream or self.request.command == "HEAD" or not self.has_body:
             super().finish()
             return
         self.channel.hand_over(self.environ, self.chunked_response)
@@ -6104,22 +6109,23 @@ class Task(WSGITask):  # type: ignore[misc]
 
 
 class ErrorReply(ErrorTask):  # type: ignore[misc]
-    """What waitress or the channel itself refuses, in the application's words."""
+    """The answer to what waitress or the channel itself refuses, as the application would refuse it."""
 
     def execute(self) -> None:
-        self.request.headers["CONNECTION"] = "close"
-        error, sent = self.request.error, getattr(self.request, "headers", {})
+        error, sent = self.request.error, self.request.headers
+        sent["CONNECTION"] = "close"
         if error.code == 413:
             error.body = f"body: must be at most {_MOST_BYTES} bytes"
         reply = self.channel.server.site.api.refuse(error.code, error.body, {
             "wsgi.url_scheme": self.channel.scheme, "REMOTE_ADDR": self.channel.addr[0],
-            "REQUEST_METHOD": getattr(self.request, "command", ""), "PATH_INFO": getattr(self.request, "path", ""),
-            **{f"HTTP_{name}": sent.get(name, "") for name in ("X_REQUEST_ID", "ORIGIN", "X_FORWARDED_PROTO")}})
+            "REQUEST_METHOD": self.request.command, "PATH_INFO": self.request.path,
+            **{f"HTTP_{name}": sent.get(name, "")
+               for name in ("X_REQUEST_ID", "ORIGIN", "X_FORWARDED_PROTO")}})
         self.status = _STATUS_LINES[reply.status]
         self.response_headers = [*reply.headers, *getattr(error, "headers", ())]
         self.content_length = len(reply.body)
         self.set_close_on_finish()
-        self.write(b"" if getattr(self.request, "command", "") == "HEAD" else reply.body)
+        self.write(b"" if self.request.command == "HEAD" else reply.body)
 
 
 # The channel
@@ -6167,7 +6173,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.opened_s = self.active_s = time.monotonic()  # active: when something was last sent
         super().__init__(server, sock, addr, adj, map=map)
         self.sockets, self.fd = map, sock.fileno()
-        self.output: deque[OverflowableBuffer] = deque()  # what is to be sent; a large buffer is a temporary file
+        self.output: deque[OverflowableBuffer] = deque()  # to be sent; a large buffer is a temporary file
         self.output_bytes = 0
         self.output_lock = threading.RLock()  # for both of these, `stream` and `connected`
         if server.site.tls_context is not None:
@@ -6203,7 +6209,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def handle_read(self) -> None:
         if self.phase is Phase.FIRST_BYTE:
-            self._choose()
+            self._detect_tls()
         if self.phase is Phase.HANDSHAKE:
             self._handshake()
         if self.phase is Phase.HTTP:
@@ -6242,7 +6248,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return Request(adj, self)
 
     def authenticate(self, agent_id: str) -> None:
-        """Its client has shown a credential: it may be idle for longer, and counts as the agent's if it is one's."""
+        """The client has shown a credential: it may be idle for longer, and is counted as this agent's."""
         if not self.connected:  # closed meanwhile: it is no longer counted
             return
         site = self.server.site
@@ -6279,7 +6285,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if stream is not None:
             stream.closed()
 
-    def _choose(self) -> None:
+    def _detect_tls(self) -> None:
         """Look at the first byte: 0x16 opens a TLS handshake, and no HTTP request."""
         site = self.server.site
         try:
@@ -6385,7 +6391,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 raise ClientDisconnected
             if not data:
                 return 0
-            # The first may have been sent in part: waitress' buffers keep what was sent until they are closed.
+            # Not to the first: it may have been sent in part, and keeps what was sent until it is closed.
             if len(self.output) < 2 or len(self.output[-1]) + len(data) > OUTPUT_BUFFER_BYTES:
                 self.output.append(OverflowableBuffer(self.adj.outbuf_overflow))
             self.output[-1].append(data)
@@ -6422,15 +6428,15 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def publish(self, data: bytes) -> bool:
         """Send on a stream, from any thread and without waiting; false if it is over."""
-        return self._say(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+        return self._add_output(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
 
     def end(self) -> None:
         """End a stream as its reader expects it."""
         with self.output_lock:
-            self._say(b"0\r\n\r\n" if self.chunked else b"")
+            self._add_output(b"0\r\n\r\n" if self.chunked else b"")
             self.close_when_flushed = True
 
-    def _say(self, data: bytes) -> bool:
+    def _add_output(self, data: bytes) -> bool:
         with self.output_lock:
             if not self.connected or self.close_when_flushed or self.phase is Phase.LINGER:
                 return False
@@ -6451,8 +6457,8 @@ _HEARTBEAT_LINE = re.compile(rb"POST (?P<path>/api/agents/[0-9A-Za-z_-]+/heartbe
 class HeartbeatBatch:
     """Heartbeats, answered in the loop: all of one pass in one transaction.
 
-    It takes requests in the plain form that clients use, whole or with their body on the way. All others are left to
-    waitress: what is taken must be read as waitress reads it, but may be a strict subset of what waitress accepts.
+    It takes requests in the plain form that clients use, whole or with their body on the way, and reads them
+    as waitress does. All others are left to waitress: this accepts a strict subset of what waitress accepts.
     """
 
     def __init__(self, api: Api) -> None:
@@ -6460,12 +6466,15 @@ class HeartbeatBatch:
         self._store = api.manager.store
         self._waiting: list[tuple[Channel, Environ]] = []
         self._turn: Turn | None = None  # while it waits for the write lock
+        self._deadline_s: float | None = None  # while it waits for another program: until when, monotonic
 
     def take(self, channel: Channel, data: bytes) -> bool:
-        """Take a request, or leave what has arrived of it in `channel.held`; false if it is left to a worker."""
+        """Take a request, or keep its beginning in `channel.held`; false if a worker must take it."""
         line = _HEARTBEAT_LINE(data)
         end = data.find(b"\r\n\r\n")
-        if not line or end < line.end() or len(data) > BATCH_BYTES or channel.output_bytes or self._api.faults:
+        if not line or end < line.end() or len(data) > BATCH_BYTES:
+            return False
+        if channel.output_bytes or self._api.faults:
             return False
         environ = self._headers(data[line.end():end])
         if environ is None or "," in environ.get("HTTP_HOST", ","):
@@ -6493,7 +6502,7 @@ class HeartbeatBatch:
 
     @staticmethod
     def _headers(head: bytes) -> Environ | None:
-        """What WSGI calls these headers, if nothing about them needs a second look."""
+        """These headers by their WSGI names; None if they are not in the plain form."""
         if head.translate(None, _PRINTABLE) != b"\r\n" * head.count(b"\r\n"):
             return None
         environ: Environ = {}
@@ -6505,22 +6514,23 @@ class HeartbeatBatch:
             environ[key] = value.strip(" ")
         return environ
 
-    def _ask(self, sockets: SocketMap, until_s: float = math.inf) -> None:
+    def _ask(self, sockets: SocketMap) -> None:
         """Ask for the write lock. If it is held, the thread that releases it has the loop call _granted()."""
-        turn = self._turn = Turn(on_grant=lambda: sockets.call_soon(self._granted, sockets, turn, until_s))
+        turn = self._turn = Turn(on_grant=lambda: sockets.call_soon(self._granted, sockets, turn))
         if self._store.write_lock.ask(turn):
-            self._granted(sockets, turn, until_s)
+            self._granted(sockets, turn)
 
-    def _granted(self, sockets: SocketMap, turn: Turn, until_s: float) -> None:
+    def _granted(self, sockets: SocketMap, turn: Turn) -> None:
         """Answer the heartbeats; or, while another program writes, release the lock and ask again."""
         if turn is not self._turn:  # a turn may be granted twice
             return
-        until_s = min(until_s, time.monotonic() + BLOCKED_S)
         self._turn = None
-        if time.monotonic() < until_s and self._store.blocked():
+        self._deadline_s = self._deadline_s or time.monotonic() + BLOCKED_S
+        if time.monotonic() < self._deadline_s and self._store.blocked():
             self._store.write_lock.release(turn)
-            sockets.call_later(lambda: self._ask(sockets, until_s))
+            sockets.call_later(lambda: self._ask(sockets))
         else:
+            self._deadline_s = None
             self._answer_all(turn)
 
     def close(self) -> None:
@@ -6535,8 +6545,8 @@ class HeartbeatBatch:
         began_s = time.perf_counter()
         try:
             with self._store.transaction(durable=False, turn=turn):
-                replies = [self._api.answer(route, environ, {"id": environ["PATH_INFO"].split("/")[3]}, in_batch=True)
-                           for _, environ in waiting]
+                replies = [self._api.answer(route, environ, {"id": environ["PATH_INFO"].split("/")[3]},
+                                            in_batch=True) for _, environ in waiting]
         except Unavailable as error:
             replies = [self._api.finish(failure(error), environ) for _, environ in waiting]
         except Exception:
@@ -6554,9 +6564,9 @@ class HeartbeatBatch:
             self._api.keep_exchange(route, environ, reply)
             closing = site.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
             lines = "".join([f"{name}: {value}\r\n" for name, value in reply.headers])
-            channel.write_now(
-                f"HTTP/1.1 {_STATUS_LINES[reply.status]}\r\n{_CLOSE * closing}Content-Length: {len(reply.body)}\r\n"
-                f"Date: {date}\r\n{lines}\r\n".encode("latin-1") + reply.body, closing)
+            head = (f"HTTP/1.1 {_STATUS_LINES[reply.status]}\r\n{_CLOSE if closing else ''}"
+                    f"Content-Length: {len(reply.body)}\r\nDate: {date}\r\n{lines}\r\n")
+            channel.write_now(head.encode("latin-1") + reply.body, closing)
 
 
 @functools.lru_cache(maxsize=256)
@@ -6572,7 +6582,7 @@ def _environ_key(name: str) -> str | None:
 
 
 def lower_priority() -> None:
-    """Let the loop run rather than this thread, where there are fewer processors than threads that want one."""
+    """Let the loop run before this thread, where more threads want to run than there are processors."""
     if sys.platform == "linux":  # elsewhere a priority is the whole process'
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -6610,7 +6620,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             site.application, site.sockets, dispatcher=site.workers, adj=site.settings, sockinfo=sockinfo)
 
     def pull_trigger(self) -> None:
-        """Nothing: channels tell the socket map themselves, by name."""
+        """Do nothing: channels use SocketMap.call_soon()."""
 
     def handle_accept(self) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
@@ -6677,7 +6687,7 @@ def tell_systemd(state: str) -> None:
 
 
 def watchdog_s() -> float:
-    """How often the service manager wants to hear of this process at least, or infinity (sd_watchdog_enabled(3))."""
+    """How often to tell the service manager that this process runs, or infinity (sd_watchdog_enabled(3))."""
     wanted_us, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
     ours = wanted_us.isdecimal() and int(wanted_us) > 0 and pid in ("", str(os.getpid()))
     return int(wanted_us) / 2e6 if ours else math.inf
@@ -6686,8 +6696,8 @@ def watchdog_s() -> float:
 class WebServer:
     """Serves a WSGI application from one loop thread and a few workers, between start() and stop().
 
-    `owner` is told if the loop dies. `tls_context` may be replaced at any time, for the connections that come after;
-    None serves plaintext to all.
+    `owner.on_death()` is called if the loop fails. `tls_context` may be replaced at any time, for the
+    connections that come after; None serves plaintext to all.
     """
 
     def __init__(self, owner: Server[Any], application: Application, api: Api,
@@ -6698,7 +6708,7 @@ class WebServer:
         self.config = config
         # Routes that anyone may call do not read the database.
         self.in_memory = frozenset(each.path for each in ENDPOINTS if ANYONE in each.allow)
-        self.body_bytes: Counter[str] = Counter()  # buffered, by whose they are; counted in the loop and in workers
+        self.body_bytes: Counter[str] = Counter()  # buffered, by owner; the loop and workers count them
         self._body_bytes_lock = threading.Lock()
         # By address while nobody has shown a credential on them, then by agent; counted in the loop.
         self.connections_of: Counter[str] = Counter()
@@ -6708,15 +6718,12 @@ class WebServer:
             max_request_header_size=MAX_HEADERS, recv_bytes=SEND_BYTES)
         self.stopping = False
         self.error: BaseException | None = None
-        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Bind here, so that a taken port is the caller's exception, then serve in a thread."""
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.connection_limit = max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
         self.address_limit = self.config.connections_per_address or max(self.connection_limit // 8, 1)
-        self.connections_of.clear()
-        self.stopping, self.error = False, None
         self.sockets = SocketMap()
         self.workers = Workers(self.settings.threads)
         self.listeners: list[Listener] = []
@@ -6729,23 +6736,19 @@ class WebServer:
             self.workers.stop(1)
             self.sockets.close()
             raise
-        self._thread = threading.Thread(target=self._run, name="server-loop", daemon=True)
-        self._thread.start()
+        self._stop_loop = run_thread(
+            "server-loop", self._run, lambda: self.sockets.call_soon(self._begin_stop))
 
     @property
     def port(self) -> int:
         return int(self.listeners[0].effective_port)
 
     def stop(self) -> None:
-        """Finish what is in flight, leave nothing behind, and raise what the loop died of."""
-        if self._thread is not None:
-            self.sockets.call_soon(self._begin_stop)
-            self._thread.join()
-            self._thread = None
-            self.workers.stop(1)
+        """Finish what is in flight, leave nothing behind, and raise the error that ended the loop."""
+        self._stop_loop()
+        self.workers.stop(1)
         if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+            raise self.error
 
     def plaintext_allowed(self, address: str) -> bool:
         """Whether that peer may do without TLS where there is a certificate."""
@@ -6754,7 +6757,7 @@ class WebServer:
     def count_body_bytes(self, whose: str, more: int) -> bool:
         """Count bytes of bodies that were buffered, or (negative) let go; false if there would be too many.
 
-        An agent's or enroller's credential, or a newcomer's address, may have a quarter, so that none uses up all.
+        An agent's or enroller's credential, or a newcomer's address, may have a quarter: no one uses up all.
         """
         most = self.config.max_buffered_bytes
         share = max(most // 4, _MOST_BYTES) if whose else most
@@ -6816,7 +6819,7 @@ class WebServer:
 
 
 class Backups:
-    """Backups that the manager makes by itself, as MANAGER_BACKUP_DIR asks: run() in a thread, until `over` is set."""
+    """Makes the backups that MANAGER_BACKUP_DIR asks for: run() in a thread, until `over` is set."""
 
     def __init__(self, config: Config, folder: Path, api: Api) -> None:
         self.over = threading.Event()
@@ -6825,8 +6828,9 @@ class Backups:
 
     def _made(self) -> list[Path]:
         """Those that a manager made, oldest first; whatever else is there is not touched."""
-        return sorted(path for path in self._kept.glob("panguard-*.backup") if path.is_file() and not path.is_symlink()
-                      and re.fullmatch(r"panguard-\d{8}T\d{6}Z\.backup", path.name))
+        return sorted(path for path in self._kept.glob("panguard-*.backup")
+                      if re.fullmatch(r"panguard-\d{8}T\d{6}Z\.backup", path.name)
+                      and path.is_file() and not path.is_symlink())
 
     def _progress(self, part: float) -> None:
         if self.over.is_set():
@@ -6846,10 +6850,11 @@ class Backups:
             path.unlink()
 
     def run(self) -> None:
-        """Make one whenever it is time; the first as long after the last one that is there as is set."""
+        """Make one at every interval; the first one interval after the newest that is there."""
         every_s = self._config.backup_every_ms / 1000
         ages_s = [time.time() - path.stat().st_mtime for path in self._made()]
-        due_s = time.monotonic() + max(0.0, every_s - min((age_s for age_s in ages_s if age_s >= 0), default=math.inf))
+        newest_s = min((age_s for age_s in ages_s if age_s >= 0), default=math.inf)
+        due_s = time.monotonic() + max(0.0, every_s - newest_s)
         while not self.over.wait(max(0.05, due_s - time.monotonic())):
             due_s = time.monotonic() + every_s
             try:
@@ -6866,10 +6871,10 @@ _ClockT = TypeVar("_ClockT", bound=Clock)
 class Server(Generic[_ClockT]):
     """A manager on a port: `with Server(port=0) as server: …`.
 
-    Takes a Config, or its settings as keywords; without `data_dir` these use a temporary folder and plaintext.
+    Takes a Config, or its settings as keywords; without `data_dir` it uses a temporary folder and plaintext.
     Once started it has `url`, `token` (an admin's), `manager`, `clock` and `faults`. It may be started again
-    after a stop. Raises TypeError for a keyword that is no setting, SettingError and StartError. If the serving
-    thread fails, `on_death` is called, and `stop()` raises the error.
+    after a stop. Raises TypeError for a keyword that is no setting, SettingError and StartError. If the
+    serving thread fails, `on_death` is called, and `stop()` raises the error.
     """
 
     url: str
@@ -6889,7 +6894,8 @@ class Server(Generic[_ClockT]):
         if config and settings:
             raise SettingError("a Server takes a Config or settings, not both")
         if unknown := sorted(settings.keys() - Config.__dataclass_fields__.keys()):
-            raise TypeError(f"{unknown[0]!r} is no setting; they are {', '.join(Config.__dataclass_fields__)}")
+            raise TypeError(f"{unknown[0]!r} is no setting; they are "
+                            f"{', '.join(Config.__dataclass_fields__)}")
         self.config = config or Config(**{"data_dir": None, **settings})
         self.clock = cast("_ClockT", clock or SystemClock())
         self.notes: list[str] = []
@@ -6930,7 +6936,7 @@ class Server(Generic[_ClockT]):
             app = create_app(self.manager, tokens)
             self._api: Api = app.api
             self.faults = self._api.faults
-            if self.config.data_dir is None or isinstance(self.clock, ManualClock):  # a test's, not an operator's
+            if self.config.data_dir is None or isinstance(self.clock, ManualClock):  # a test's server
                 self._api.exchanges = self._exchanges
             self._api.streams = self._streams = Streams(self.manager)
             self._notifier = self._api.notifier = Notifier(self.manager)
@@ -6954,7 +6960,7 @@ class Server(Generic[_ClockT]):
 
     @property
     def requests(self) -> list[Exchange]:
-        """The latest 1,000 requests that were answered or dropped, the oldest first; also those before a restart.
+        """The latest 1,000 requests that were answered or dropped, oldest first; also those before a restart.
 
         They are kept only without a `data_dir` or with a ManualClock; otherwise the list is empty.
         """
@@ -6970,17 +6976,16 @@ class Server(Generic[_ClockT]):
                     for number in range(1, agents + 1)]
             for number, each in enumerate(made[:threats]):
                 self.manager.report_events(each.agent.id, [
-                    {"type": "port_scan", "severity": SEVERITIES[index % len(SEVERITIES)], "details": {"port": index}}
-                    for index in range(number, threats, agents)])
+                    {"type": "port_scan", "severity": SEVERITIES[index % len(SEVERITIES)],
+                     "details": {"port": index}} for index in range(number, threats, agents)])
         return made
 
     def wait_for(self, *, type: str | None = None, agent_id: str | None = None, after: int | None = None,
                  timeout_s: float = 5.0) -> Entry:
-        """The first journal entry of that type and agent after `after`, or else after the one given last, as soon as
-        there is one.
+        """Wait for the first journal entry of that type and agent after `after`, or after the one given last.
 
-        Raises ValueError for a type that no entry has, and TimeoutError, which lists the entries there were, when
-        `timeout_s` (real seconds) have passed.
+        Raises ValueError for a type that no entry has, and TimeoutError, which lists the entries there were,
+        when `timeout_s` (real seconds) have passed.
         """
         if type not in (None, *ENTRY_TYPES):
             raise ValueError(f"type is {type!r} and must be one of {', '.join(ENTRY_TYPES)}")
@@ -6998,17 +7003,18 @@ class Server(Generic[_ClockT]):
                 if not grown.wait(max(0.0, deadline_s - time.monotonic())):
                     seen = "; ".join(f"{entry.seq} {entry.type} {entry.agent_id}"
                                      for entry in self.manager.journal(after=after))
-                    raise TimeoutError(f"no {type or 'entry'} of {agent_id or 'any agent'} within {timeout_s} s; "
-                                       f"the journal has: {seen or 'nothing'}")
+                    raise TimeoutError(f"no {type or 'entry'} of {agent_id or 'any agent'} within "
+                                       f"{timeout_s} s; the journal has: {seen or 'nothing'}")
         finally:
             listeners.remove(grown.set)
 
-    async def wait_for_async(self, *, type: str | None = None, agent_id: str | None = None, after: int | None = None,
-                             timeout_s: float = 5.0) -> Entry:
+    async def wait_for_async(self, *, type: str | None = None, agent_id: str | None = None,
+                             after: int | None = None, timeout_s: float = 5.0) -> Entry:
         """As wait_for(), for a coroutine: others run meanwhile."""
         import asyncio  # here, since a manager that serves does without it and its 2 MB
 
-        return await asyncio.to_thread(self.wait_for, type=type, agent_id=agent_id, after=after, timeout_s=timeout_s)
+        return await asyncio.to_thread(
+            self.wait_for, type=type, agent_id=agent_id, after=after, timeout_s=timeout_s)
 
     def reload_certificate(self) -> None:
         """Use the certificate as it is on the disk now for new connections; keep the old one if it is bad."""
@@ -7025,7 +7031,7 @@ class Server(Generic[_ClockT]):
             self._note_run("manager_stopped")
 
     def _note_run(self, type: str) -> None:
-        if self.config.data_dir:  # a temporary folder has no history that the entry could divide
+        if self.config.data_dir:  # a temporary folder has no entries of an earlier run
             self.manager.note_run(type)
 
     def _tick(self) -> bool:
@@ -7077,14 +7083,14 @@ class Server(Generic[_ClockT]):
             token = secrets.token_urlsafe(32)
             new = path.with_suffix(".new")
             new.unlink(missing_ok=True)
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(token + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            private_file(new)
+            new.write_text(token + "\n")
+            sync_path(new)
             new.replace(path)
             sync_path(folder)
         except (OSError, ValueError) as error:
-            raise StartError(f"the admin's token in {path} cannot be used ({str(error) or 'it is malformed'}); "
+            raise StartError(f"the admin's token in {path} cannot be used "
+                             f"({str(error) or 'it is malformed'}); "
                              "remove the file to get a new one") from None
         self.notes.append("token made")
         return token
@@ -7122,8 +7128,8 @@ class Server(Generic[_ClockT]):
         host = _ANY_HOST.get(config.host, config.host)
         if self._web.tls_context and host in ("127.0.0.1", "::1"):
             host = "localhost"
-        self.url = (f"http{'s' * bool(self._web.tls_context)}://" + (f"[{host}]" if ":" in host else host)
-                    + f":{self._web.port}")
+        scheme = "https" if self._web.tls_context else "http"
+        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self._web.port}"
         if config.data_dir:  # where the commands look for it
             with contextlib.suppress(OSError):
                 private_file(folder / "url")
@@ -7131,7 +7137,8 @@ class Server(Generic[_ClockT]):
 
     def _tls(self, folder: Path) -> ssl.SSLContext | None:
         config, local = self.config, _is_loopback(self.config.host)
-        if config.tls == "off" or (config.data_dir is None and config.tls == "auto" and not config.tls_cert and local):
+        temporary = config.data_dir is None and not config.tls_cert and local
+        if config.tls == "off" or (config.tls == "auto" and temporary):
             return None
         if config.tls_cert and config.tls_key:
             self._pair = (config.tls_cert, config.tls_key)
@@ -7146,11 +7153,13 @@ class Server(Generic[_ClockT]):
                                           "whoever trusts the former one needs it")
             except StartError as error:
                 if not all(path.exists() for path in self._pair):
-                    advice = (f"no certificate could be made ({error}); install openssl, or set MANAGER_TLS_CERT and "
-                              "MANAGER_TLS_KEY")
+                    advice = (f"no certificate could be made ({error}); install openssl, or set "
+                              "MANAGER_TLS_CERT and MANAGER_TLS_KEY")
                     if config.tls == "require" or not local:
-                        raise StartError(f"{advice}, or have plaintext for everybody with --tls off") from None
-                    self.notes.append(f"Warning: {advice}; until then this port speaks plaintext, to this machine only")
+                        raise StartError(
+                            f"{advice}, or have plaintext for everybody with --tls off") from None
+                    self.notes.append(f"Warning: {advice}; until then this port speaks plaintext, to this "
+                                      "machine only")
                     return None
                 self.notes.append(f"Warning: the certificate {self._pair[0]} could not be checked ({error})")
         self._warn_of_readers(self._pair[1])
@@ -7158,13 +7167,16 @@ class Server(Generic[_ClockT]):
 
     def _renew_certificate(self) -> None:
         now = self.clock.now()
-        if self._own_pair is None or now.tick_ms < self._renewal_tick_ms or self._own_pair.is_current(now.wall_ms):
+        if self._own_pair is None or now.tick_ms < self._renewal_tick_ms:
+            return
+        if self._own_pair.is_current(now.wall_ms):
             return
         self._renewal_tick_ms = now.tick_ms + _RENEWAL_RETRY_MS
         try:
             self._own_pair.make(now.wall_ms)
             self._web.tls_context = tls_context(*self._pair)
-            log.warning("the certificate %s was renewed; whoever trusts the former one needs it", self._pair[0])
+            log.warning("the certificate %s was renewed; whoever trusts the former one needs it",
+                        self._pair[0])
         except StartError as error:
             log.error("the certificate %s must be renewed, which failed: %s", self._pair[0], error)
 
@@ -7174,7 +7186,8 @@ class Server(Generic[_ClockT]):
         if self._web.tls_context is None:
             return None
         chain = self._pair[0].read_text()
-        der = ssl.PEM_cert_to_DER_cert(chain[chain.index(ssl.PEM_HEADER):chain.index(ssl.PEM_FOOTER)] + ssl.PEM_FOOTER)
+        start, end = chain.index(ssl.PEM_HEADER), chain.index(ssl.PEM_FOOTER)
+        der = ssl.PEM_cert_to_DER_cert(chain[start:end] + ssl.PEM_FOOTER)
         return self._pair[0], hashlib.sha256(der).digest().hex(":").upper()
 
 
@@ -7189,7 +7202,8 @@ def _is_loopback(host: str) -> bool:
 def _openssl(*arguments: str, stdin: str = "") -> str:
     """What the openssl command writes. Raises StartError."""
     try:
-        done = subprocess.run(["openssl", *arguments], input=stdin, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["openssl", *arguments], input=stdin, capture_output=True, text=True, timeout=10)
     except FileNotFoundError:
         raise StartError("the openssl command is missing") from None
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
@@ -7219,7 +7233,7 @@ def _interface_addresses() -> list[str]:
     return sorted(name for name in set(found) if not name.startswith("fe80:"))
 
 
-_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # and where this machine itself reaches it
+_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # with the address by which this machine reaches it
 _RENEWAL_MS = 30 * _DAY_MS  # before its end a certificate is replaced
 _RENEWAL_RETRY_MS = 3_600_000
 _MOST_NAMES = 100  # in a certificate
@@ -7238,13 +7252,14 @@ subjectAltName = """
 
 
 class OwnCertificate:
-    """The self-signed certificate in the data folder; one that an operator has put there is never replaced."""
+    """The self-signed certificate in the data folder. One that an operator put there is never replaced."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.pair = folder / "cert.pem", folder / "key.pem"
         self._starts_s, self._ends_s = 0, sys.maxsize
-        by_name = [socket.gethostname(), outer_address() or "", "localhost"]  # what others may call this machine
-        self._needed = self._fit([*config.tls_name, *(by_name if config.host in _ANY_HOST else [config.host])])
+        own_names = [socket.gethostname(), outer_address() or "", "localhost"]
+        hosts = own_names if config.host in _ANY_HOST else [config.host]
+        self._needed = self._fit([*config.tls_name, *hosts])
 
     @staticmethod
     def _fit(names: Iterable[str]) -> list[str]:
@@ -7256,11 +7271,11 @@ class OwnCertificate:
         return list(fit)
 
     def is_current(self, wall_ms: int) -> bool:
-        """Whether the certificate holds for 30 days to come. openssl goes by the system's clock, as its starts do."""
+        """Whether the certificate is valid for 30 days more. openssl set its start by the system's clock."""
         return self._starts_s <= time.time() and wall_ms + _RENEWAL_MS < self._ends_s * 1000
 
     def fault(self, wall_ms: int) -> str:
-        """Why the certificate must be made: "missing", or what was wrong with it; else "". Raises StartError."""
+        """Why a new one must be made: "missing", or what was wrong with it; else "". Raises StartError."""
         try:
             if not all(path.exists() and path.read_bytes() for path in self.pair):
                 return "missing"
@@ -7283,17 +7298,17 @@ class OwnCertificate:
 
     def make(self, wall_ms: int) -> None:
         """Make a new pair in the place of the former. Raises StartError."""
-        names = self._fit([*self._needed, "localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn(),
-                           outer_address() or "", *_interface_addresses()])[:_MOST_NAMES]
+        names = self._fit([*self._needed, "localhost", "127.0.0.1", "::1", socket.gethostname(),
+                           socket.getfqdn(), outer_address() or "", *_interface_addresses()])[:_MOST_NAMES]
         subjects = ",".join(("IP:" if _as_ip(name) else "DNS:") + name for name in names)
         made = [path.with_suffix(".new") for path in self.pair]
         try:
             for path in made:
                 path.unlink(missing_ok=True)
                 private_file(path)
-            _openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-sha256",
-                     "-days", "365", "-config", "/dev/stdin", "-out", str(made[0]), "-keyout", str(made[1]),
-                     stdin=f"{_REQUEST}{subjects}\n")
+            _openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                     "-sha256", "-days", "365", "-config", "/dev/stdin", "-out", str(made[0]),
+                     "-keyout", str(made[1]), stdin=f"{_REQUEST}{subjects}\n")
             for path in made:
                 sync_path(path)
             for path, new in zip(self.pair, made, strict=True):
@@ -7313,8 +7328,8 @@ def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
     try:
         context.load_cert_chain(certificate, key, password="")
     except (OSError, ValueError) as error:
-        raise StartError(f"the certificate {certificate} with the key {key} cannot be used ({error}); both must be "
-                         "PEM files that belong together, the key without a password") from None
+        raise StartError(f"the certificate {certificate} with the key {key} cannot be used ({error}); both "
+                         "must be PEM files that belong together, the key without a password") from None
     return context
 
 
