@@ -1378,7 +1378,7 @@ def object_schema(answer: str) -> dict[str, Any]:
 ########################################################################################################
 
 # Append only: a file's user_version counts the migrations it has had, and released ones never change again.
-# They run with foreign keys off, so that a table can be made anew.
+# They run with foreign keys off, so that a table can be made anew. E501: a released line is not wrapped.
 MIGRATIONS = (
     """
     CREATE TABLE agents (            -- who an agent is; `key` is registration order
@@ -1438,7 +1438,7 @@ MIGRATIONS = (
         rules TEXT NOT NULL, org_id TEXT, agent_id TEXT, broadcasted_to INTEGER NOT NULL, created_ms INTEGER NOT NULL);
     CREATE TABLE policies_in_force ( -- the newest of each scope: 'all', 'org:…' or 'agent:…'
         scope TEXT PRIMARY KEY, version INTEGER NOT NULL REFERENCES policies (version)) WITHOUT ROWID;
-    """,
+    """,  # noqa: E501
     # Files of user_version 1 have one of seven schemas, since migration 1 was edited. This makes them one.
     """
     CREATE TABLE new_agents (
@@ -1492,7 +1492,7 @@ MIGRATIONS = (
         uses INTEGER NOT NULL DEFAULT 0, org_id TEXT, tags TEXT NOT NULL, note TEXT);
     -- The id of the enrolment token that the agent last registered with.
     ALTER TABLE agents ADD COLUMN enroll_token TEXT;
-    """,
+    """,  # noqa: E501
     """
     -- What an operator has said of a threat event: open, acknowledged or false_positive, and why.
     ALTER TABLE threats ADD COLUMN state TEXT NOT NULL DEFAULT 'open';
@@ -1510,7 +1510,7 @@ MIGRATIONS = (
         key INTEGER PRIMARY KEY, first_threat INTEGER NOT NULL, first_entry INTEGER NOT NULL,
         shift_ms INTEGER NOT NULL, from_ms INTEGER NOT NULL, until_ms INTEGER NOT NULL);
     DELETE FROM sightings;
-    """,
+    """,  # noqa: E501
     """
     -- When the announced status began, in ms since 1970; of files made before, as far as the journal knows.
     ALTER TABLE contacts ADD COLUMN announced_ms INTEGER;
@@ -1530,7 +1530,7 @@ MIGRATIONS = (
     CREATE TABLE told_silent (agent_id TEXT PRIMARY KEY, hostname TEXT NOT NULL) WITHOUT ROWID;
     -- When the announced status began, on the steady clock; of files made before not known.
     ALTER TABLE contacts ADD COLUMN announced_steady_ms INTEGER;
-    """,
+    """,  # noqa: E501
     """
     CREATE TABLE threat_totals (     -- how many events of an hour (received_ms / 3600000) have a value
         kind TEXT NOT NULL,          -- severity, type, agent_id or source_ip, without false positives; false_positives
@@ -1547,13 +1547,14 @@ MIGRATIONS = (
     CREATE INDEX threats_time ON threats (received_ms, severity, state);
     DROP INDEX threats_org;
     CREATE INDEX threats_org ON threats (org_id, received_ms) WHERE org_id IS NOT NULL;
-    """,
+    """,  # noqa: E501
     """
     CREATE TABLE agent_totals (      -- how many agents of an org have an operating system
         org_id TEXT NOT NULL, os TEXT NOT NULL, n INTEGER NOT NULL, PRIMARY KEY (org_id, os)) WITHOUT ROWID;
     INSERT INTO agent_totals SELECT coalesce(org_id, ''), os, count(*) FROM agents GROUP BY 1, 2;
     CREATE TRIGGER agent_counted AFTER INSERT ON agents BEGIN
-        INSERT INTO agent_totals VALUES (coalesce(new.org_id, ''), new.os, 1) ON CONFLICT DO UPDATE SET n = n + 1;
+        INSERT INTO agent_totals VALUES (coalesce(new.org_id, ''), new.os, 1)
+            ON CONFLICT DO UPDATE SET n = n + 1;
     END;
     CREATE TRIGGER agent_uncounted AFTER DELETE ON agents BEGIN
         UPDATE agent_totals SET n = n - 1 WHERE org_id = coalesce(old.org_id, '') AND os = old.os;
@@ -1562,7 +1563,8 @@ MIGRATIONS = (
     CREATE TRIGGER agent_os_changed AFTER UPDATE OF os ON agents WHEN new.os != old.os BEGIN
         UPDATE agent_totals SET n = n - 1 WHERE org_id = coalesce(old.org_id, '') AND os = old.os;
         DELETE FROM agent_totals WHERE org_id = coalesce(old.org_id, '') AND os = old.os AND n = 0;
-        INSERT INTO agent_totals VALUES (coalesce(new.org_id, ''), new.os, 1) ON CONFLICT DO UPDATE SET n = n + 1;
+        INSERT INTO agent_totals VALUES (coalesce(new.org_id, ''), new.os, 1)
+            ON CONFLICT DO UPDATE SET n = n + 1;
     END;
     """,
 )
