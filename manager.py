@@ -3767,8 +3767,8 @@ class Manager:
             counted = (f"SELECT min((received_ms - :since_ms) / {_HOUR_MS}, :last), severity, count(*) "
                        f"FROM threats {source} AND received_ms >= :since_ms AND state != 'false_positive'")
             if not agent_id and since_ms % _HOUR_MS == 0:  # not after a step by part of an hour
-                counted = (f"SELECT min(hour - :since_ms / {_HOUR_MS}, :last), value, sum(n) FROM threat_totals "
-                           f"WHERE kind = 'severity' AND hour >= :since_ms / {_HOUR_MS}")
+                counted = (f"SELECT min(hour - :since_ms / {_HOUR_MS}, :last), value, sum(n) FROM "
+                           f"threat_totals WHERE kind = 'severity' AND hour >= :since_ms / {_HOUR_MS}")
             for index, severity, count in db.execute(f"{counted} GROUP BY 1, 2", given):
                 shown[index]["threats"][severity] = count
         return {"agentId": agent_id, "hours": shown, **intervals}

@@ -3827,9 +3827,10 @@ def test_a_migration_counts_the_agents_in_the_file(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "manager.db")) as db:
         db.executescript(f"{';'.join(manager.MIGRATIONS[:9])}; PRAGMA user_version = 9; "
                          f"PRAGMA application_id = {0x50474D31}")
-        for key, (org, system) in enumerate([("o", "linux"), ("o", "macos"), (None, "linux"), (None, "linux")]):
-            db.execute("INSERT INTO agents (key, id, hostname, os, ip, org_id, tags, registered_ms, token_digest) "
-                       "VALUES (?, ?, 'h', ?, '127.0.0.1', ?, '[]', 0, ?)",
+        rows = [("o", "linux"), ("o", "macos"), (None, "linux"), (None, "linux")]
+        for key, (org, system) in enumerate(rows):
+            db.execute("INSERT INTO agents (key, id, hostname, os, ip, org_id, tags, registered_ms, "
+                       "token_digest) VALUES (?, ?, 'h', ?, '127.0.0.1', ?, '[]', 0, ?)",
                        (key + 1, f"agent-{key}", system, org, bytes([key])))
             db.execute("INSERT INTO contacts (agent, seen_ms, heartbeat_ms, announced, version) "
                        "VALUES (?, 0, 0, 'offline', '1')", (key + 1,))
