@@ -10712,17 +10712,24 @@ def stub(path: Path, text: str) -> None:
 
 
 def test_readme_service(tmp_path: Path) -> None:
-    """The commands of the service, in order, below another root folder. Only pip and systemd are stubs."""
+    """The commands of the service, in order, below another root folder. git, pip and systemd are stubs."""
     def here(text: str) -> str:
         return re.sub(r"(?<![\w.])/(opt|etc|usr|var)/", rf"{tmp_path}/\1/", text)
 
     bins, home = tmp_path / "usr/local/bin", tmp_path / "home"
-    for folder in (bins, home, tmp_path / "etc/systemd/system", tmp_path / "opt", tmp_path / "var/lib"):
-        folder.mkdir(parents=True)
+    for folder in ("etc/systemd/system", "home", "opt", "usr/local/bin", "var/backups", "var/lib"):
+        (tmp_path / folder).mkdir(parents=True)
     (unit,) = of_kind("ini unit")
     (tmp_path / "etc/systemd/system/panguard-manager.service").write_text(here(unit.text))
     stub(bins / "sudo", 'exec "$@"')
-    stub(bins / "pip", 'test "$*" = "install -q ."')
+    stub(bins / "git", 'test "$*" = "pull -q"')
+    stub(bins / "pip", """
+        case "$*" in
+        "install -q .") ;;
+        "wheel -q -w "*" .") mkdir "$4"; touch "$4/panguard_manager-1.2.0-py3-none-any.whl" ;;
+        "install -q --no-index --force-reinstall "*) test -f "$5" ;;
+        *) false ;;
+        esac""")
     stub(bins / "program", f'exec {sys.executable} {manager.__file__} "$@"')
     stub(bins / "python3", f"""
         test "$1 $2" = "-m venv"; mkdir -p "$3/bin"; cp {bins}/pip "$3/bin/pip"
@@ -10772,6 +10779,8 @@ def test_readme_unit(tmp_path: Path) -> None:
     path.write_text(re.sub("ExecStart=[^ ]+", "ExecStart=/bin/true", unit.text))
     done = checked_by("systemd-analyze", "verify", path)
     assert "panguard-manager" not in done
+    path.write_text(unit.text)
+    checked_by("systemd-analyze", "security", "--offline=true", "--threshold=20", path)  # at most 2.0
 
 
 def checked_by(program: str, *words: Any, **variables: str) -> str:
