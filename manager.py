@@ -94,7 +94,7 @@ except ImportError as missing:
     if missing.name in ("fcntl", "resource"):
         sys.exit("manager.py needs Linux or macOS; on Windows run it in WSL 2 or in a container")
     sys.exit(f"manager.py needs bottle 0.13 and waitress 3.0 ({missing}); `uv run manager.py` brings them, "
-             "or install both with pip")
+             "or install both with pip in a virtual environment")
 
 if typing.TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -7743,7 +7743,7 @@ _AGENT_COLUMNS: Columns = {
     "LAST SEEN": lambda agent: ago(agent["lastHeartbeat"])}
 
 
-@command("agents", "list agents", *_FILTERS,
+@command("agents", "list agents; 3 if there is none", *_FILTERS,
          Option("--sort", choices=[sign + name for name in SORTS for sign in ("", "-")], metavar="FIELD",
                 help=f"one of {', '.join(SORTS)}; --sort=-cpu begins with the highest"),
          Option("--watch", action="store_true", help="show them again every two seconds, until Ctrl-C"),
@@ -7831,7 +7831,7 @@ _FOLLOW = (
                                              "it, without a shell; its standard input is the JSON"))
 
 
-@command("threats", "list threat events, the newest first",
+@command("threats", "list threat events, the newest first; 3 if there is none",
          Option("--severity", choices=SEVERITIES, help="severity"), Option("--type", help="type"),
          Option("--agent", help="id or hostname of an agent"),
          Option("--org-id", help="organization"), Option("--source-ip", help="address that they came from"),

@@ -10557,6 +10557,8 @@ RUN_BY = {
     "sh start": "test_readme_start_line", "sh test": "test_ci_runs_the_readme_test_line",
     "sh serve": "test_readme_serve_lines", "sh env": "test_readme_settings_files",
     "sh container": "test_readme_container", "sh service": "test_readme_service",
+    "sh guard": "test_readme_agents", "sh agent": "test_readme_agents", "json policy": "test_readme_recipe",
+    "json notification": "test_readme_notification", "python webhook": "test_readme_notification",
     "ini unit": "test_readme_unit",
     "console": "test_readme_recipe", "console stopped": "test_readme_recipe",
     "console stream": "test_readme_recipe", "python": "test_readme_embedding", "nginx": "test_readme_nginx",
@@ -10569,7 +10571,7 @@ def test_every_block_of_the_readme_is_run() -> None:
     assert all(name in globals() for name in RUN_BY.values() if name)
 
 
-NAMES = re.compile(r"agent-[0-9a-f]{8}|pg[ae]_[\w-]{32}|enr_[0-9a-f]{12}")
+NAMES = re.compile(r"agent-[0-9a-f]{8}|pg[ae]_[\w-]{32}|(?:enr|pol)_[0-9a-f]{12}")
 
 
 def masked(answer: str) -> Any:
@@ -10674,6 +10676,8 @@ def test_readme_recipe(heading: str, tmp_path: Path) -> None:
         session = Session(tmp_path, receiver.url.partition("/hook")[0])
         session.assignments.append(
             "export TOKEN=$(cat ~/.panguard-manager/token) CURL_CA_BUNDLE=~/.panguard-manager/cert.pem")
+        for block in of_kind("json policy"):
+            (session.folder / "policy.json").write_text(block.text)
         running = Server(port=0, data_dir=session.home / ".panguard-manager", notify_url=receiver.url,
                          clock=ManualClock(time.time() - 360), tls_name="manager.example.org")
         running.start()
@@ -10688,6 +10692,57 @@ def test_readme_recipe(heading: str, tmp_path: Path) -> None:
                     running.start()
         finally:
             running.stop()
+
+
+def test_readme_agents(tmp_path: Path) -> None:
+    """The line for Panguard Guard, and the agent in shell, which ends here after two heartbeats."""
+    (guard,), (agent,) = of_kind("sh guard"), of_kind("sh agent")
+    stub(tmp_path / "panguard", """
+        test "$1 $2 $3" = "guard start --manager"; curl --silent --cacert "$NODE_EXTRA_CA_CERTS" "$4/readyz"
+        test -z "$GUARD" || node drive.mjs "$GUARD" "$4" 1 "$EVENT" """)
+    stub(tmp_path / "sleep", "test ! -e slept; touch slept")
+    (tmp_path / "drive.mjs").write_text(DRIVE)
+    (tmp_path / "agent.sh").write_text(agent.text)
+    with Server(port=0, data_dir=tmp_path / "data", open_enrollment=True) as running:
+        shutil.copy(tmp_path / "data" / "cert.pem", tmp_path / "manager.pem")
+        issued = running.manager.issue_enroll_token(tags=["lab"])
+        shell: Any = {"cwd": tmp_path, "text": True, "capture_output": True, "timeout": LIMIT_S, "env": {
+            **environ(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "GUARD": GUARD,
+            "EVENT": json.dumps(SHIPPED_EVENT), "MANAGER_URL": running.url, "ENROLL_TOKEN": issued.token}}
+        line = guard.text.replace("https://manager.example.org:8443", running.url)
+        done = subprocess.run(["bash", "-euc", line], **shell)
+        assert done.returncode == 0 and '"status":"healthy"' in done.stdout, done.stderr
+        assert len(running.manager.agents()[0]) == bool(GUARD)
+        done = subprocess.run(["sh", "-eu", "agent.sh"], **shell)
+        assert done.stdout.count('"status":"online"') == 2, done.stderr
+        (made,) = (each for each in running.manager.agents()[0] if each.tags == ("lab",))
+        assert running.manager.agent(made.id).uptime is not None
+
+
+def test_readme_notification() -> None:
+    """A receiver gets what the README shows, and the README's function verifies its signature."""
+    (shown,), (code,) = of_kind("json notification"), of_kind("python webhook")
+    (secret,) = re.findall("`echo (whsec_[^`]+)`", README)
+    secret = subprocess.run(["bash", "-c", f"echo {secret}"], text=True, capture_output=True).stdout.strip()
+    names: dict[str, Any] = {}
+    exec(compile(code.text, "README.md", "exec"), names)
+    clock = ManualClock(time.time() - 421)  # the notification is sent 421 s after the start
+    with Receiving() as receiver, Server(port=0, clock=clock, notify_url=receiver.url + "&from=berlin",
+                                         notify_secret=secret, notify_repeat_ms=3_600_000) as running:
+        furnish_recipes(running)
+        clock.advance(61)
+        until(lambda: receiver.heard, "a notification has come")
+        path, headers, body = receiver.heard[0]
+        assert path.endswith("&from=berlin") and set(headers) >= {"webhook-id", "webhook-timestamp"}
+        sent = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+        assert masked(sent.decode()) == masked(shown.text)
+        assert names["is_genuine"](secret, headers, sent)
+        assert not names["is_genuine"](secret, headers, sent + b" ")
+        old = {**headers, "webhook-timestamp": str(int(headers["webhook-timestamp"]) - 301)}
+        assert not names["is_genuine"](secret, old, sent)
+        for _ in range(3):
+            clock.advance(3601)
+        until(lambda: any("web-2" in body["data"].get("reminder", ()) for _, _, body in receiver.heard), "a reminder")
 
 
 def test_readme_serve_lines(tmp_path: Path) -> None:
