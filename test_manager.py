@@ -10742,7 +10742,8 @@ def test_readme_notification() -> None:
         assert not names["is_genuine"](secret, old, sent)
         for _ in range(3):
             clock.advance(3601)
-        until(lambda: any("web-2" in body["data"].get("reminder", ()) for _, _, body in receiver.heard), "a reminder")
+        until(lambda: any("web-2" in told["data"].get("reminder", ()) for _, _, told in receiver.heard),
+              "a reminder")
 
 
 def test_readme_serve_lines(tmp_path: Path) -> None:
