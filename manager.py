@@ -497,7 +497,7 @@ class ManagerError(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Invalid(ManagerError):
+class Invalid(ManagerError, ValueError):
     """Input that is not what it must be; the text names every offending field."""
     status = 400
 
@@ -1118,7 +1118,7 @@ def checked(table: Table) -> Callable[[_Method], _Method]:
 
 
 def _no_constant(name: str) -> Any:
-    raise Invalid(f"body: {name} is not JSON")
+    raise ValueError(name)
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
@@ -4079,6 +4079,7 @@ class RequestState:
 
     stream: EventStream | None = None  # from the API: the stream that takes the connection over
     authenticated: str | None = None  # from the API: the id of the agent whose token it was, "" for a role's
+    caller: Caller | None = None  # from the API: whose credential it was
     requests_left: int | None = None  # that its client may send in this minute; None: not counted yet
     request_id = ""  # the one made for a request that brings none
 
@@ -4285,6 +4286,14 @@ class Latencies:
                samples)
 
 
+def _clean_route(value: Any, path: str, problems: list[str]) -> Any:
+    return one_of(*sorted(f"{each.method} {each.path}" for each in ENDPOINTS)).clean(value, path, problems)
+
+
+ROUTE = Check(_clean_route, {"type": "string"})  # of ENDPOINTS, which is complete only later
+REAL_S = number(0, 86_400)
+
+
 @dataclass
 class Fault:
     """What to do to the next `times` requests of a route (`POST /api/agents/register`; None is any) that name
@@ -4364,13 +4373,38 @@ class Faults(list[Fault]):
         return None
 
 
+class Headers(Mapping[str, str]):
+    """Headers by their usual names, such as `Content-Type`; any case of letters finds them."""
+
+    def __init__(self, sent: Mapping[str, str]) -> None:
+        self._sent = {self._usual(name): value for name, value in sent.items()}
+
+    @staticmethod
+    def _usual(name: str) -> str:
+        return "Last-Event-ID" if name.lower() == "last-event-id" else name.title()
+
+    def __getitem__(self, name: str) -> str:
+        return self._sent[self._usual(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sent)
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    def __repr__(self) -> str:
+        return repr(self._sent)
+
+
 class Exchange(NamedTuple):
     """A request to a Server under test, and its answer.
 
     `route` is like `POST /api/agents/:id/heartbeat`, or "" where no route fits; `path` has the query.
-    `headers` are named as in `Content-Type`; credentials are left out. `body` and `answer` are parsed JSON,
-    or bytes if they are not JSON, or None if they are empty, were not received or have more than 64 KiB.
-    `status` is None if the request was dropped.
+    `headers` are found in any case of letters; credentials are left out. `body` and `answer` are parsed
+    JSON, or bytes if they are not JSON, or None if they are empty, were not received or have more than
+    64 KiB. In `answer` a token is "(not kept)". `status` is None if the request was dropped. `caller` has the
+    `role` of the credential, and for an agent's `agent.id`; None if there was no right one or none was asked
+    for. `at_ms` (since 1970, by the server's clock) is when it was answered. `seq` counts requests from 1.
     """
 
     method: str
@@ -4380,6 +4414,14 @@ class Exchange(NamedTuple):
     body: Any
     status: int | None
     answer: Any
+    caller: Caller | None = None
+    at_ms: int = 0
+    seq: int = 0
+
+    def is_of(self, agent_id: str) -> bool:
+        """Whether the request has the agent's token, or its id in the path."""
+        agent = self.caller and self.caller.agent
+        return (agent and agent.id) == agent_id or agent_id in self.path.partition("?")[0].split("/")
 
 
 _KEPT_BYTES = 2**16
@@ -4392,6 +4434,13 @@ def _parsed_json(raw: bytes) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError):
         return raw
+
+
+def _without_token(answer: Any) -> Any:
+    for each in (answer, answer.get("data")) if isinstance(answer, dict) else ():
+        if isinstance(each, dict) and "token" in each:
+            each["token"] = "(not kept)"
+    return answer
 
 
 class Api:
@@ -4418,11 +4467,11 @@ class Api:
         self.proved_s = 0.0  # when the manager made its last backup by itself, in s since 1970
         self.backups_failed = 0  # since then
         self.faults = Faults()
-        self.exchanges: deque[Exchange] | None = None  # set by a Server under test
+        self.on_exchange: Callable[[Exchange], None] | None = None  # set by a Server under test
 
-    def keep_exchange(self, route: Endpoint | None, environ: Mapping[str, Any], reply: Reply | None) -> None:
-        """Add a request and its reply to `exchanges`, if the server keeps those."""
-        if self.exchanges is None:
+    def keep_exchange(self, route: Endpoint | None, environ: dict[str, Any], reply: Reply | None) -> None:
+        """Give a request and its reply to `on_exchange`, if the server keeps those."""
+        if self.on_exchange is None:
             return
         sent = environ.get("wsgi.input") or io.BytesIO()
         sent.seek(0)
@@ -4430,12 +4479,13 @@ class Api:
         secret = re.compile("AUTHORIZATION|COOKIE").search
         shown = [name for name, value in environ.items()
                  if re.match("HTTP_|CONTENT_", name) and value and not secret(name)]
-        headers = {name.removeprefix("HTTP_").replace("_", "-").title(): environ[name] for name in shown}
+        headers = Headers({name.removeprefix("HTTP_").replace("_", "-"): environ[name] for name in shown})
         name = f"{route.method} {route.path}" if route else ""
-        self.exchanges.append(Exchange(
+        self.on_exchange(Exchange(
             environ["REQUEST_METHOD"], environ["PATH_INFO"] + (f"?{query}" if query else ""), name, headers,
             _parsed_json(sent.read(_KEPT_BYTES + 1)), reply and reply.status,
-            _parsed_json(reply.body if reply else b"")))
+            _without_token(_parsed_json(reply.body if reply else b"")),
+            request_state(environ).caller, self.manager.clock.now().wall_ms))
 
     def answer(self, route: Endpoint, environ: dict[str, Any], path: Mapping[str, str], *,
                in_batch: bool = False) -> Reply:
@@ -4619,7 +4669,8 @@ class Api:
         if caller is None:
             self._failed_logins.count(address, self.manager.clock.now().tick_ms)
             raise Unauthorized("the token is wrong, or its agent was deregistered")
-        request_state(environ).authenticated = caller.agent.id if caller.agent else ""
+        request = request_state(environ)
+        request.caller, request.authenticated = caller, caller.agent.id if caller.agent else ""
         if caller.role not in route.allow:
             raise Forbidden(f"the {caller.role}'s token may not do this")
         if caller.agent and path.get("id", caller.agent.id) != caller.agent.id:
@@ -6867,6 +6918,101 @@ class Backups:
                     log.error("no backup could be made: %s", error)
 
 
+_SeenT = TypeVar("_SeenT", Entry, Exchange)
+_LATEST = 20  # so many a timeout lists
+_WAIT: Table = {
+    "type": may(one_of(*ENTRY_TYPES)), "route": may(ROUTE), "agent_id": may(_KEY),
+    "after": may(number(0, _EXACT, whole=True)), "timeout_s": need(REAL_S)}
+
+
+class Waits(Generic[_SeenT]):
+    """Waits for the next journal entry, or the next request: for the first that fits after a number.
+
+    `read(after=…, limit=…, order=…, **wanted)` gives those there are. `given` is the number of the one given
+    last, after which the next wait goes on; a wait that is cancelled or finds none leaves it as it is.
+    """
+
+    def __init__(self, server: Server[Any], read: Callable[..., Sequence[_SeenT]]) -> None:
+        self._server = server
+        self._read: Callable[..., Sequence[_SeenT]] = read
+        self.given = 0
+
+    def wait(self, after: int | None, timeout_s: float, **wanted: Any) -> _SeenT:
+        """The next one. Raises Invalid, TimeoutError, and Unavailable if the server is stopped."""
+        look = self._search(after, timeout_s, wanted)
+        grown, deadline_s = threading.Event(), time.monotonic() + timeout_s
+        with self._server.waking(grown.set):
+            in_time = True
+            while (found := look(in_time)) is None:
+                grown.wait(max(0.0, deadline_s - time.monotonic()))
+                grown.clear()
+                in_time = time.monotonic() < deadline_s
+        return found
+
+    async def wait_async(self, after: int | None, timeout_s: float, **wanted: Any) -> _SeenT:
+        """As wait(), without a thread."""
+        import asyncio  # here, since a manager that serves does without it and its 2 MB
+
+        look, loop = self._search(after, timeout_s, wanted), asyncio.get_running_loop()
+        grown, late = asyncio.Event(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(grown.set)
+
+        def expire() -> None:
+            late.set()
+            grown.set()
+
+        timer = loop.call_later(timeout_s, expire)
+        try:
+            with self._server.waking(wake):
+                while (found := look(not late.is_set())) is None:
+                    await grown.wait()
+                    grown.clear()
+        finally:
+            timer.cancel()
+        return found
+
+    def _search(self, after: int | None, timeout_s: float,
+                wanted: Mapping[str, Any]) -> Callable[[bool], _SeenT | None]:
+        """A function that gives the next one or, while the argument says that it is in time, None."""
+        clean_arguments(_WAIT, {"after": after, "timeout_s": timeout_s, **wanted})
+        manager, first = self._server.manager, self.given if after is None else after
+        asked = ", ".join(f"{name} {value!r}" for name, value in wanted.items() if value is not None)
+
+        def look(in_time: bool) -> _SeenT | None:
+            self._server.require_running(manager)
+            found = next(iter(self._read(after=first, limit=1, **wanted)), None)
+            self.given = found.seq if found else self.given
+            if found or in_time:
+                return found
+            whose = ", the one given last," if first and after is None else ""
+            raise TimeoutError(f"nothing with {asked or 'any value'} came after number {first}{whose} within "
+                               f"{timeout_s} s; " + "; ".join(self._instead(first, wanted)))
+        return look
+
+    def _instead(self, after: int, wanted: Mapping[str, Any]) -> Iterator[str]:
+        """For a timeout: what came, and what may have been meant."""
+        latest = self._read(after=after, limit=_LATEST, order="desc")[::-1]
+        others = latest[0].seq - after - 1 if latest else 0
+        yield f"{others} others came, then:" if others else "these came:" if latest else "nothing else came"
+        yield from map(_summary, latest)
+        for before in self._read(limit=1, order="desc", **wanted):
+            yield f"number {before.seq} fits and came before; after=0 begins with the first again"
+        if agent_id := wanted["agent_id"]:
+            try:
+                self._server.manager.agent(agent_id)
+            except NotFound as error:
+                yield str(error)
+
+
+def _summary(seen: Entry | Exchange) -> str:
+    if isinstance(seen, Entry):
+        return f"{seen.seq} {seen.type} {seen.agent_id}"
+    return f"{seen.seq} {seen.method} {seen.path} {seen.status}"
+
+
 _ClockT = TypeVar("_ClockT", bound=Clock)
 
 
@@ -6906,8 +7052,10 @@ class Server(Generic[_ClockT]):
         self._renewal_tick_ms = -sys.maxsize
         self._undo = contextlib.ExitStack()
         self._running = False
-        self._waited_seq = 0
+        self._wakes: list[Callable[[], None]] = []  # of the waits there are
+        self._entries, self._arrivals = Waits(self, self._read_entries), Waits(self, self._read_requests)
         self._exchanges: deque[Exchange] = deque(maxlen=1000)
+        self._exchanges_lock = threading.Lock()
 
     def __enter__(self) -> Server[_ClockT]:
         self.start()
@@ -6921,12 +7069,14 @@ class Server(Generic[_ClockT]):
         if self._running:
             raise StartError("this server has been started already; stop it first")
         self.notes.clear()
-        self._waited_seq = 0
+        if not self.config.data_dir:  # a new temporary folder has a new journal
+            self._entries.given = 0
         with contextlib.ExitStack() as undo:
             folder = self.config.data_dir or Path(undo.enter_context(
                 tempfile.TemporaryDirectory(prefix="panguard-manager-")))
             store = Store(folder)
             undo.callback(store.close)
+            store.listeners.append(self._wake)
             tokens = self.config.auth_token or (self._own_token(folder),)
             self.token = tokens[0]
             try:
@@ -6939,7 +7089,7 @@ class Server(Generic[_ClockT]):
             self._api: Api = app.api
             self.faults = self._api.faults
             if self.config.data_dir is None or isinstance(self.clock, ManualClock):  # a test's server
-                self._api.exchanges = self._exchanges
+                self._api.on_exchange = self._keep_exchange
             self._api.streams = self._streams = Streams(self.manager)
             self._notifier = self._api.notifier = Notifier(self.manager)
             for receiver in self._notifier.receivers:
@@ -6958,7 +7108,26 @@ class Server(Generic[_ClockT]):
     def stop(self) -> None:
         """Finish what is in flight, then let go of the port, the threads and the files."""
         self._running = False
+        self._wake()
         self._undo.close()
+
+    @contextlib.contextmanager
+    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Within it, `wake` is called when the journal or `requests` has grown, and at the stop."""
+        self._wakes.append(wake)
+        try:
+            yield
+        finally:
+            self._wakes.remove(wake)
+
+    def _wake(self) -> None:
+        for wake in tuple(self._wakes):
+            wake()
+
+    def require_running(self, manager: Manager) -> None:
+        """Raises Unavailable if the server was stopped since `manager` was its manager."""
+        if not self._running or self.manager is not manager:
+            raise Unavailable("the server was stopped")
 
     @property
     def requests(self) -> list[Exchange]:
@@ -6984,39 +7153,46 @@ class Server(Generic[_ClockT]):
 
     def wait_for(self, *, type: str | None = None, agent_id: str | None = None, after: int | None = None,
                  timeout_s: float = 5.0) -> Entry:
-        """Wait for the first journal entry of that type and agent after `after`, or after the one given last.
+        """The first journal entry of that type and agent after `after`, or else after the one given last, as
+        soon as there is one. With a `data_dir`, the one given last is known after a restart, too.
 
-        Raises ValueError for a type that no entry has, and TimeoutError, which lists the entries there were,
-        when `timeout_s` (real seconds) have passed.
+        Raises Invalid, a ValueError, for a type that no entry has; Unavailable when the server is stopped;
+        TimeoutError, with the latest entries, when `timeout_s` (real seconds) have passed.
         """
-        if type not in (None, *ENTRY_TYPES):
-            raise ValueError(f"type is {type!r} and must be one of {', '.join(ENTRY_TYPES)}")
-        after = self._waited_seq if after is None else after
-        grown = threading.Event()
-        listeners = self.manager.store.listeners
-        listeners.append(grown.set)
-        deadline_s = time.monotonic() + timeout_s
-        try:
-            while True:
-                grown.clear()
-                if found := self.manager.journal(after=after, limit=1, type=type, agent_id=agent_id):
-                    self._waited_seq = found[0].seq
-                    return found[0]
-                if not grown.wait(max(0.0, deadline_s - time.monotonic())):
-                    seen = "; ".join(f"{entry.seq} {entry.type} {entry.agent_id}"
-                                     for entry in self.manager.journal(after=after))
-                    raise TimeoutError(f"no {type or 'entry'} of {agent_id or 'any agent'} within "
-                                       f"{timeout_s} s; the journal has: {seen or 'nothing'}")
-        finally:
-            listeners.remove(grown.set)
+        return self._entries.wait(after, timeout_s, type=type, agent_id=agent_id)
 
     async def wait_for_async(self, *, type: str | None = None, agent_id: str | None = None,
                              after: int | None = None, timeout_s: float = 5.0) -> Entry:
-        """As wait_for(), for a coroutine: others run meanwhile."""
-        import asyncio  # here, since a manager that serves does without it and its 2 MB
+        """As wait_for(), for a coroutine: it holds no thread and may be cancelled."""
+        return await self._entries.wait_async(after, timeout_s, type=type, agent_id=agent_id)
 
-        return await asyncio.to_thread(
-            self.wait_for, type=type, agent_id=agent_id, after=after, timeout_s=timeout_s)
+    def wait_for_request(self, *, route: str | None = None, agent_id: str | None = None,
+                         after: int | None = None, timeout_s: float = 5.0) -> Exchange:
+        """The first of `requests` to that route, with the agent's token or its id in the path, after number
+        `after`, or else after the one given last; otherwise as wait_for()."""
+        return self._arrivals.wait(after, timeout_s, route=route, agent_id=agent_id)
+
+    async def wait_for_request_async(self, *, route: str | None = None, agent_id: str | None = None,
+                                     after: int | None = None, timeout_s: float = 5.0) -> Exchange:
+        """As wait_for_request(), for a coroutine."""
+        return await self._arrivals.wait_async(after, timeout_s, route=route, agent_id=agent_id)
+
+    def _read_entries(self, **wanted: Any) -> list[Entry]:
+        return self.manager.journal(**wanted)
+
+    def _read_requests(self, *, limit: int, after: int = 0, order: str = "asc", route: str | None = None,
+                       agent_id: str | None = None) -> list[Exchange]:
+        if self._api.on_exchange is None:
+            raise Invalid("requests are kept by a server without data_dir or with a ManualClock")
+        found = [each for each in self.requests if each.seq > after and route in (None, each.route)
+                 and (agent_id is None or each.is_of(agent_id))]
+        return (found if order == "asc" else found[::-1])[:limit]
+
+    def _keep_exchange(self, exchange: Exchange) -> None:
+        with self._exchanges_lock:
+            last_seq = self._exchanges[-1].seq if self._exchanges else 0
+            self._exchanges.append(exchange._replace(seq=last_seq + 1))
+        self._wake()
 
     def reload_certificate(self) -> None:
         """Use the certificate as it is on the disk now for new connections; keep the old one if it is bad."""
