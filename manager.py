@@ -4099,6 +4099,7 @@ class Reply(NamedTuple):
     body: bytes
     headers: tuple[tuple[str, str], ...] = (_JSON_TYPE,)
     common: tuple[tuple[str, str], ...] = _COMMON_HEADERS
+    cut: bool = False  # the connection is to end after half of the body
 
 
 class Call(NamedTuple):
@@ -4292,45 +4293,49 @@ def _clean_route(value: Any, path: str, problems: list[str]) -> Any:
 
 ROUTE = Check(_clean_route, {"type": "string"})  # of ENDPOINTS, which is complete only later
 REAL_S = number(0, 86_400)
+Drop = typing.Literal["before", "after", "middle"]
+_FAULT: Table = {
+    "route": may(ROUTE), "agent_id": may(_KEY), "status": may(number(200, 599, whole=True)),
+    "delay_s": need(REAL_S), "drop": may(one_of(*typing.get_args(Drop))),
+    "times": need(number(1, _EXACT, whole=True)), "retry_after_s": may(number(0, _EXACT, whole=True)),
+    "body": may(_check(bytes, "bytes", bytes, {}))}
+
 
 
 @dataclass
 class Fault:
     """What to do to the next `times` requests of a route (`POST /api/agents/register`; None is any) that name
     an agent (None is any): wait `delay_s` (real seconds), then answer `status`, with `body` (else an error's)
-    and `Retry-After`, or drop the connection `before` or `after` the commit. `hits` counts the requests."""
+    and `Retry-After`, or drop the connection `before` or `after` the commit, or in the `middle` of the
+    answer's body. A request that is answered `status` is not executed. `hits` counts the requests."""
 
     route: str | None = None
     agent_id: str | None = None
     status: int | None = None
     delay_s: float = 0.0
-    drop: typing.Literal["before", "after"] | None = None
+    drop: Drop | None = None
     times: int = 1
     retry_after_s: int | None = None
     body: bytes | None = None
     hits: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        known = {f"{each.method} {each.path}" for each in ENDPOINTS}
-        if self.route not in {None, *known}:
-            raise ValueError(f"route is {self.route!r} and must be one of {', '.join(sorted(known))}")
-        if self.body is not None and not isinstance(self.body, bytes):
-            raise ValueError(f"body is {self.body!r} and must be bytes")
-        if self.drop not in (None, "before", "after"):
-            raise ValueError(f"drop is {self.drop!r} and must be 'before' or 'after'")
-        if self.status is not None and not (400 if self.body is None else 200) <= self.status <= 599:
-            raise ValueError(
-                f"status is {self.status} and must be from 400 to 599, or with a body from 200 to 599")
-        if not 0 <= self.delay_s <= threading.TIMEOUT_MAX:
-            raise ValueError(f"delay_s is {self.delay_s} and must be 0 or more")
-        if (self.status is None and self.drop is None and self.delay_s <= 0) or self.times < 1:
-            raise ValueError(
-                "a fault must have a status, a drop or a delay_s above 0, and times of at least 1")
+        clean_arguments(_FAULT, {name: getattr(self, name) for name in _FAULT})
+        if self.route and self.agent_id and not re.search("/agents?/:id", self.route):
+            raise Invalid(f"agent_id: must not be given with {self.route}, whose path names no agent")
+        if self.status is None:
+            if self.retry_after_s is not None or self.body is not None:
+                raise Invalid("retry_after_s, body: must not be given without a status")
+            if self.drop is None and self.delay_s == 0:
+                raise Invalid("status, drop, delay_s: must not all be absent or 0")
+        elif self.status < 400 and self.body is None:
+            raise Invalid("status: must be from 400 to 599, or with a body from 200 to 599")
+        elif self.drop in ("before", "after"):
+            raise Invalid(f"status, drop: must not be given together if drop is {self.drop!r}")
 
-    def apply(self) -> Reply | None:
+    def apply(self, sleep: Callable[[float], object]) -> Reply | None:
         """Do what comes before the request is served. Returns the answer, if there is one. Raises Dropped."""
-        if self.delay_s:
-            time.sleep(self.delay_s)
+        sleep(self.delay_s)
         if self.drop == "before":
             raise Dropped
         if self.status is None:
@@ -4350,11 +4355,13 @@ class Faults(list[Fault]):
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
+        self.over = threading.Event()  # set when the server stops: no request is delayed any more
 
     def add(self, *, route: str | None = None, agent_id: str | None = None, status: int | None = None,
-            delay_s: float = 0.0, drop: typing.Literal["before", "after"] | None = None, times: int = 1,
+            delay_s: float = 0.0, drop: Drop | None = None, times: int = 1,
             retry_after_s: int | None = None, body: bytes | None = None) -> Fault:
-        """Apply a fault to the next requests that match. Raises ValueError if it makes no sense."""
+        """Apply a fault to the next requests that match, after those added before it. Raises Invalid, a
+        ValueError."""
         added = Fault(route, agent_id, status, delay_s, drop, times, retry_after_s, body)
         self.append(added)
         return added
@@ -4497,9 +4504,12 @@ class Api:
         try:
             caller = self._admit(route, environ, path)
             fault = None if in_batch or not self.faults else self.faults.take(route, path.get("id"))
-            reply = (fault and fault.apply()) or self._serve(route, environ, path, caller)
+            asked = fault and fault.apply(self.faults.over.wait)
+            reply = asked or self._serve(route, environ, path, caller)
             if fault and fault.drop == "after":
                 raise Dropped
+            if fault and fault.drop == "middle":
+                reply = reply._replace(cut=True)
         except Dropped:
             self.keep_exchange(route, environ, None)
             raise
@@ -4589,7 +4599,7 @@ class Api:
         if self._requests:
             headers += (("X-Ratelimit-Limit", str(self._requests.per_minute)),
                         ("X-Ratelimit-Remaining", str(request_state(environ).requests_left)))
-        return Reply(reply.status, reply.body, headers)
+        return reply._replace(headers=headers)
 
     def refuse(self, status: int, text: str, environ: dict[str, Any], *headers: tuple[str, str]) -> Reply:
         """Word a refusal of what has no route, or never became a request."""
@@ -4768,8 +4778,14 @@ def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bott
     app.config["catchall"] = False  # answer() has caught what is ours to word; the rest is the server's
     app.api = api
 
+    def half_of(body: bytes) -> Iterator[bytes]:
+        yield body[:len(body) // 2]
+        raise Dropped
+
     def as_response(reply: Reply) -> bottle.HTTPResponse:
-        return bottle.HTTPResponse(reply.body, reply.status, headers=list(reply.headers))
+        body = half_of(reply.body) if reply.cut else reply.body
+        length = [("Content-Length", str(len(reply.body)))] * reply.cut
+        return bottle.HTTPResponse(body, reply.status, headers=[*reply.headers, *length])
 
     def serve(**path: str) -> bottle.HTTPResponse:
         return as_response(api.answer(bottle.request.route.config["endpoint"], bottle.request.environ, path))
@@ -7096,6 +7112,7 @@ class Server(Generic[_ClockT]):
                 undo.callback(run_thread("panguard-notify", receiver.run, receiver.stop))
             undo.callback(self._notifier.stop)  # all of them, before any is waited for
             self._listen(app, folder, undo)
+            undo.callback(self.faults.over.set)
             interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
             undo.callback(self.clock.every(interval_s, self._tick))
             self._check_daily(store, undo)

@@ -8428,14 +8428,45 @@ def test_a_fault_answers_late_and_the_others_do_not_wait_for_it(server: Server) 
     assert took_s[0] >= 1.5
 
 
-@pytest.mark.parametrize("wrong", [
-    {"route": "POST /api/nothing", "status": 500}, {"drop": "never"}, {"status": 200}, {}, {"delay_s": -1},
-    {"delay_s": math.nan}, {"delay_s": math.inf}, {"status": 500, "times": 0},
-    {"status": 500, "body": "text"}])
-def test_a_fault_that_makes_no_sense_is_refused(server: Server, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(("wrong", "names"), [
+    ({"route": "POST /api/nothing", "status": 500}, "route"), ({"drop": "never"}, "drop"),
+    ({"status": 200}, "status"), ({}, "status, drop, delay_s"), ({"delay_s": -1}, "delay_s"),
+    ({"delay_s": math.nan}, "delay_s"), ({"delay_s": math.inf}, "delay_s"), ({"delay_s": "1"}, "delay_s"),
+    ({"status": 500, "times": 0}, "times"), ({"status": 500, "times": 1.5}, "times"),
+    ({"status": 500, "times": "2"}, "times"), ({"status": 500, "body": "text"}, "body"),
+    ({"body": b"x"}, "retry_after_s, body"), ({"retry_after_s": 3}, "retry_after_s, body"),
+    ({"status": 503.0}, "status"), ({"status": "503"}, "status"), ({"status": True}, "status"),
+    ({"status": 503, "drop": "after"}, "status, drop"),
+    ({"status": 429, "retry_after_s": -3}, "retry_after_s"),
+    ({"status": 429, "retry_after_s": "3\r\nX: y"}, "retry_after_s"),
+    ({"status": 500, "agent_id": 7}, "agent_id"),
+    ({"status": 500, "agent_id": "agent-1", "route": "GET /livez"}, "agent_id"),
+    ({"status": 500, "agent_id": "agent-1", "route": "PATCH /api/threats/:id"}, "agent_id")])
+def test_a_fault_that_makes_no_sense_is_refused_by_the_arguments_name(
+        server: Server, wrong: dict[str, Any], names: str) -> None:
+    with pytest.raises(ValueError, match=f"^{names}: must "):
         server.faults.add(**wrong)
     assert not server.faults
+
+
+@pytest.mark.parametrize("fault", [{}, {"status": 503}, {"status": 200, "body": b'{"ok":true}'}])
+def test_a_fault_ends_a_connection_in_the_middle_of_an_answer(server: Server, fault: dict[str, Any]) -> None:
+    server.faults.add(route=REGISTER_ROUTE, drop="middle", **fault)
+    with pytest.raises(http.client.IncompleteRead) as cut:
+        ask(port_of(server.url), "POST", "/api/agents/register", AGENT, server.token)
+    assert 0 <= cut.value.expected - len(cut.value.partial) <= 1
+    assert len(over_the_wire(server, "GET", "/api/agents")) == (0 if fault else 1)
+    assert server.requests[0].status == fault.get("status", 201)
+
+
+def test_a_stop_does_not_wait_for_a_delayed_request(caplog: pytest.LogCaptureFixture) -> None:
+    with Server(port=0) as server, ThreadPoolExecutor(1) as pool:
+        fault = server.faults.add(route="GET /livez", delay_s=2 * LIMIT_S)
+        late = pool.submit(over_the_wire, server, "GET", "/livez")
+        until(lambda: fault.hits, "the request is delayed")
+        server.stop()
+        assert late.result(timeout=LIMIT_S) == {"status": "alive"}
+    assert not caplog.records
 
 
 def test_faults_can_be_forgotten_and_no_route_adds_one(server: Server, api: Client) -> None:
