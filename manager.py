@@ -814,6 +814,11 @@ def version_text(version: int) -> str | None:
     return f"v{version}" if version else None
 
 
+def event_id(key: int) -> str:
+    """The id of a threat event."""
+    return f"evt_{key:012x}"
+
+
 def resolve(in_force: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], acknowledged: int) -> Effective:
     """What policies in force, as (version, rules) from the widest scope to the narrowest, amount to.
 
@@ -982,9 +987,18 @@ def _accept_claim(value: str) -> str:
     return value
 
 
-_INSTANT = ("an instant such as 2026-03-07T12:00:00.000Z", str, {"type": "string", "format": "date-time"})
-INSTANT = _check(instant_ms, *_INSTANT)  # the clean value is in ms since 1970
-CLAIMED_INSTANT = _check(_accept_claim, *_INSTANT)  # the clean value is the text
+def _accept_instant(value: str | int) -> int:
+    # Those of the years 1 to 9999.
+    if isinstance(value, int) and not -62_135_596_800_000 <= value < 253_402_300_800_000:
+        raise ValueError
+    return instant_ms(value) if isinstance(value, str) else value
+
+
+_MUST_BE_INSTANT = "an instant such as 2026-03-07T12:00:00.000Z"
+_INSTANT_SCHEMA = {"type": "string", "format": "date-time"}
+# Of a query, or in ms since 1970 from Python; the clean value is in ms since 1970.
+INSTANT = _check(_accept_instant, _MUST_BE_INSTANT, (str, int), _INSTANT_SCHEMA)
+CLAIMED_INSTANT = _check(_accept_claim, _MUST_BE_INSTANT, str, _INSTANT_SCHEMA)  # the clean value is the text
 ADDRESS = _check(_accept_address, "an IPv4 or IPv6 address", str,
                  {"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]})
 POLICY_VERSION = numbered("v[1-9][0-9]{0,14}", "a policy version such as v2", lambda found: int(found[1:]))
@@ -1004,6 +1018,17 @@ def record(table: Table, *, strict: bool = False) -> Check:
             return None
         return clean_fields(table, value, problems, path + ".", strict=strict)
     return Check(clean, table_schema(table, strict=strict))
+
+
+def spelled_either_way(table: Table) -> Check:
+    """A record with the fields of `table` and no others, each named as over HTTP or as in Python."""
+    names, check = {snake(name): name for name in table}, record(table, strict=True)
+
+    def clean(value: Any, path: str, problems: list[str]) -> Any:
+        if isinstance(value, Mapping):
+            value = {names.get(name, name): each for name, each in value.items()}
+        return check.clean(value, path, problems)
+    return Check(clean, check.schema)
 
 
 def table_schema(table: Table, *, strict: bool = False) -> dict[str, Any]:
@@ -1072,10 +1097,15 @@ def clean_body(table: Table, raw: bytes, translate: Translate | None = None, *,
     return _valid(clean_fields(table, body, problems, strict=strict), problems)
 
 
+# Numbers of calls from Python, and how HTTP writes them.
+_WRITTEN: Mapping[str, Callable[[int], str | None]] = {
+    "policy_version": version_text, "before": event_id, "key": event_id}
+
+
 def clean_arguments(table: Table, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call from Python, by the rules for the fields of `table` over HTTP. Raises Invalid.
 
-    Names are in Python's spelling, sequences may be tuples, and a policy version is a number.
+    Names are in Python's spelling, sequences may be tuples, and what `_WRITTEN` names may be a number.
     """
     names = {snake(name): name for name in table}
     problems: list[str] = []
@@ -1083,8 +1113,8 @@ def clean_arguments(table: Table, arguments: Mapping[str, Any]) -> dict[str, Any
     for name, value in arguments.items():
         if isinstance(value, (tuple, set)):
             value = list(value)
-        elif name == "policy_version" and isinstance(value, int):
-            value = version_text(value)
+        elif name in _WRITTEN and type(value) is int:
+            value = _WRITTEN[name](value)
         values[names.get(name, name)] = value
     return _valid(clean_fields(table, values, problems, strict=True), problems)
 
@@ -1164,6 +1194,7 @@ EVENT: Table = {
     "timestamp": may(CLAIMED_INSTANT), "sigmaRuleId": may(_NAME), "ruleId": may(_NAME),
     "confidence": may(number(0, 1)), "id": may(_NAME)}
 EVENTS: Table = {"events": need(list_of(record(EVENT), 1000, least=1))}
+REPORT: Table = {"events": need(list_of(spelled_either_way(EVENT), 1000, least=1))}
 RULE: Table = {
     "type": need(one_of(*RULE_TYPES)), "config": need(OBJECT),
     "enabled": may(FLAG, True)}
@@ -1171,6 +1202,7 @@ POLICY: Table = {
     "name": need(_NAME), "rules": need(list_of(record(RULE, strict=True), 500, least=1)),
     "description": may(text(4096, lines=True)), "org_id": may(_KEY), "agent_id": may(_KEY),
     "dryRun": may(FLAG, False)}
+PREVIEW: Table = {name: POLICY[name] for name in ("rules", "org_id", "agent_id")}
 ENROLL_TOKEN: Table = {
     "ttlMs": may(number(1, 90 * _DAY_MS, whole=True), _DAY_MS),
     "maxUses": may(number(1, 1_000_000, whole=True), 1), "org_id": may(_KEY), "tags": may(_TAGS),
@@ -1236,6 +1268,16 @@ STREAM_FILTER: Table = {
 ENTRY_FILTER: Table = {
     "after": may(digits(0, _EXACT), 0), "limit": may(digits(1, 200), 50), **STREAM_FILTER,
     "since": may(INSTANT), "until": may(INSTANT), "order": may(one_of("asc", "desc"), "asc")}
+_ENTRY_TYPE = STREAM_FILTER["type"].check
+
+
+def _clean_types(value: Any, path: str, problems: list[str]) -> Any:
+    return _ENTRY_TYPE.clean([value] if isinstance(value, str) else value, path, problems)
+
+
+JOURNAL: Table = {
+    **ENTRY_FILTER, "type": may(Check(_clean_types, _ENTRY_TYPE.schema)),
+    "limit": may(number(-1, _EXACT, whole=True), -1)}
 TIMELINE: Table = {"agent_id": may(_KEY), "hours": may(digits(1, 168), 24)}
 MEANINGS = {
     "id": "Id of the agent, the threat event or the enrolment token",
@@ -3348,6 +3390,7 @@ class Manager:
 
     # Enrolment tokens
 
+    @checked(ENROLL_TOKEN)
     def issue_enroll_token(self, *, ttl_ms: int = _DAY_MS, max_uses: int = 1, org_id: str | None = None,
                            tags: Sequence[str] | None = None, note: str | None = None,
                            caller: Caller = LOCAL) -> EnrollToken:
@@ -3408,12 +3451,13 @@ class Manager:
 
     # Threat events
 
+    @checked(REPORT)
     def report_events(self, agent_id: str, events: Sequence[Mapping[str, Any]], *,
                       caller: Caller = LOCAL) -> list[str]:
         """Store what an agent reports, all or nothing; the events' ids, in their order.
 
-        An event is a mapping with the keys of EVENT, in Python's spelling. One whose `id` the agent has
-        reported before is not stored again and keeps its first event id. Raises NotFound.
+        An event is a mapping with the fields of EVENT, in JSON's or Python's spelling. One whose `id` the
+        agent has reported before is not stored again and keeps its first event id. Raises NotFound, Invalid.
         """
         now = self.now()
         details = [to_json(event["details"]) for event in events]
@@ -3428,7 +3472,7 @@ class Manager:
                     "SELECT key FROM threats WHERE agent_id = ? AND own_id = ?",
                     (agent_id, event["id"])).fetchone()
                 if known:
-                    ids.append(f"evt_{known[0]:012x}")
+                    ids.append(event_id(known[0]))
                     continue
                 key = db.execute(
                     "INSERT INTO threats (agent_id, hostname, org_id, own_id, type, severity, confidence, "
@@ -3438,7 +3482,7 @@ class Manager:
                      event["severity"], event.get("confidence"),
                      event.get("sigma_rule_id") or event.get("rule_id"), event.get("timestamp"),
                      now.steady_ms, source_ip, hash, text)).lastrowid
-                ids.append(f"evt_{key:012x}")
+                ids.append(event_id(cast("int", key)))
                 stored.append((now.steady_ms, agent["org_id"], event["severity"], event["type"], agent_id,
                                source_ip, "open", hash))
             db.execute("UPDATE contacts SET heard = 1 WHERE agent = ? AND NOT heard", (agent["key"],))
@@ -3492,6 +3536,7 @@ class Manager:
             self.store.journal(now.wall_ms, "threats_correlated", THE_MANAGER, None, org_id, {
                 "indicator": {name: value}, "agentIds": agents[:_LISTED], "count": len(agents)})
 
+    @checked(THREAT_FILTER)
     def threats_json(self, *, since: int | None = None, until: int | None = None, org_id: str | None = None,
                      agent_id: str | None = None, severity: str | None = None, type: str | None = None,
                      source_ip: str | None = None, file_hash: str | None = None, state: str | None = None,
@@ -3523,6 +3568,7 @@ class Manager:
                 where += ["t.received_ms <= :before_ms", "(t.received_ms < :before_ms OR t.key < :before)"]
             return self._threats(db, where, given, page, limit)
 
+    @checked({"key": need(EVENT_ID), **TRIAGE})
     def triage(self, key: int, *, state: str | None = None, note: str | None = None,
                caller: Caller = LOCAL) -> bytes:
         """Set the state of a threat event, its note, or both; the event as JSON. Raises NotFound, Invalid."""
@@ -3533,7 +3579,7 @@ class Manager:
         with self.store.transaction() as db:
             before = db.execute("SELECT * FROM threats WHERE key = ?", (key,)).fetchone()
             if before is None:
-                raise NotFound(f"threat event evt_{key:012x} is not kept")
+                raise NotFound(f"threat event {event_id(key)} is not kept")
             changed = {name: {"from": before[name], "to": given[name]} for name in ("state", "note")
                        if given[name] not in (None, before[name])}
             if changed:
@@ -3544,11 +3590,12 @@ class Manager:
                 self._count_threats(db, after)
                 self.store.journal(
                     now.wall_ms, "threat_updated", caller, before["agent_id"], before["org_id"],
-                    {"hostname": before["hostname"], "eventId": f"evt_{key:012x}",
+                    {"hostname": before["hostname"], "eventId": event_id(key),
                      "threatType": before["type"], **changed})
             items, _ = self._threats(db, ["t.key = :key"], given, None, None)
         return items[1:-1]
 
+    @checked(SUMMARY)
     def threat_summary(self, *, period: str = "24h", org_id: str | None = None) -> dict[str, Any]:
         """How many events of which kinds, agents and sources were received within a period up to now."""
         with self.store.read() as db:
@@ -3625,6 +3672,7 @@ class Manager:
                 "name": name})
         return policy
 
+    @checked(PREVIEW)
     def preview_policy(self, rules: Sequence[Mapping[str, Any]], *, org_id: str | None = None,
                        agent_id: str | None = None) -> dict[str, Any]:
         """What issuing a policy would change: how many agents are in scope and online, the version that it
@@ -3661,11 +3709,13 @@ class Manager:
                    (_scopes(org_id, agent_id)[-1], version))
         return Policy(version, policy_id, name, description, rules, org_id, agent_id, reached, now.wall_ms)
 
+    @checked(OF_ORG)
     def active_policy(self, *, org_id: str | None = None) -> Policy | None:
         """The policy in force of an organization, or of all agents."""
         with self.store.read() as db:
             return next(iter(self._in_force(db, _scopes(org_id, None)[-1:])), None)
 
+    @checked(PAGE)
     def policies(self, *, page: int | None = None,
                  limit: int | None = None) -> tuple[list[Policy], int | None]:
         """Every policy ever issued, newest first, and, if paged, how many there are."""
@@ -3726,6 +3776,7 @@ class Manager:
 
     # Fleet
 
+    @checked(OF_ORG)
     def overview(self, *, org_id: str | None = None) -> dict[str, Any]:
         """The fleet at a glance: agents by status and system, threats by severity and type."""
         now = self.now()
@@ -3930,6 +3981,7 @@ class Manager:
 
     # Journal and health
 
+    @checked(JOURNAL)
     def journal(self, *, after: int = 0, limit: int = -1, type: str | Sequence[str] | None = None,
                 agent_id: str | None = None, org_id: str | None = None, since: int | None = None,
                 until: int | None = None, order: str = "asc") -> list[Entry]:

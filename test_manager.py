@@ -4836,7 +4836,25 @@ def test_calls_from_python_are_checked_as_calls_over_http_are(by_hand: tuple[Man
             ("name", lambda: fleet.create_policy("", [RULE])),
             ("ids", lambda: fleet.bulk(ids="x", deregister=True)),
             ("'colour'", lambda: fleet.agents_json(colour="blue")),
-            ("status", lambda: fleet.agents(status="gone")), ("limit", lambda: fleet.agents_json(limit=201))):
+            ("status", lambda: fleet.agents(status="gone")),
+            ("limit", lambda: fleet.agents_json(limit=201)), ("state", lambda: fleet.triage(1, state="opne")),
+            ("key", lambda: fleet.triage(-1, state="open")),
+            ("type[0]", lambda: fleet.journal(type="agent_stle")),
+            ("order", lambda: fleet.journal(order="dsc")), ("limit", lambda: fleet.journal(limit="x")),
+            ("since", lambda: fleet.journal(since=10**18)), ("until", lambda: fleet.journal(until=True)),
+            ("severity", lambda: fleet.threats_json(severity="huge")),
+            ("limit", lambda: fleet.threats_json(limit=0)),
+            ("before", lambda: fleet.threats_json(before="x")),
+            ("page", lambda: fleet.policies(page=0)), ("period", lambda: fleet.threat_summary(period="7y")),
+            ("org_id", lambda: fleet.overview(org_id=7)), ("org_id", lambda: fleet.active_policy(org_id="")),
+            ("maxUses", lambda: fleet.issue_enroll_token(max_uses=0)),
+            ("ttlMs", lambda: fleet.issue_enroll_token(ttl_ms=-1)),
+            ("rules[0].type", lambda: fleet.preview_policy([{"type": "nope"}])),
+            *((f"events{named}", partial(fleet.report_events, agent_id, events)) for named, events in (
+                ("", []), ("", "scan"), ("[0].severity", [{"type": "x"}]), ("[1]", [THREAT, 3]),
+                ("[0].severity", [{**THREAT, "severity": "huge"}]),
+                ("[0].details", [{**THREAT, "details": 3}]), ("[0].'sigma'", [{**THREAT, "sigma": "s"}]),
+                ("[0].timestamp", [{**THREAT, "timestamp": 3}])))):
         with pytest.raises(manager.Invalid, match=rf"(^|; ){re.escape(named)}: "):
             call()
         assert (fleet.journal(), fleet.agents()) == before, named
@@ -4844,6 +4862,21 @@ def test_calls_from_python_are_checked_as_calls_over_http_are(by_hand: tuple[Man
     assert (agent.tags, agent.ip) == (("a", "b"), "2001:db8::1")
     assert fleet.create_policy("x", [RULE]).rules == [{**RULE, "enabled": True}]
     assert fleet.heartbeat(agent_id, policy_version=1, cpu=3).pending_policies == 0
+
+
+def test_calls_from_python_take_what_python_has(by_hand: tuple[Manager, ManualClock]) -> None:
+    fleet, _ = by_hand
+    agent_id = fleet.register(**AGENT).agent.id
+    first, second, _ = fleet.report_events(agent_id, (
+        {**THREAT, "sigmaRuleId": "one"}, {**THREAT, "sigma_rule_id": "two"}, {**THREAT, "rule_id": "three"}))
+    items = json.loads(fleet.threats_json(since=START_MS, until=START_MS + 1)[0])
+    assert [each["sigmaRuleId"] for each in items] == ["three", "two", "one"]
+    assert [json.loads(fleet.threats_json(before=each)[0]) for each in (2, second)] == [items[2:]] * 2
+    assert json.loads(fleet.triage(1, state="acknowledged"))["id"] == first
+    types = [fleet.journal(type=type, since=START_MS) for type in (
+        "threat_updated", ("threat_updated",), ["threat_updated", "agent_stale"])]
+    assert types[0] == types[1] == types[2] == fleet.journal(order="desc", limit=1)
+    assert len(fleet.journal(limit=201)) == len(fleet.journal(limit=-1)) == 3
 
 
 def fail(*_: Any, **__: Any) -> Any:
