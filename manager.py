@@ -361,15 +361,15 @@ class Config:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = getattr(self, each.name)
+            value, name = getattr(self, each.name), f"{each.name} ({each.metadata['variable']})"
             if value is None and each.default is not None and each.name != "data_dir":
-                raise SettingError(_refusal(each, "None"))
+                raise SettingError(_refusal(each, "None", name))
             if value is None or value == each.default == () or isinstance(value, bytes):
                 continue
             text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
             if isinstance(value, bool) and not isinstance(each.default, bool):
-                raise SettingError(_refusal(each, text))
-            parsed = _parsed(each, text.lower() if isinstance(value, bool) else text)
+                raise SettingError(_refusal(each, text, name))
+            parsed = _parsed(each, text.lower() if isinstance(value, bool) else text, name)
             object.__setattr__(self, each.name, parsed)
         if self.auth_token_file:
             if self.auth_token:
@@ -5811,10 +5811,13 @@ class SystemClock:
 
 
 class ManualClock:
-    """A clock that moves when told to, for tests. `start` is in s since 1970."""
+    """A clock that moves when told to, for tests, from 1970 to 9999. `start` is in s since 1970."""
+
+    _LAST_S = 253_402_300_799
 
     def __init__(self, start: float = 1_772_884_800.0) -> None:
-        self._now = Moment(round(start * 1000), 0)
+        self._now = Moment(0, 0)
+        self.step(start)
         self._stalled_ms = 0
         self._callbacks: list[Callable[[], bool]] = []
 
@@ -5832,7 +5835,7 @@ class ManualClock:
         return lambda: self._callbacks.remove(callback)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and make all calls that are due. Raises ValueError for less than 0 and for NaN."""
+        """Let time pass, and make all calls that are due. Raises Invalid, a ValueError, for less than 0."""
         self._pass(seconds)
 
     def stall(self, seconds: float) -> None:
@@ -5844,10 +5847,7 @@ class ManualClock:
         self._pass(seconds, suspended=True)
 
     def _pass(self, seconds: float, *, stalled: bool = False, suspended: bool = False) -> None:
-        if not 0 <= seconds < math.inf:
-            raise ValueError(f"time can pass for 0 s or longer, not for {seconds} s; "
-                             "step() sets the clock back")
-        passed_ms = round(seconds * 1000)
+        passed_ms = self._in_ms(seconds, 0)
         self._stalled_ms += passed_ms if stalled else 0
         ticked_ms = 0 if suspended else passed_ms
         self._now = Moment(self._now.wall_ms + passed_ms, self._now.tick_ms + ticked_ms,
@@ -5858,7 +5858,13 @@ class ManualClock:
 
     def step(self, seconds: float) -> None:
         """Set the system clock, as an operator or NTP does: the wall time jumps and no time passes."""
-        self._now = self._now._replace(wall_ms=self._now.wall_ms + round(seconds * 1000))
+        stepped_ms = self._in_ms(seconds, -self._now.wall_ms / 1000)
+        self._now = self._now._replace(wall_ms=self._now.wall_ms + stepped_ms)
+
+    def _in_ms(self, seconds: float, least_s: float) -> int:
+        check = number(least_s, self._LAST_S - self._now.wall_ms // 1000)
+        clean_arguments({"seconds": need(check)}, {"seconds": seconds})
+        return round(seconds * 1000)
 
 
 Environ = dict[str, Any]
@@ -7112,6 +7118,8 @@ class Server(Generic[_ClockT]):
         if unknown := sorted(settings.keys() - Config.__dataclass_fields__.keys()):
             raise TypeError(f"{unknown[0]!r} is no setting; they are "
                             f"{', '.join(Config.__dataclass_fields__)}")
+        if clock is not None and (isinstance(clock, type) or not hasattr(clock, "stalled_ms")):
+            raise TypeError(f"clock is {clock!r} and must be a clock, such as ManualClock()")
         self.config = config or Config(**{"data_dir": None, **settings})
         self.clock = cast("_ClockT", clock or SystemClock())
         self.notes: list[str] = []
@@ -7124,6 +7132,11 @@ class Server(Generic[_ClockT]):
         self._entries, self._arrivals = Waits(self, self._read_entries), Waits(self, self._read_requests)
         self._exchanges: deque[Exchange] = deque(maxlen=1000)
         self._exchanges_lock = threading.Lock()
+
+    if not typing.TYPE_CHECKING:  # a type checker is to refuse names that there are not
+        def __getattr__(self, name: str) -> Any:
+            early = "; start() it first" if name in Server.__annotations__ else ""
+            raise AttributeError(f"this Server has no attribute {name!r}{early}")
 
     def __enter__(self) -> Server[_ClockT]:
         self.start()

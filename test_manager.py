@@ -438,8 +438,8 @@ def test_a_bad_value_is_refused_by_setting_value_and_rule(
         bad: list[str], rule: str) -> None:
     for text in bad:
         attempts = [(variable, lambda text=text: Config.load([], {variable: text})),
-                    (variable, lambda text=text: Config(**{name: text})),
-                    (variable, lambda text=text: Server(**{name: text}))]
+                    (f"{name} ({variable})", lambda text=text: Config(**{name: text})),
+                    (f"{name} ({variable})", lambda text=text: Server(**{name: text}))]
         if option:
             attempts.append((option, lambda text=text: Config.load([f"{option}={text}"], {})))
         for named, attempt in attempts:
@@ -600,7 +600,7 @@ def test_a_keyword_that_is_no_setting_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["port", "host", "auth_token", "notify_url", "open_enrollment"])
 def test_none_is_refused_for_a_setting_that_must_have_a_value(name: str) -> None:
-    with pytest.raises(manager.SettingError, match="MANAGER_"):
+    with pytest.raises(manager.SettingError, match=rf"{name} \(MANAGER_"):
         Config(**{name: None})
     assert Config(data_dir=None, heartbeat_grace_ms=None, tls_cert=None).heartbeat_grace_ms == 6_000
 
@@ -890,13 +890,25 @@ def test_a_process_stopped_by_a_signal_blames_nobody(tmp_path: Path) -> None:
         assert stop["cause"] == "process_stopped" and stop["durationMs"] >= 2000
 
 
-@pytest.mark.parametrize("seconds", [-0.001, math.nan, math.inf, -math.inf])
-def test_a_manual_clock_refuses_time_that_cannot_pass(seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [-0.001, math.nan, math.inf, -math.inf, "3", None, True, 10**12])
+def test_a_manual_clock_refuses_time_that_cannot_pass(seconds: Any) -> None:
     clock = ManualClock()
     before = clock.now()
-    with pytest.raises(ValueError, match="time can pass"):
-        clock.advance(seconds)
+    moves = [clock.advance, clock.stall, clock.suspend, *[clock.step] * (seconds != -0.001)]
+    for move in (*moves, *[ManualClock] * (seconds != -0.001)):
+        with pytest.raises(ValueError, match=r"^seconds: (must be a number from|is required)"):
+            move(seconds)
     assert clock.now() == before
+
+
+def test_a_manual_clock_moves_from_1970_to_the_end_of_9999(by_hand: tuple[Manager, ManualClock]) -> None:
+    fleet, clock = by_hand
+    clock.step(-START_MS / 1000)
+    assert clock.now().wall_ms == 0
+    with pytest.raises(ValueError, match=r"^seconds: must be a number from -?0\.0 to"):
+        clock.step(-1)
+    clock.step(253_402_300_799)
+    assert fleet.overview()["updatedAt"] == "9999-12-31T23:59:59.000Z"
 
 
 @pytest.mark.parametrize("restarts", [1, 2, 3])
@@ -8273,6 +8285,18 @@ def test_wait_for_request_gives_the_next_request_to_a_route_or_of_an_agent(
     text = "requests are kept by a server without data_dir"
     with Server(port=0, data_dir=tmp_path, tls="off") as operators, pytest.raises(ValueError, match=text):
         operators.wait_for_request(timeout_s=0)
+
+
+def test_a_server_that_is_not_started_and_a_wrong_clock_are_told_in_words() -> None:
+    for wrong in (ManualClock, 3):
+        with pytest.raises(TypeError, match=r"clock is .* and must be a clock, such as"):
+            Server(port=0, clock=wrong)
+    server = Server(port=0)
+    for name in ("url", "token", "manager", "faults"):
+        with pytest.raises(AttributeError, match=f"'{name}'; start"):
+            getattr(server, name)
+    with pytest.raises(AttributeError, match=r"no attribute 'uri'$"):
+        _ = server.uri
 
 
 def test_a_setting_that_is_none_is_named_and_those_there_are() -> None:
