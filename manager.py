@@ -6993,6 +6993,10 @@ class Backups:
 
 
 _SeenT = TypeVar("_SeenT", Entry, Exchange)
+_SEED: Table = {
+    "agents": need(number(0, 10_000_000, whole=True)), "threats": need(number(0, 10_000_000, whole=True)),
+    "tags": may(_TAGS)}
+_SEED_SYSTEMS, _SEED_TYPES = ("linux", "darwin", "windows"), ("port_scan", "brute_force", "malware")
 _LATEST = 20  # so many a timeout lists
 _WAIT: Table = {
     "type": may(one_of(*ENTRY_TYPES)), "route": may(ROUTE), "agent_id": may(_KEY),
@@ -7128,6 +7132,7 @@ class Server(Generic[_ClockT]):
         self._renewal_tick_ms = -sys.maxsize
         self._undo = contextlib.ExitStack()
         self._running = False
+        self._seeded = 0  # the number in the name of the last agent that seed() made
         self._wakes: list[Callable[[], None]] = []  # of the waits there are
         self._entries, self._arrivals = Waits(self, self._read_entries), Waits(self, self._read_requests)
         self._exchanges: deque[Exchange] = deque(maxlen=1000)
@@ -7151,7 +7156,7 @@ class Server(Generic[_ClockT]):
             raise StartError("this server has been started already; stop it first")
         self.notes.clear()
         if not self.config.data_dir:  # a new temporary folder has a new journal
-            self._entries.given = 0
+            self._entries.given = self._seeded = 0
         with contextlib.ExitStack() as undo:
             folder = self.config.data_dir or Path(undo.enter_context(
                 tempfile.TemporaryDirectory(prefix="panguard-manager-")))
@@ -7222,15 +7227,27 @@ class Server(Generic[_ClockT]):
     def seed(self, agents: int = 100, *, threats: int = 0, tags: Sequence[str] = ()) -> list[Registration]:
         """Register agents host-1, host-2 and so on, and report threat events as theirs, in one transaction.
 
-        Returns the registrations, with tokens. Raises Conflict if the fleet may not have so many agents.
+        The agents differ in os, version and ip, and the events in type, severity and source address. A second
+        call goes on counting. Returns the registrations, with tokens. Raises Conflict if the fleet may not
+        have so many agents, and Invalid, a ValueError, for events without an agent.
         """
+        clean_arguments(_SEED, {"agents": agents, "threats": threats, "tags": tags})
+        if threats and not agents:
+            raise Invalid("threats: must be 0 if agents is 0")
+        first = self._seeded + 1
         with self.manager.store.transaction(durable=False):
-            made = [self.manager.register(f"host-{number}", "linux", "1.0.0", tags=tags)
-                    for number in range(1, agents + 1)]
+            made = [self.manager.register(
+                f"host-{number}", _SEED_SYSTEMS[number % 3], f"1.{number % 4}.0", tags=tags,
+                ip=str(ipaddress.ip_address(0x0A000000 + number % 2**24)))
+                for number in range(first, first + agents)]
             for number, each in enumerate(made[:threats]):
-                self.manager.report_events(each.agent.id, [
-                    {"type": "port_scan", "severity": SEVERITIES[index % len(SEVERITIES)],
-                     "details": {"port": index}} for index in range(number, threats, agents)])
+                events = [{
+                    "type": _SEED_TYPES[index % 3], "severity": SEVERITIES[index % len(SEVERITIES)],
+                    "details": {"sourceIp": f"203.0.113.{index % 20}", "port": index}}
+                    for index in range(number, threats, agents)]
+                for start in range(0, len(events), 1000):
+                    self.manager.report_events(each.agent.id, events[start:start + 1000])
+        self._seeded += agents
         return made
 
     def wait_for(self, *, type: str | None = None, agent_id: str | None = None, after: int | None = None,

@@ -8418,6 +8418,27 @@ def test_seed_registers_agents_and_reports_threat_events(server: Server) -> None
         assert small.manager.census().agents[Status.ONLINE] == 0, "all or none"
 
 
+def test_seed_gives_filters_and_summaries_something_to_show_and_goes_on_counting(api: Client) -> None:
+    server = api.server
+    made = [*server.seed(3, threats=2500), *server.seed(2)]
+    assert [each.agent.hostname for each in made] == [f"host-{number}" for number in range(1, 6)]
+    for name in ("os", "version"):
+        assert len({getattr(each.agent, name) for each in made}) == 3 + (name == "version")
+    assert len({each.agent.ip for each in made}) == 5
+    summary = api.get("/api/threats/summary")
+    assert summary["total"] == 2500 and len(summary["topSourceIps"]) == 10 and len(summary["byType"]) == 3
+    assert api.journal("threats_correlated")
+    for names, arguments in (
+            ("agents", {"agents": -1}), ("threats", {"threats": -3}), ("agents", {"agents": "5"}),
+            ("threats", {"agents": 0, "threats": 3}), ("tags", {"tags": "lab"})):
+        with pytest.raises(ValueError, match=f"^{names}: must be"):
+            server.seed(**arguments)
+    restarted = Server(port=0)
+    for _ in range(2):
+        with restarted:
+            assert restarted.seed(1)[0].agent.hostname == "host-1", "a new folder has no agents"
+
+
 def test_wait_for_returns_an_entry_that_is_there_or_comes(server: Server) -> None:
     first = server.manager.register("web-1", "linux", "1.2.0").agent
     assert server.wait_for(type="agent_registered", agent_id=first.id).agent_id == first.id
