@@ -1189,8 +1189,11 @@ HEARTBEAT: Table = {
     "uptime": may(number(0, _EXACT)), "cpu": may(number(0, 100)), "memory": may(number(0, 100)),
     "version": may(_NAME), "policyVersion": may(POLICY_VERSION)}
 RETAG: Table = {"tags": may(_TAGS), "addTags": may(_TAGS), "removeTags": may(_TAGS)}
+_DETAILS = OBJECT._replace(schema={**OBJECT.schema, "description":
+    f"The source address is the first text among {', '.join(SOURCE_KEYS)}; the file's hash among "
+    + ", ".join(HASH_KEYS)})
 EVENT: Table = {
-    "type": need(_NAME), "severity": need(one_of(*SEVERITIES)), "details": need(OBJECT),
+    "type": need(_NAME), "severity": need(one_of(*SEVERITIES)), "details": need(_DETAILS),
     "timestamp": may(CLAIMED_INSTANT), "sigmaRuleId": may(_NAME), "ruleId": may(_NAME),
     "confidence": may(number(0, 1)), "id": may(_NAME)}
 EVENTS: Table = {"events": need(list_of(record(EVENT), 1000, least=1))}
@@ -2990,7 +2993,7 @@ class Manager:
     def register(self, hostname: str, os: str, version: str, *, ip: str | None = None,
                  org_id: str | None = None, tags: Sequence[str] | None = None, arch: str | None = None,
                  machine_id: str | None = None, caller: Caller = LOCAL) -> Registration:
-        """Register an agent, or an agent again (contract, section Agents, rules 1 to 3).
+        """Register an agent, or an agent again (README, section Agents).
 
         When an agent registers again, its former token works until the new one is first used. A caller of
         role "anyone" (open enrolment) sets no org_id, machine_id or tags: the journal has them as `claimed`.

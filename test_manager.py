@@ -10900,7 +10900,7 @@ def consoles(heading: str) -> list[Block]:
 def test_readme_first_session(tmp_path: Path) -> None:
     session = Session(tmp_path)
     steps = [step for each in consoles("A first session") for step in session_steps(each)]
-    assert sum(command.startswith("curl ") for command, _ in steps) == 5
+    assert sum(command.startswith("curl ") for command, _ in steps) == 6
     with newcomer(session.home, sys.executable, manager.__file__) as url:
         for command, shown in steps:
             session.run("console", command, shown, url)
@@ -11243,6 +11243,16 @@ def test_the_chinese_readme_has_the_same_code_and_tables() -> None:
     answers = [[re.findall("[0-9]{3}|`[^`]+`", row[2]) for row in rows(text, heading)]
                for text, heading in ((chinese, "故障"), (README, "Faults"))]
     assert answers[0] == answers[1] != []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-Hant.md"])
+def test_the_readmes_and_openapi_name_the_details_that_are_addresses_and_hashes(name: str) -> None:
+    told = re.findall(r"`(\w+)`", (PROJECT / name).read_text("utf-8"))
+    event = manager.openapi()["paths"]["/api/agents/{id}/events"]["post"]["requestBody"]
+    for keys in (manager.SOURCE_KEYS, manager.HASH_KEYS):
+        at = told.index(keys[0], told.index("confidence"))
+        assert tuple(told[at:at + len(keys)]) == keys
+        assert ", ".join(keys) in json.dumps(event)
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-Hant.md"])
