@@ -225,14 +225,15 @@ def _setting(default: Any, variable: str, parser: Parser, help: str, *, option: 
 _Path = str | Path | None
 _Texts = str | tuple[str, ...] | list[str]
 Settings = typing.TypedDict("Settings", {  # noqa: UP013 - as a class it would have a line for each setting
-    "host": str, "port": int, "threads": int, "log_level": str, "log_format": str,
+    "host": str, "port": int, "threads": int, "log_format": typing.Literal["text", "json"],
+    "log_level": typing.Literal["DEBUG", "INFO", "WARNING", "ERROR"],
     "data_dir": _Path, "backup_dir": _Path, "backup_every_ms": int, "backup_keep": int,
     "auth_token": _Texts, "auth_token_file": _Path, "enroll_token": str | None, "viewer_token": str | None,
     "heartbeat_timeout_ms": int, "heartbeat_grace_ms": int | None, "offline_timeout_ms": int | None,
     "max_agents": int, "open_enrollment": bool, "open_enrollment_org": str | None, "reenroll": bool,
     "trusted_proxy": str | Sequence[Any], "rate_limit": int, "cors_allowed_origins": _Texts,
     "connections_per_address": int | None, "max_streams": int, "max_buffered_bytes": int,
-    "tls": str, "tls_cert": _Path, "tls_key": _Path, "tls_name": _Texts,
+    "tls": typing.Literal["auto", "require", "off"], "tls_cert": _Path, "tls_key": _Path, "tls_name": _Texts,
     "threat_retention_ms": int, "journal_retention_ms": int, "max_db_bytes": int,
     "correlation_window_ms": int, "prune_offline_ms": int, "notify_repeat_ms": int, "notify_delay_ms": int,
     "notify_url": _Texts, "notify_secret": str | bytes | None, "notify_on": _Texts}, total=False)

@@ -11307,14 +11307,15 @@ def test_ci_runs_the_readme_test_line() -> None:
 
 def test_readme_in_your_tests(tmp_path: Path) -> None:
     """The conftest and the example tests run as a newcomer would run them."""
-    conftest, examples = blocks(section("In your tests"), "python")
+    conftest, *examples = blocks(section("In your tests"), "python")
     (tmp_path / "conftest.py").write_text(conftest)
-    (tmp_path / "test_examples.py").write_text(examples)
-    assert len(conftest.split("\n\n\n", 1)[1].splitlines()) <= 10
+    (tmp_path / "test_examples.py").write_text("\n\n".join(examples))
+    fixture = conftest.split("\n\n\n", 1)[1]
+    assert fixture in (PROJECT / ".ci" / "consumer.py").read_text("utf-8"), "type checkers read it there"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PROJECT)},
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PROJECT / "src")},
                           capture_output=True, text=True)
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout + done.stderr
 
 
 # The file and its packaging
@@ -11405,13 +11406,16 @@ def test_another(guard_manager):
 """
 
 
+PLUGIN = "pytest_panguard_manager"
+
+
 def test_the_pytest_fixture_imports_the_manager_only_for_a_test_that_uses_it(tmp_path: Path) -> None:
-    assert SETUP["options.entry_points"]["pytest11"].strip() == "panguard-manager = pytest_panguard_manager"
+    assert SETUP["options.entry_points"]["pytest11"].strip() == f"panguard-manager = {PLUGIN}"
+    assert f"`-p {PLUGIN}`" in README and "`-p no:panguard-manager`" in README
     (tmp_path / "test_agent.py").write_text(PLUGIN_EXAMPLES)
     environ = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "-p",
-         "pytest_panguard_manager"],
+        [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "-p", PLUGIN],
         cwd=tmp_path, env=environ, text=True, capture_output=True, check=False)
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 

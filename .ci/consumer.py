@@ -13,7 +13,7 @@ from panguard_manager import Config, Entry, Exchange, ManualClock, Registration,
 
 @pytest.fixture
 def guard_manager() -> Iterator[Server[ManualClock]]:
-    with Server(port=0, clock=ManualClock()) as server:
+    with Server(port=0, clock=ManualClock(), heartbeat_timeout_ms=30_000) as server:
         yield server
 
 
@@ -24,6 +24,8 @@ def test_right(guard_manager: Server[ManualClock], tmp_path: Path) -> None:
     entry: Entry = guard_manager.wait_for(type="agent_stale", agent_id=made[0].agent.id, timeout_s=1.0)
     fault = guard_manager.faults.add(route="POST /api/agents/register", drop="after", times=2)
     sent: list[Exchange] = guard_manager.requests
+    beat: Exchange = guard_manager.wait_for_request(route="POST /api/agents/:id/heartbeat", timeout_s=0)
+    print(beat.caller and beat.caller.role, beat.headers.get("user-agent"))
     settings: Settings = {"heartbeat_timeout_ms": 1000}
     with Server(**settings), Server(port=0, data_dir=tmp_path, auth_token="mine",
                                     tls_name=["a", "b"]) as server:
@@ -39,8 +41,10 @@ def test_wrong(guard_manager: Server[ManualClock]) -> None:
     Server(port=0).clock.advance(1)  # error
     Server(port=0, clock=1)  # error
     Config(prot=0)  # error
+    Server(tls="of")  # error
     guard_manager.faults.add(sttus=3)  # error
     guard_manager.faults.add(drop="befor")  # error
     guard_manager.wait_for(typ="agent_stale")  # error
     guard_manager.seed(agent=1)  # error
+    guard_manager.wait_for_request(type="agent_stale")  # error
     print(guard_manager.request)  # error
