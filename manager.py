@@ -1620,6 +1620,8 @@ _BUSY_MS = 250  # how long a write waits for another program
 _CHECKPOINT_CHANGES = 2000
 _PAGE_BYTES = 1024  # a heartbeat is 60 bytes, and writes a page
 _LOG_BYTES = 8 * 2**20  # the log is made empty once it is longer; less on a small disk
+_LEAST_LOG_ROOM_BYTES = 2**20
+_LARGEST_LOG_BYTES = 2**29  # eight times the limit, and what the workers write at once
 _FEW_PAGES = 1000  # at most so many are copied while writers wait
 _PROBE_BYTES = 2**17  # more than the log may hold without growing
 _APPLICATION_ID = 0x50474D31  # "PGM1": tells the file from other SQLite databases, for `file` too
@@ -1868,7 +1870,7 @@ class Store:
         self._make_folder(folder)
         self._check_folder()
         disk = os.statvfs(folder)
-        self.log_limit_bytes = max(2**16, min(_LOG_BYTES, disk.f_blocks * disk.f_frsize // 16))
+        self.log_limit_bytes = max(2**16, min(_LOG_BYTES, disk.f_blocks * disk.f_frsize // 64))
         with contextlib.ExitStack() as undo:
             self._open(undo)
             undo.pop_all()
@@ -2323,6 +2325,27 @@ class Store:
             return int(db.execute("SELECT (page_count - freelist_count) * page_size FROM pragma_page_count, "
                                   "pragma_freelist_count, pragma_page_size").fetchone()[0])
 
+    def room_bytes(self) -> tuple[int, int]:
+        """What the disk has for the file and its log, and how much of that the file may take. Raises OSError.
+
+        The rest is for the log: one transaction can write every page, and a log that does not fit into the file
+        beside it could never be emptied.
+        """
+        disk = os.statvfs(self.folder)
+        room_bytes = self.size_bytes() + disk.f_bavail * disk.f_frsize
+        return room_bytes, room_bytes - min(room_bytes * 5 // 8, _LARGEST_LOG_BYTES)
+
+    def has_room(self) -> bool:
+        """Within a transaction: whether more may be written."""
+        (pages_bytes,) = self.writer.execute(
+            "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()
+        try:
+            room_bytes, file_bytes = self.room_bytes()
+            to_copy_bytes = self.log_bytes() + max(0, pages_bytes - self._path.stat().st_size)
+        except OSError:
+            return True  # the file is gone, which check_files() finds
+        return self.used_bytes() <= file_bytes and to_copy_bytes <= max(room_bytes // 8, _LEAST_LOG_ROOM_BYTES)
+
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
         return self.log_bytes() + (self._path.stat().st_size if self._path.exists() else 0)
@@ -2630,7 +2653,8 @@ _IN_FORCE = """
         (SELECT version FROM policies_in_force WHERE scope = 'agent:' || ?)
     FROM contacts WHERE agent = ?"""
 _FORGIVEN_PER_HOUR = 10  # a dead agent may not stay online for as long as somebody disturbs the manager
-_FULL = "the database has reached MANAGER_MAX_DB_BYTES; the oldest threats and entries are removed early"
+_FULL = ("the database is as large as MANAGER_MAX_DB_BYTES or its disk allows; the oldest threats and entries are "
+         "removed early")
 _HOUR_MS = 3_600_000
 _PROBE_MS = 5000  # between two writes to learn whether the database can be written
 _STEP_MS = 120_000  # a wall clock that differs by more from the time that has passed was stepped
@@ -2709,7 +2733,7 @@ class Manager:
         self._entries: dict[str, tuple[int, int, int, int]] = {}
         self._reported: dict[str, tuple[int, int]] = {}  # by agent: the same tick, bytes of events since
         self.purged_for_space = 0  # threat events and entries removed because of MANAGER_MAX_DB_BYTES
-        self._purged_for_space_ms: int | None = None  # on the clock's tick: when that last happened
+        self._full_ms: int | None = None  # on the clock's tick: when the database was last too large
         self._prune_due_ms = self.started.tick_ms + _HOUR_MS  # on the clock's tick
         self._none_due_until_ms = 0  # on the tick: until then every agent announced as online is
         self._stalled_ms, self._suspended_ms = clock.stalled_ms(), self.started.suspended_ms
@@ -2720,6 +2744,8 @@ class Manager:
         self._to_journal: list[tuple[int, str, int]] = []  # what was forgiven: wall_ms, cause, duration in ms
         self._writable_ms = self.started.tick_ms  # when contacts could last be recorded, on the same tick
         self._outage_ms: int | None = None  # that instant, while they cannot be recorded
+        self._measured_ms = self.started.tick_ms - _HOUR_MS  # on the clock's tick: when the disk was last looked at
+        self._measure_disk()
         self._start_clock()
         self.reset_silence()
         self.check_health()
@@ -3470,6 +3496,9 @@ class Manager:
             self._bound_report(now, agent_id, sum(map(_stored_bytes, events, details, indicators)))
         ids, stored = [], []
         with self.store.transaction() as db:
+            if not self.store.has_room():
+                self._note_full()
+                raise Unavailable(_FULL, retry_after_s=5)
             agent = self._row(db, now, agent_id)
             for event, text, (source_ip, hash) in zip(events, details, indicators, strict=True):
                 known = event.get("id") and db.execute(
@@ -3506,7 +3535,7 @@ class Manager:
     def _bound_report(self, now: Moment, agent_id: str, more_bytes: int) -> None:
         """Raises Throttled for an agent whose events would displace those of others, and Unavailable while
         the database is larger than it may be by more than is removed at once."""
-        most = self.config.max_db_bytes
+        most = self.most_bytes
         if self.store.used_bytes() - most > max(most // 10, _LEAST_EXCESS_BYTES):
             raise Unavailable(_FULL, retry_after_s=5)
         began_ms, reported_bytes = self._reported.pop(agent_id, (now.tick_ms, 0))
@@ -3880,6 +3909,7 @@ class Manager:
         After a step of the wall clock nothing is removed, except for space, for an hour after the last step.
         """
         now = self.now()
+        self._measure_disk()
         if now.steady_ms - self._stepped_ms < _HOUR_MS:
             return self._purge_for_space() > 0
         removed = 0
@@ -3914,9 +3944,20 @@ class Manager:
         self._count_threats(db, gone, -1)
         return len(gone)
 
+    def _measure_disk(self) -> None:
+        """Learn how large the database may be, at the start and once an hour: a disk that another program fills
+        for some minutes is no reason to remove anything."""
+        tick_ms = self.clock.now().tick_ms
+        if tick_ms - self._measured_ms < _HOUR_MS:
+            return
+        self._measured_ms = tick_ms
+        self.most_bytes = self.config.max_db_bytes
+        with contextlib.suppress(OSError):  # the folder is gone: the store tells that
+            self.most_bytes = min(self.most_bytes, self.store.room_bytes()[1] * 7 // 8)
+
     def _purge_for_space(self) -> int:
         """Remove some of the oldest threat events and entries if the database is too large; how many."""
-        excess_bytes = self.store.used_bytes() - self.config.max_db_bytes
+        excess_bytes = self.store.used_bytes() - self.most_bytes
         if excess_bytes <= 0:
             return 0
         removed, step = 0, max(_PURGE_STEP, min(excess_bytes // 4096, 10 * _PURGE_STEP))
@@ -3934,11 +3975,14 @@ class Manager:
             last = max((row["key"] for row in rows if row["source"] == "journal"), default=0)
             removed += db.execute("DELETE FROM journal WHERE seq <= ?", (last,)).rowcount
         if removed:
-            if self.warning() is None:
-                log.warning("%s (%d)", _FULL, self.config.max_db_bytes)
+            self._note_full()
             self.purged_for_space += removed
-            self._purged_for_space_ms = self.clock.now().tick_ms
         return removed
+
+    def _note_full(self) -> None:
+        if self.warning() is None:
+            log.warning("%s (%d)", _FULL, self.most_bytes)
+        self._full_ms = self.clock.now().tick_ms
 
     def prune(self) -> None:
         """Deregister agents that have been offline for long, if that is wanted; looked at once an hour.
@@ -3980,7 +4024,7 @@ class Manager:
 
     def warning(self) -> str | None:
         """What /health says beside its status, from memory: in the last hour the database was too large."""
-        last_ms = self._purged_for_space_ms
+        last_ms = self._full_ms
         return None if last_ms is None or self.clock.now().tick_ms - last_ms >= _HOUR_MS else _FULL
 
     # Journal and health
@@ -7174,6 +7218,9 @@ class Server(Generic[_ClockT]):
                 self._note_run("manager_started")
             except Unavailable as error:
                 raise StartError(str(error)) from error
+            if (most_bytes := self.manager.most_bytes) < self.config.max_db_bytes:
+                self.notes.append(f"Warning: the disk of {folder} has room for {most_bytes} bytes of database and "
+                                  "its log, less than MANAGER_MAX_DB_BYTES; older threats are removed from then on")
             undo.callback(self._record_stop)
             app = create_app(self.manager, tokens)
             self._api: Api = app.api

@@ -1859,18 +1859,25 @@ def full_disk(running: Running, folder: Path) -> Iterator[None]:
     filling.unlink()
 
 
+def mount_disk(request: pytest.FixtureRequest, folder: Path, size: str) -> None:
+    """Make `folder`, on a file system of its own, until the test is over."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small file system")
+    request.addfinalizer(lambda: subprocess.run(["umount", "-l", str(folder)], check=True))
+
+
 @pytest.fixture(params=[limited_files, full_disk])
 def cramped(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Any]]:
     """A folder, and a way to fill its disk for a while."""
     folder = tmp_path / "data"
-    folder.mkdir()
     if request.param is full_disk:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "none", str(folder)]
-        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-            pytest.skip("only root may mount a small file system")
-        request.addfinalizer(lambda: subprocess.run(["umount", "-l", str(folder)], check=True))
+        mount_disk(request, folder, "1m")
     elif not hasattr(resource, "prlimit"):
         pytest.skip("only Linux limits another process")
+    else:
+        folder.mkdir()
     yield folder, request.param
 
 
@@ -1905,6 +1912,50 @@ def test_without_room_on_the_disk_writes_are_503_and_nothing_acknowledged_is_los
         assert [each["id"] for each in running.ask("GET", "/api/agents")[1]["data"]] == ids
         assert running.end() == 0
     assert pragma(folder / "manager.db", "integrity_check") == "ok"
+
+
+def test_agents_that_report_without_end_do_not_fill_a_small_disk(
+        request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    mount_disk(request, folder, "16m")
+    events = {"events": [threat(sourceIp=f"10.0.{n // 250}.{n % 250}", padding="x" * 900) for n in range(800)]}
+    with Running(folder, MANAGER_TLS="off") as running:
+        assert "MANAGER_MAX_DB_BYTES" in running.process.stdout.readline()
+        agents = [running.ask("POST", "/api/agents/register", AGENT)[1]["data"] for _ in range(6)]
+
+        def report(agent: dict[str, Any]) -> Counter[int]:
+            return Counter(running.ask("POST", f"/api/agents/{agent['id']}/events", events)[0] for _ in range(12))
+        with ThreadPoolExecutor(len(agents)) as pool:
+            answered = sum(pool.map(report, agents), Counter[int]())
+        assert answered.keys() == {201, 503}
+        status, body = running.ask("GET", "/health")
+        assert status == 200 and "disk" in body["data"]["warning"], "to be out of room is no fault of the database"
+        assert running.ask("POST", f"/api/agents/{agents[0]['id']}/heartbeat", {})[0] == 200
+        assert running.ask("DELETE", f"/api/agents/{agents[1]['id']}")[0] == 200
+        until(lambda: running.ask("POST", f"/api/agents/{agents[0]['id']}/events", {"events": [THREAT]})[0] == 201,
+              "the oldest events make room for new ones")
+        assert running.end() == 0
+        assert "ERROR" not in running.log.read_text()
+
+
+def test_a_disk_that_another_program_fills_for_a_while_costs_no_event(
+        request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    mount_disk(request, folder, "16m")
+    with Server(port=0, data_dir=folder, tls="off", clock=ManualClock()) as server:
+        agent = server.manager.register(**AGENT).agent.id
+        for _ in range(4):
+            server.manager.report_events(agent, [threat(padding="x" * 900) for _ in range(800)])
+            server.clock.advance(1)  # which empties the log
+        with (folder / "filling").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 11 * 2**20)
+        with pytest.raises(manager.Unavailable, match="disk"):
+            server.manager.report_events(agent, [threat()])
+        server.manager.heartbeat(agent)
+        server.clock.advance(60)
+        assert server.manager.census().threats == 3200
+        (folder / "filling").unlink()
+        assert len(server.manager.report_events(agent, [threat()])) == 1
 
 
 # Faults of the file and the disk
