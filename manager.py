@@ -7599,8 +7599,12 @@ class OwnCertificate:
         return list(fit)
 
     def is_current(self, wall_ms: int) -> bool:
-        """Whether the certificate is valid for 30 days more. openssl set its start by the system's clock."""
-        return self._starts_s <= time.time() and wall_ms + _RENEWAL_MS < self._ends_s * 1000
+        """Whether the certificate holds for 30 days to come."""
+        return not self._is_early() and wall_ms + _RENEWAL_MS < self._ends_s * 1000
+
+    def _is_early(self) -> bool:
+        """Whether the system's clock, by which openssl goes, was set back since: by more than it is corrected by."""
+        return self._starts_s > time.time() + 60
 
     def fault(self, wall_ms: int) -> str:
         """Why a new one must be made: "missing", or what was wrong with it; else "". Raises StartError."""
@@ -7615,7 +7619,7 @@ class OwnCertificate:
         self._starts_s, self._ends_s = (ssl.cert_time_to_seconds(instant) for instant in re.findall(
             r"Not (?:Before|After) ?: (.+ GMT)", text))
         if not self.is_current(wall_ms):
-            return "had less than 30 days left"
+            return "was not valid yet (the clock was set back)" if self._is_early() else "had less than 30 days left"
         names = self._fit(re.findall(r"(?:DNS|IP Address):([^,\s]+)", text))
         if missing := set(self._needed) - set(names):
             return f"did not name {', '.join(sorted(missing))}"
@@ -7644,7 +7648,7 @@ class OwnCertificate:
             sync_path(self.pair[0].parent)
         except OSError as error:
             raise StartError(str(error)) from None
-        self._starts_s, self._ends_s = 0, wall_ms // 1000 + 365 * 86_400
+        self._starts_s, self._ends_s = int(time.time()), wall_ms // 1000 + 365 * 86_400
 
 
 def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -7893,8 +7897,10 @@ class Cli:
                     "Connection": "close", **(headers or {})})
                 answer = connection.getresponse()
             except ssl.SSLCertVerificationError as error:
-                raise CommandError(f"the certificate of {self.url} is not trusted ({error.verify_message}); "
-                                   "name its file with --cacert") from None
+                advice = ("check the clocks here and there" if error.verify_code in (9, 10)  # not yet, no longer valid
+                          else "name its file with --cacert")
+                raise CommandError(f"the certificate of {self.url} is not trusted ({error.verify_message}); {advice}"
+                                   ) from None
             except ConnectionRefusedError:
                 raise CommandError(f"nothing listens at {self.url}; start the manager, or name its address "
                                    "with --url") from None

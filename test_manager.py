@@ -7851,6 +7851,26 @@ def test_the_certificate_is_renewed_while_running_thirty_days_before_it_ends(
         assert certificate.read_bytes() == second
 
 
+def test_a_certificate_made_while_the_clock_was_ahead_is_replaced_once_it_is_set_back(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, shell: Any) -> None:
+    certificate, wall_s, clock = tmp_path / "cert.pem", time.time, ManualClock(time.time())
+    with Server(port=0, data_dir=tmp_path, tls="auto", clock=clock) as server:
+        first = certificate.read_bytes()
+        monkeypatch.setattr(time, "time", lambda: wall_s() - 10)
+        clock.advance(1)
+        assert certificate.read_bytes() == first, "clocks are often corrected by some seconds"
+        monkeypatch.setattr(time, "time", lambda: wall_s() - 30 * 86_400)
+        clock.advance(1)
+        assert certificate.read_bytes() != first and "was renewed" in caplog.text
+        monkeypatch.setattr(time, "time", wall_s)
+        signed_between(tmp_path, "20900101000000Z", "20910101000000Z")
+        server.reload_certificate()
+        status, _, error = shell("status", "--data-dir", tmp_path)
+        assert status == 1 and "clock" in error and "--cacert" not in error
+    with Server(port=0, data_dir=tmp_path, tls="auto") as server:
+        assert any("was not valid yet" in note for note in server.notes)
+
+
 def test_a_renewal_that_fails_keeps_the_certificate_and_is_tried_again_an_hour_later(
         tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate, clock = tmp_path / "cert.pem", ManualClock(time.time())
