@@ -4325,9 +4325,10 @@ def network_of(address: str) -> str:
 
 
 class Refusals:
-    """Counts refused credentials and TLS handshakes; logs one in a minute of each address, and 60 of all."""
+    """Counts refused credentials, TLS handshakes and connections; logs one in a minute of each address, and 60 of
+    all."""
 
-    REASONS = ("no_token", "wrong_token", "forbidden", "throttled", "handshake")
+    REASONS = ("no_token", "wrong_token", "forbidden", "throttled", "handshake", "connections")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -4675,7 +4676,7 @@ class Api:
              "When the manager itself last made a backup, 0 if never.", self.proved_s),
             ("backups_failed", "gauge", "Backups that have failed since the last one.", self.backups_failed),
             ("refusals_total", "counter",
-             "Requests and TLS handshakes refused for want of a right credential.", _by("reason", refused)),
+             "Requests, TLS handshakes and connections refused, by reason.", _by("reason", refused)),
             *self.latencies.families()]
         lines = []
         for name, kind, help_text, samples in families:
@@ -6432,6 +6433,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.counted_as = agent_id
         site.count_connection(agent_id, 1)
         if site.connections_of[agent_id] > site.address_limit:
+            site.note_connection(self.addr[0])
             self.refusal = Overloaded("this agent has too many connections; close those not needed")
 
     def handle_write(self) -> None:
@@ -6810,6 +6812,8 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             counted_as = "" if self.site.api.is_proxy(address[0]) else network_of(address[0])
             too_many = max(len(self.site.sockets) - self.site.connection_limit,
                            self.site.connections_of[counted_as] - self.site.address_limit) + 1
+            if too_many > 0:
+                self.site.note_connection(address[0])
             if too_many > SPARE_DESCRIPTORS // 2:  # a few too many are answered 503, more are closed
                 connection.close()
                 continue
@@ -6950,6 +6954,11 @@ class WebServer:
             self.connections_of[whose] += more
             if not self.connections_of[whose]:
                 del self.connections_of[whose]
+
+    def note_connection(self, address: str) -> None:
+        """Count and log one that is refused because there are too many."""
+        self.api.refusals.note("connections", address, self.api.manager.clock.now().tick_ms,
+                               "too many; see MANAGER_CONNECTIONS_PER_ADDRESS and ulimit -n")
 
     def channels(self) -> list[Channel]:
         return [channel for listener in self.listeners for channel in listener.active_channels.values()]

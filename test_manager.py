@@ -5337,12 +5337,13 @@ def test_refusals_are_counted_by_reason_and_logged_once_a_minute_and_address(
     caplog.set_level(logging.INFO)
     agent = api.register()
     assert refusals(api) == dict.fromkeys(
-        ("no_token", "wrong_token", "forbidden", "throttled", "handshake"), 0)
+        ("no_token", "wrong_token", "forbidden", "throttled", "handshake", "connections"), 0)
     for token, status, times in ((None, 401, 2), (agent["token"], 403, 3), ("secret-wrong", 401, 20),
                                  ("secret-wrong", 429, 4)):
         for _ in range(times):
             api.call("GET", "/api/agents", token=token, status=status)
-    assert refusals(api) == {"no_token": 2, "wrong_token": 20, "forbidden": 3, "throttled": 4, "handshake": 0}
+    assert refusals(api) == {
+        "no_token": 2, "wrong_token": 20, "forbidden": 3, "throttled": 4, "handshake": 0, "connections": 0}
     seen_from(api, "203.0.113.77").call("GET", "/api/agents", token="secret-wrong", status=401)
     lines = [each.getMessage() for each in caplog.records]
     assert len(lines) == 2 and "203.0.113.77" in lines[1]
@@ -7265,6 +7266,20 @@ def test_connections_of_an_address_without_a_credential_are_limited_others_not(l
     until(lambda: site.wire().call(health).status == 200, "connections that are closed still count")
 
 
+def test_connections_beyond_the_share_of_an_address_are_counted_and_logged_once_a_minute(
+        launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    site = launch(connections_per_address=1)
+    inside = site.wire()
+    assert inside.call(request("GET", "/health")).status == 200
+    for _ in range(3):
+        assert site.wire().call(request("GET", "/health")).status == 503
+    text = inside.call(request("GET", "/metrics", token=site.server.token)).body.decode()
+    assert 'panguard_refusals_total{reason="connections"} 3\n' in text
+    (line,) = (each.getMessage() for each in caplog.records if "connections" in each.getMessage())
+    assert "127.0.0.1" in line and "MANAGER_CONNECTIONS_PER_ADDRESS" in line
+
+
 def test_connections_of_a_trusted_proxy_are_not_limited(launch: Launch) -> None:
     site = launch(connections_per_address=1, trusted_proxy="127.0.0.1")
     assert {wire.call(request("GET", "/health")).status for wire in [site.wire() for _ in range(5)]} == {200}
@@ -7387,6 +7402,8 @@ def test_an_agents_token_takes_no_more_connections_than_an_address_may_have(laun
         wires.append(site.wire())
         assert wires[-1].call(beat(who)).status == 200, number
     assert [wire.call(beat(who)).status for wire in wires] == [200] * 5 + [503] * 3
+    text = site.wire().call(request("GET", "/metrics", token=site.server.token)).body.decode()
+    assert 'panguard_refusals_total{reason="connections"} 3\n' in text
     assert site.wire().call(beat(other)).status == 200
     for wire in wires[3:]:
         wire.reset()
