@@ -6844,6 +6844,18 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 sockets.calls_waiting < IN_MEMORY_AT_ONCE and not self.site.api.faults)
 
 
+def require_libraries() -> None:
+    """Raises StartError for a library that is too old: it would fail later, in some request only."""
+    import importlib.metadata  # here, since the commands do without it
+
+    for name, least in (("bottle", "0.13.2"), ("waitress", "3.0.2")):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a copy of its files only
+            found = importlib.metadata.version(name)
+            if [int(part) for part in re.findall(r"\d+", found)] < [int(part) for part in least.split(".")]:
+                raise StartError(f"{name} {found} is too old: {least} or later is needed; `uv run manager.py` brings "
+                                 "it, or install it with pip in a virtual environment")
+
+
 def raise_descriptor_limit() -> int:
     """Allow as many open files as the system lets us, and say how many that is."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -7211,6 +7223,7 @@ class Server(Generic[_ClockT]):
         """Bind, then serve in threads; the port accepts when this returns."""
         if self._running:
             raise StartError("this server has been started already; stop it first")
+        require_libraries()
         self.notes.clear()
         if not self.config.data_dir:  # a new temporary folder has a new journal
             self._entries.given = self._seeded = 0

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import http.client
 import importlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -11513,6 +11514,28 @@ def test_a_missing_package_ends_the_start_with_one_sentence(tmp_path: Path) -> N
                           capture_output=True, check=False)
     assert done.returncode == 1 and re.fullmatch(r"manager\.py needs bottle .*'bottle'.*\n",
                                                  done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(("name", "version", "refused"), [
+    ("waitress", "2.1.2", True), ("bottle", "0.12.25", True), ("waitress", "3.0.1", True),
+    ("bottle", "0.13.10", False), ("waitress", "3.0.2.post1", False)])
+def test_a_library_that_is_too_old_is_refused_in_one_sentence(
+        name: str, version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"bottle": "0.13.2", "waitress": "3.0.2", name: version}
+    monkeypatch.setattr(importlib.metadata, "version", found.__getitem__)
+    least = dict(re.findall(r'"(\w+)>=([\d.]+),', Path(manager.__file__).read_text().partition("# ///\n\"\"\"")[0]))
+    if refused:
+        with pytest.raises(StartError, match=f"{name} {version} is too old.*{least[name]}"):
+            Server(port=0).start()
+    else:
+        Server(port=0).__enter__().stop()
+
+
+def test_a_library_without_a_version_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    Server(port=0).__enter__().stop()
 
 
 def test_a_system_without_posix_ends_the_start_with_one_sentence() -> None:
