@@ -7021,12 +7021,23 @@ class Backups:
         self.over = threading.Event()
         self._config, self._folder, self._api = config, folder, api
         self._kept = cast("Path", config.backup_dir)
+        if not (self._kept.is_dir() and os.access(self._kept, os.W_OK | os.X_OK)):  # perhaps a disk is not mounted
+            raise StartError(f"MANAGER_BACKUP_DIR: {self._kept} is no folder that can be written; make it, or "
+                             "mount its disk")
+        own = folder / "backup-id"
+        try:
+            private_file(own)
+            if not re.fullmatch("[0-9a-f]{8}", own.read_text()):
+                own.write_text(secrets.token_hex(4))
+            self._prefix = f"panguard-{own.read_text()}-"  # other managers may have the same folder for backups
+        except (OSError, UnicodeError) as error:
+            raise StartError(f"{own} cannot be used ({error}); remove it to get a new one") from None
 
     def _made(self) -> list[Path]:
-        """Those that a manager made, oldest first; whatever else is there is not touched."""
+        """Those made of this data folder, oldest first; whatever else is there is not touched."""
+        of_one = re.compile(re.escape(self._prefix) + r"\d{8}T\d{6}Z\.backup")
         return sorted(path for path in self._kept.glob("panguard-*.backup")
-                      if re.fullmatch(r"panguard-\d{8}T\d{6}Z\.backup", path.name)
-                      and path.is_file() and not path.is_symlink())
+                      if of_one.fullmatch(path.name) and path.is_file() and not path.is_symlink())
 
     def _progress(self, part: float) -> None:
         if self.over.is_set():
@@ -7034,12 +7045,13 @@ class Backups:
 
     def make(self) -> None:
         """Make a backup, and remove the oldest that are too many. Raises ManagerError, OSError."""
-        make_folder(self._kept)
         for path in self._kept.glob(".panguard-*"):  # of a run that was killed
             if time.time() - path.stat().st_mtime > 86_400:
                 shutil.rmtree(path)
-        name = f"panguard-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.backup"
+        name = f"{self._prefix}{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.backup"
         back_up(self._folder, self._kept / name, self._progress)
+        if self._api.backups_failed:
+            log.warning("backups work again, after %d that failed", self._api.backups_failed)
         self._api.proved_s, self._api.backups_failed = time.time(), 0
         others = [path for path in self._made() if path.name != name]
         for path in others[:max(0, len(others) - self._config.backup_keep + 1)]:

@@ -9294,6 +9294,7 @@ class Rounds:
             least_s, most_s = 0.8, 1.5
             environ = {f"MANAGER_{name}_RETENTION_MS": "1000" for name in ("THREAT", "JOURNAL")}
         elif what == "backup":
+            self.backups.mkdir(exist_ok=True)
             environ = {"MANAGER_BACKUP_DIR": str(self.backups), "MANAGER_BACKUP_EVERY_MS": "1000"}
         work = [self.follow, *(each.work for each in self.ledgers)]
         environ |= self.environ
@@ -10132,8 +10133,10 @@ def test_a_backup_without_room_leaves_no_file_of_its_name(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
 
-def test_the_manager_makes_backups_by_itself_and_keeps_the_latest(tmp_path: Path) -> None:
+def test_the_manager_makes_backups_by_itself_and_keeps_the_latest(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = tmp_path / "kept"
+    kept.mkdir()
 
     def names() -> list[str]:
         return sorted(path.name for path in kept.glob("panguard-*.backup"))
@@ -10149,8 +10152,37 @@ def test_the_manager_makes_backups_by_itself_and_keeps_the_latest(tmp_path: Path
         kept.rename(tmp_path / "moved")
         kept.write_text("a file in its place")
         until(lambda: re.search(r"backups_failed [1-9]", scraped(server)), "it fails")
+        kept.unlink()
+        kept.mkdir()
+        until(lambda: "backups work again" in caplog.text, "the log says that it works again")
+        assert "backups_failed 0" in scraped(server)
     assert manager.unpack(sorted((tmp_path / "moved").iterdir())[-1],
                           tmp_path)["schema"] == len(manager.MIGRATIONS)
+
+
+def test_managers_that_share_a_backup_folder_keep_each_others_backups(tmp_path: Path) -> None:
+    kept, settings = tmp_path / "kept", {"port": 0, "tls": "off", "backup_dir": tmp_path / "kept"}
+    kept.mkdir()
+
+    def names() -> set[str]:
+        return {path.name for path in kept.glob("panguard-*.backup")}
+    with Server(data_dir=tmp_path / "one", backup_every_ms=1000, backup_keep=1, **settings):
+        until(lambda: len(names()) == 1, "the first manager's backup")
+    theirs = names()
+    with Server(data_dir=tmp_path / "two", backup_every_ms=1000, backup_keep=1, **settings):
+        until(lambda: len(names()) == 2, "the second manager's backup")
+        second = names() - theirs
+        until(lambda: not names() & second, "the second removes its own")
+        assert names() >= theirs
+    with Server(data_dir=tmp_path / "one", backup_every_ms=1000, backup_keep=1, **settings):
+        until(lambda: not names() & theirs, "after a restart, too, the first removes its own")
+
+
+def test_a_folder_for_backups_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
+    missing = tmp_path / "disk that is not mounted" / "kept"
+    with pytest.raises(StartError, match="MANAGER_BACKUP_DIR") as refused:
+        Server(port=0, data_dir=tmp_path / "data", tls="off", backup_dir=missing).start()
+    assert str(missing) in str(refused.value) and not missing.parent.exists()
 
 
 def test_backups_by_itself_leave_alone_what_is_not_theirs(tmp_path: Path) -> None:
@@ -10160,7 +10192,9 @@ def test_backups_by_itself_leave_alone_what_is_not_theirs(tmp_path: Path) -> Non
         (kept / name).write_text("not the manager's")
     (kept / "panguard-y.backup").symlink_to("nowhere")
     (kept / "panguard-z.backup").mkdir()
-    future = kept / "panguard-20990101T000000Z.backup"
+    (tmp_path / "data").mkdir(mode=0o700)
+    (tmp_path / "data" / "backup-id").write_text("0123abcd")
+    future = kept / "panguard-0123abcd-20990101T000000Z.backup"
     future.write_text("of a clock that was wrong")
     os.utime(future, (time.time() + 10**9,) * 2)
     left = kept / ".panguard-killed"
@@ -10170,11 +10204,11 @@ def test_backups_by_itself_leave_alone_what_is_not_theirs(tmp_path: Path) -> Non
     with Server(port=0, data_dir=tmp_path / "data", tls="off", backup_dir=kept, backup_every_ms=1000,
                 backup_keep=2) as server:
         until(lambda: re.search(r"backup_proved_timestamp_seconds [1-9]", scraped(server)), "it is made")
-        until(lambda: not future.exists() or len(list(kept.glob("panguard-2*"))) >= 2, "another")
+        until(lambda: not future.exists() or len(list(kept.glob("panguard-0*"))) >= 2, "another")
         assert "backups_failed 0" in scraped(server)
     assert {"panguard-1.2.0-before-upgrade.backup", "panguard-x.backup", "panguard-y.backup",
             "panguard-z.backup", "other"} <= {path.name for path in kept.iterdir()}
-    assert not left.exists() and [path for path in kept.glob("panguard-2*") if path.stat().st_size > 1000]
+    assert not left.exists() and [path for path in kept.glob("panguard-0*") if path.stat().st_size > 1000]
     with pytest.raises(manager.SettingError, match="must differ"):
         Config(data_dir=tmp_path, backup_dir=tmp_path)
 
