@@ -8509,10 +8509,17 @@ def _restore_command(cli: Cli) -> Any:
     return {**held, "formerFiles": str(kept)} if kept else held
 
 
-@command("check", "look for damage in the data folder's database; 3 if there is some", example="check")
+@command("check", "look for damage in the data folder's database, or in a backup; 3 if there is some",
+         Option("file", type=Path, nargs="?", help="the backup to look at"), example="check")
 def _check_command(cli: Cli) -> Any:
+    backup = cli.options.file
     try:
-        held = examine(cli.database())
+        if backup is None:
+            held = examine(cli.database())
+        else:
+            beside = backup.parent if os.access(backup.parent, os.W_OK) else None
+            with tempfile.TemporaryDirectory(prefix=".panguard-", dir=beside) as work:
+                held = unpack(backup, Path(work))
     except Unavailable as error:
         raise CommandError(str(error), 3) from None
     if cli.options.json:

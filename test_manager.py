@@ -10024,6 +10024,27 @@ def test_a_bad_backup_is_refused_and_nothing_is_replaced(kind: str, tmp_path: Pa
     assert not [path for path in (tmp_path / "data").iterdir() if "restore" in path.name]
 
 
+@pytest.mark.parametrize("options", [[], ["--db-only"]], ids=["all", "database"])
+def test_check_proves_a_backup_and_leaves_nothing_beside_it(options: list[str], tmp_path: Path, shell: Any) -> None:
+    with Server(port=0, data_dir=tmp_path / "data", tls="off") as server:
+        server.manager.register(**AGENT)
+    backup = tmp_path / "kept" / "panguard.backup"
+    backup.parent.mkdir()
+    assert shell("backup", backup, *options)[0] == 0
+    status, said, _ = shell("check", backup)
+    assert status == 0 and said.startswith("sound: schema") and "agents 1" in said
+    assert shell("check", backup, "--json") == shell("check", "--json")
+    whole = backup.read_bytes()
+    half = whole[:len(whole) // 2]
+    for broken in (half, half + bytes(len(whole) - len(half)), b"", b"x" * 5000):
+        backup.write_bytes(broken)
+        status, said, error = shell("check", backup)
+        assert (status, said) == (3, "") and str(backup) in error and one_line(error)
+    assert list(backup.parent.iterdir()) == [backup]
+    backup.unlink()
+    assert shell("check", backup)[0] == 1
+
+
 def test_damage_is_found_by_check_and_is_not_backed_up(tmp_path: Path, shell: Any) -> None:
     folder = tmp_path / "data"
     with Server(port=0, data_dir=folder, tls="off") as server:
