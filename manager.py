@@ -7739,13 +7739,19 @@ def serve(argv: Sequence[str]) -> int:
         tell_systemd("READY=1")
         with contextlib.suppress(OSError):  # nobody need be reading
             for line in _greeting(server):
-                print(line, flush=True)
+                if config.log_format == "json" and line.startswith("Warning: "):
+                    log.warning("%s", line.removeprefix("Warning: "))
+                else:
+                    print(line, flush=True)
         while signal.sigwait(signals) == signal.SIGHUP:
             server.reload_certificate()
         tell_systemd("STOPPING=1")
         server.stop()
-    except StartError:
-        raise
+    except StartError as error:
+        if config.log_format == "text":
+            raise
+        log.critical("%s", error)
+        return 1
     except Exception:
         log.critical("the serving thread died", exc_info=True)
         return 1

@@ -9118,6 +9118,20 @@ def test_logs_may_be_json_a_line_each(tmp_path: Path) -> None:
     assert all(manager.instant_ms(line["at"]) for line in lines)
 
 
+def test_warnings_of_a_start_and_its_refusal_are_json_too(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    environ = {"MANAGER_TLS": "off", "MANAGER_LOG_FORMAT": "json"}
+    with Running(folder, "--host", "0.0.0.0", **environ) as running:
+        until(lambda: "plaintext" in running.log.read_text(), "the warning")
+        done = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--data-dir", folder], check=False,
+                              capture_output=True, text=True, env={**os.environ, **environ}, timeout=LIMIT_S)
+        assert running.end() == 0 and "Warning" not in running.process.stdout.read()
+    said = [json.loads(line) for line in (running.log.read_text() + done.stderr).splitlines()]
+    assert {("WARNING", "plaintext"), ("CRITICAL", "another manager")} <= {
+        (line["level"], word) for line in said for word in ("plaintext", "another manager") if word in line["message"]}
+    assert done.returncode == 1
+
+
 def test_plaintext_beyond_loopback_is_warned_about_once(tmp_path: Path) -> None:
     for host, times in (("0.0.0.0", 1), ("127.0.0.1", 0)):
         folder = tmp_path / host
