@@ -3103,7 +3103,7 @@ class Manager:
         if caller.role != "enroller" or caller.credential is None:
             return None
         row: sqlite3.Row | None = db.execute("SELECT * FROM enroll_tokens WHERE id = ? AND expires_ms > ?",
-                                             (caller.credential, now.wall_ms)).fetchone()
+                                             (caller.credential, now.steady_ms)).fetchone()
         if row is None:
             raise Unauthorized("the enrolment token has expired or was revoked")
         return row
@@ -3429,11 +3429,11 @@ class Manager:
         now = self.now()
         issued = EnrollToken("enr_" + secrets.token_hex(6), now.wall_ms + ttl_ms, max_uses, 0, org_id,
                              tuple(dict.fromkeys(tags or ())), note, token)
-        with self.store.transaction() as db:
+        with self.store.transaction() as db:  # expires_ms of the table is on the steady clock
             db.execute(
                 "INSERT INTO enroll_tokens (id, token_digest, expires_ms, max_uses, org_id, tags, note) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (issued.id, digest(token), issued.expires_ms, max_uses, org_id, to_json(issued.tags), note))
+                (issued.id, digest(token), now.steady_ms + ttl_ms, max_uses, org_id, to_json(issued.tags), note))
             self.store.journal(now.wall_ms, "enroll_token_issued", caller, None, org_id, {
                 "enrollToken": issued.id, "expiresAt": iso(issued.expires_ms), "maxUses": max_uses,
                 "tags": issued.tags, "note": note})
@@ -3442,7 +3442,8 @@ class Manager:
     def enroll_tokens(self) -> list[EnrollToken]:
         """Every enrolment token not revoked, used up and expired ones included, in the order they expire."""
         with self.store.read() as db:
-            return [EnrollToken(row["id"], row["expires_ms"], row["max_uses"], row["uses"], row["org_id"],
+            return [EnrollToken(row["id"], row["expires_ms"] + self._spans[-1].shift_ms, row["max_uses"],
+                                row["uses"], row["org_id"],
                                 tuple(self.store.loads(row["tags"])), row["note"])
                     for row in db.execute("SELECT * FROM enroll_tokens ORDER BY expires_ms, id")]
 
@@ -3462,7 +3463,7 @@ class Manager:
         now = self.now()
         with self.store.read() as db:
             row = db.execute("SELECT id FROM enroll_tokens WHERE token_digest = ? AND expires_ms > ?",
-                             (token_digest, now.wall_ms)).fetchone()
+                             (token_digest, now.steady_ms)).fetchone()
         return row and str(row["id"])
 
     def note_run(self, type: str) -> None:
@@ -4779,7 +4780,7 @@ class Api:
         caller = self._identify(token_digest, address) if token_digest else None
         if caller is None:
             self._failed_logins.count(address, self.manager.clock.now().tick_ms)
-            raise Unauthorized("the token is wrong, or its agent was deregistered")
+            raise Unauthorized("the token is wrong or has expired, or its agent was deregistered")
         request = request_state(environ)
         request.caller, request.authenticated = caller, caller.agent.id if caller.agent else ""
         if caller.role not in route.allow:

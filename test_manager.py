@@ -2966,8 +2966,25 @@ def test_an_enrolment_token_that_ended_is_no_credential(ended: str, api: Client,
         (entry,) = api.journal("enroll_token_revoked")
         assert (entry["enrollToken"], entry["uses"]) == (issued["id"], 1)
         api.refusal("DELETE", path, status=404)
-    api.refusal("POST", "/api/agents/register", AGENT, token=issued["token"], status=401)
+    assert "expired" in api.refusal("POST", "/api/agents/register", AGENT, token=issued["token"], status=401)
     api.beat(agent)
+
+
+def test_a_step_of_the_system_clock_neither_ends_nor_prolongs_an_enrolment_token(
+        api: Client, clock: ManualClock) -> None:
+    issued = api.post("/api/enroll-tokens", {"ttlMs": 3_600_000, "maxUses": 9}, status=201)
+    for step_s in (10 * 365 * 86_400, -20 * 365 * 86_400):
+        clock.step(step_s)
+        clock.advance(1)
+        api.post("/api/agents/register", AGENT, token=issued["token"], status=201)
+        (listed,) = api.get("/api/enroll-tokens")
+        assert listed["expiresAt"] == manager.iso(clock.now().wall_ms + 3_600_000 - (1000 if step_s > 0 else 2000))
+    fresh = api.post("/api/enroll-tokens", {"ttlMs": 3_600_000}, status=201)
+    assert fresh["expiresAt"] == manager.iso(clock.now().wall_ms + 3_600_000)
+    assert fresh["expiresAt"] in [each["expiresAt"] for each in api.get("/api/enroll-tokens")]
+    clock.advance(3598)
+    api.refusal("POST", "/api/agents/register", AGENT, token=issued["token"], status=401)
+    api.post("/api/agents/register", AGENT, token=fresh["token"], status=201)
 
 
 def test_a_used_up_enrolment_token_repeats_a_registration_of_which_nothing_was_heard(api: Client) -> None:
