@@ -6845,6 +6845,18 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 sockets.calls_waiting < IN_MEMORY_AT_ONCE and not self.site.api.faults)
 
 
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Raises StartError when memory or threads are refused, as where the address space is bounded."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "start new thread" not in str(error):
+            raise
+        raise StartError(f"the system gives too little memory or too few threads ({error or 'none is left'}); "
+                         "bound it with MemoryMax instead of ulimit -v, and check ulimit -u") from None
+
+
 def require_libraries() -> None:
     """Raises StartError for a library that is too old: it would fail later, in some request only."""
     import importlib.metadata  # here, since the commands do without it
@@ -7232,6 +7244,7 @@ class Server(Generic[_ClockT]):
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
+    @enough_memory()
     def start(self) -> None:
         """Bind, then serve in threads; the port accepts when this returns."""
         if self._running:

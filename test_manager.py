@@ -9135,6 +9135,16 @@ def test_logs_may_be_json_a_line_each(tmp_path: Path) -> None:
     assert all(manager.instant_ms(line["at"]) for line in lines)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the address space")
+def test_a_start_with_too_little_memory_ends_with_one_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, manager.__file__, "--port", "0", "--data-dir", tmp_path / "data"], check=False,
+        capture_output=True, text=True, env={**os.environ, "MANAGER_TLS": "off"}, timeout=LIMIT_S,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (150 * 2**20,) * 2))
+    assert done.returncode == 1
+    one_sentence(done.stderr, "memory", "ulimit -v")
+
+
 def test_warnings_of_a_start_and_its_refusal_are_json_too(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     environ = {"MANAGER_TLS": "off", "MANAGER_LOG_FORMAT": "json"}
