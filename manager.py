@@ -2328,8 +2328,8 @@ class Store:
     def room_bytes(self) -> tuple[int, int]:
         """What the disk has for the file and its log, and how much of that the file may take. Raises OSError.
 
-        The rest is for the log: one transaction can write every page, and a log that does not fit into the file
-        beside it could never be emptied.
+        The rest is for the log: one transaction can write every page, and a log that does not fit into the
+        file beside it could never be emptied.
         """
         disk = os.statvfs(self.folder)
         room_bytes = self.size_bytes() + disk.f_bavail * disk.f_frsize
@@ -2344,7 +2344,8 @@ class Store:
             to_copy_bytes = self.log_bytes() + max(0, pages_bytes - self._path.stat().st_size)
         except OSError:
             return True  # the file is gone, which check_files() finds
-        return self.used_bytes() <= file_bytes and to_copy_bytes <= max(room_bytes // 8, _LEAST_LOG_ROOM_BYTES)
+        most_bytes = max(room_bytes // 8, _LEAST_LOG_ROOM_BYTES)
+        return self.used_bytes() <= file_bytes and to_copy_bytes <= most_bytes
 
     def size_bytes(self) -> int:
         """What the database takes on the disk, its write-ahead log included."""
@@ -2653,8 +2654,8 @@ _IN_FORCE = """
         (SELECT version FROM policies_in_force WHERE scope = 'agent:' || ?)
     FROM contacts WHERE agent = ?"""
 _FORGIVEN_PER_HOUR = 10  # a dead agent may not stay online for as long as somebody disturbs the manager
-_FULL = ("the database is as large as MANAGER_MAX_DB_BYTES or its disk allows; the oldest threats and entries are "
-         "removed early")
+_FULL = ("the database is as large as MANAGER_MAX_DB_BYTES or its disk allows; the oldest threats and "
+         "entries are removed early")
 _HOUR_MS = 3_600_000
 _PROBE_MS = 5000  # between two writes to learn whether the database can be written
 _STEP_MS = 120_000  # a wall clock that differs by more from the time that has passed was stepped
@@ -2744,7 +2745,7 @@ class Manager:
         self._to_journal: list[tuple[int, str, int]] = []  # what was forgiven: wall_ms, cause, duration in ms
         self._writable_ms = self.started.tick_ms  # when contacts could last be recorded, on the same tick
         self._outage_ms: int | None = None  # that instant, while they cannot be recorded
-        self._measured_ms = self.started.tick_ms - _HOUR_MS  # on the clock's tick: when the disk was last looked at
+        self._measured_ms = self.started.tick_ms - _HOUR_MS  # when the disk was last looked at, on the tick
         self._measure_disk()
         self._start_clock()
         self.reset_silence()
@@ -3433,7 +3434,8 @@ class Manager:
             db.execute(
                 "INSERT INTO enroll_tokens (id, token_digest, expires_ms, max_uses, org_id, tags, note) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (issued.id, digest(token), now.steady_ms + ttl_ms, max_uses, org_id, to_json(issued.tags), note))
+                (issued.id, digest(token), now.steady_ms + ttl_ms, max_uses, org_id, to_json(issued.tags),
+                 note))
             self.store.journal(now.wall_ms, "enroll_token_issued", caller, None, org_id, {
                 "enrollToken": issued.id, "expiresAt": iso(issued.expires_ms), "maxUses": max_uses,
                 "tags": issued.tags, "note": note})
@@ -3946,8 +3948,8 @@ class Manager:
         return len(gone)
 
     def _measure_disk(self) -> None:
-        """Learn how large the database may be, at the start and once an hour: a disk that another program fills
-        for some minutes is no reason to remove anything."""
+        """Learn how large the database may be, at the start and once an hour: a disk that another program
+        fills for some minutes is no reason to remove anything."""
         tick_ms = self.clock.now().tick_ms
         if tick_ms - self._measured_ms < _HOUR_MS:
             return
@@ -4326,8 +4328,8 @@ def network_of(address: str) -> str:
 
 
 class Refusals:
-    """Counts refused credentials, TLS handshakes and connections; logs one in a minute of each address, and 60 of
-    all."""
+    """Counts refused credentials, TLS handshakes and connections; logs one in a minute of each address, and
+    60 of all."""
 
     REASONS = ("no_token", "wrong_token", "forbidden", "throttled", "handshake", "connections")
 
@@ -6853,8 +6855,9 @@ def enough_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "start new thread" not in str(error):
             raise
-        raise StartError(f"the system gives too little memory or too few threads ({error or 'none is left'}); "
-                         "bound it with MemoryMax instead of ulimit -v, and check ulimit -u") from None
+        raise StartError("the system gives too little memory or too few threads "
+                         f"({error or 'none is left'}); bound it with MemoryMax instead of ulimit -v, "
+                         "and check ulimit -u") from None
 
 
 def require_libraries() -> None:
@@ -6865,8 +6868,9 @@ def require_libraries() -> None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a copy of its files only
             found = importlib.metadata.version(name)
             if [int(part) for part in re.findall(r"\d+", found)] < [int(part) for part in least.split(".")]:
-                raise StartError(f"{name} {found} is too old: {least} or later is needed; `uv run manager.py` brings "
-                                 "it, or install it with pip in a virtual environment")
+                raise StartError(f"{name} {found} is too old: {least} or later is needed; "
+                                 "`uv run manager.py` brings it, or install it with pip in a virtual "
+                                 "environment")
 
 
 def raise_descriptor_limit() -> int:
@@ -7034,15 +7038,15 @@ class Backups:
         self.over = threading.Event()
         self._config, self._folder, self._api = config, folder, api
         self._kept = cast("Path", config.backup_dir)
-        if not (self._kept.is_dir() and os.access(self._kept, os.W_OK | os.X_OK)):  # perhaps a disk is not mounted
-            raise StartError(f"MANAGER_BACKUP_DIR: {self._kept} is no folder that can be written; make it, or "
-                             "mount its disk")
+        if not (self._kept.is_dir() and os.access(self._kept, os.W_OK | os.X_OK)):
+            raise StartError(f"MANAGER_BACKUP_DIR: {self._kept} is no folder that can be written; make it, "
+                             "or mount its disk")
         own = folder / "backup-id"
         try:
             private_file(own)
             if not re.fullmatch("[0-9a-f]{8}", own.read_text()):
                 own.write_text(secrets.token_hex(4))
-            self._prefix = f"panguard-{own.read_text()}-"  # other managers may have the same folder for backups
+            self._prefix = f"panguard-{own.read_text()}-"  # other managers may use the same folder
         except (OSError, UnicodeError) as error:
             raise StartError(f"{own} cannot be used ({error}); remove it to get a new one") from None
 
@@ -7267,8 +7271,9 @@ class Server(Generic[_ClockT]):
             except Unavailable as error:
                 raise StartError(str(error)) from error
             if (most_bytes := self.manager.most_bytes) < self.config.max_db_bytes:
-                self.notes.append(f"Warning: the disk of {folder} has room for {most_bytes} bytes of database and "
-                                  "its log, less than MANAGER_MAX_DB_BYTES; older threats are removed from then on")
+                self.notes.append(f"Warning: the disk of {folder} has room for a database of {most_bytes} "
+                                  "bytes, less than MANAGER_MAX_DB_BYTES; one that is larger loses its "
+                                  "oldest threats")
             undo.callback(self._record_stop)
             app = create_app(self.manager, tokens)
             self._api: Api = app.api
@@ -7651,7 +7656,7 @@ class OwnCertificate:
         return not self._is_early() and wall_ms + _RENEWAL_MS < self._ends_s * 1000
 
     def _is_early(self) -> bool:
-        """Whether the system's clock, by which openssl goes, was set back since: by more than it is corrected by."""
+        """Whether the system's clock, by which openssl goes, was set back: more than it is corrected."""
         return self._starts_s > time.time() + 60
 
     def fault(self, wall_ms: int) -> str:
@@ -7667,7 +7672,9 @@ class OwnCertificate:
         self._starts_s, self._ends_s = (ssl.cert_time_to_seconds(instant) for instant in re.findall(
             r"Not (?:Before|After) ?: (.+ GMT)", text))
         if not self.is_current(wall_ms):
-            return "was not valid yet (the clock was set back)" if self._is_early() else "had less than 30 days left"
+            if self._is_early():
+                return "was not valid yet (the clock was set back)"
+            return "had less than 30 days left"
         names = self._fit(re.findall(r"(?:DNS|IP Address):([^,\s]+)", text))
         if missing := set(self._needed) - set(names):
             return f"did not name {', '.join(sorted(missing))}"
@@ -7951,10 +7958,10 @@ class Cli:
                     "Connection": "close", **(headers or {})})
                 answer = connection.getresponse()
             except ssl.SSLCertVerificationError as error:
-                advice = ("check the clocks here and there" if error.verify_code in (9, 10)  # not yet, no longer valid
-                          else "name its file with --cacert")
-                raise CommandError(f"the certificate of {self.url} is not trusted ({error.verify_message}); {advice}"
-                                   ) from None
+                of_clock = error.verify_code in (9, 10)  # not yet, or no longer valid
+                advice = "check the clocks here and there" if of_clock else "name its file with --cacert"
+                raise CommandError(f"the certificate of {self.url} is not trusted ({error.verify_message}); "
+                                   f"{advice}") from None
             except ConnectionRefusedError:
                 raise CommandError(f"nothing listens at {self.url}; start the manager, or name its address "
                                    "with --url") from None
