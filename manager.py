@@ -2325,14 +2325,18 @@ class Store:
             return int(db.execute("SELECT (page_count - freelist_count) * page_size FROM pragma_page_count, "
                                   "pragma_freelist_count, pragma_page_size").fetchone()[0])
 
+    def free_bytes(self) -> int:
+        """How much may still be written to the disk. Raises OSError."""
+        disk = os.statvfs(self.folder)
+        return disk.f_bavail * disk.f_frsize
+
     def room_bytes(self) -> tuple[int, int]:
         """What the disk has for the file and its log, and how much of that the file may take. Raises OSError.
 
         The rest is for the log: one transaction can write every page, and a log that does not fit into the
         file beside it could never be emptied.
         """
-        disk = os.statvfs(self.folder)
-        room_bytes = self.size_bytes() + disk.f_bavail * disk.f_frsize
+        room_bytes = self.size_bytes() + self.free_bytes()
         return room_bytes, room_bytes - min(room_bytes * 5 // 8, _LARGEST_LOG_BYTES)
 
     def has_room(self) -> bool:
@@ -4575,6 +4579,7 @@ class Api:
         self.latencies, self.refusals = Latencies(), Refusals()
         self.streams: Streams | None = None  # set by a server that can serve event streams
         self.notifier: Notifier | None = None  # whoever serves notifications says otherwise
+        self.certificate_end_s: Callable[[], float] = lambda: 0.0  # set by whoever has a certificate
         self.proved_s = 0.0  # when the manager made its last backup by itself, in s since 1970
         self.backups_failed = 0  # since then
         self.faults = Faults()
@@ -4670,6 +4675,11 @@ class Api:
             ("purged_for_space_total", "counter",
              "Threat events and entries removed because of MANAGER_MAX_DB_BYTES.", manager.purged_for_space),
             ("write_ahead_log_bytes", "gauge", "Size of the write-ahead log.", manager.store.log_bytes()),
+            ("disk_free_bytes", "gauge", "Free space on the disk of the data folder.",
+             manager.store.free_bytes()),
+            ("certificate_end_timestamp_seconds", "gauge",
+             "When the certificate in use ends, 0 if there is none or openssl is missing.",
+             self.certificate_end_s()),
             ("event_streams_open", "gauge", "Event streams open.", self.streams.count if self.streams else 0),
             ("notifications_delivered_total", "counter",
              "Notifications that a receiver took, since the start.", notifier.delivered if notifier else 0),
@@ -7287,6 +7297,7 @@ class Server(Generic[_ClockT]):
             undo.callback(self._notifier.stop)  # all of them, before any is waited for
             self._listen(app, folder, undo)
             undo.callback(self.faults.over.set)
+            self._api.certificate_end_s = lambda: getattr(self._web.tls_context, "end_s", 0.0)
             interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
             undo.callback(self.clock.every(interval_s, self._tick))
             self._check_daily(store, undo)
@@ -7706,9 +7717,15 @@ class OwnCertificate:
         self._starts_s, self._ends_s = int(time.time()), wall_ms // 1000 + 365 * 86_400
 
 
-def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
+class TlsContext(ssl.SSLContext):
+    """A context that knows when its certificate ends, in s since 1970; 0 if that is not known."""
+
+    end_s = 0.0
+
+
+def tls_context(certificate: Path, key: Path) -> TlsContext:
     """A context that serves a certificate over TLS 1.2 or newer. Raises StartError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = TlsContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
@@ -7717,6 +7734,9 @@ def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         raise StartError(f"the certificate {certificate} with the key {key} cannot be used ({error}); both "
                          "must be PEM files that belong together, the key without a password") from None
+    with contextlib.suppress(StartError, ValueError):
+        end = _openssl("x509", "-in", str(certificate), "-noout", "-enddate")
+        context.end_s = float(ssl.cert_time_to_seconds(end.strip().partition("=")[2]))
     return context
 
 

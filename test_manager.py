@@ -7890,6 +7890,18 @@ def test_the_certificate_is_renewed_while_running_thirty_days_before_it_ends(
         assert certificate.read_bytes() == second
 
 
+def test_metrics_say_when_the_certificate_in_use_ends_and_how_much_of_the_disk_is_free(
+        tmp_path: Path) -> None:
+    for tls, ends in (("off", 0.0), ("auto", time.time() + 365 * 86_400)):
+        with Server(port=0, data_dir=tmp_path, tls=tls, clock=ManualClock(time.time())) as server:
+            context = None if tls == "off" else trusting(tmp_path / "cert.pem")
+            with contextlib.closing(Wire(port_of(server.url), context)) as wire:
+                text = wire.call(request("GET", "/metrics", token=server.token)).body.decode()
+        found = {name: float(value) for name, value in re.findall(r"^panguard_(\w+) (\S+)$", text, re.M)}
+        assert abs(found["certificate_end_timestamp_seconds"] - ends) < 3600
+        assert found["disk_free_bytes"] > 0
+
+
 def test_a_certificate_made_while_the_clock_was_ahead_is_replaced_once_it_is_set_back(
         tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
         shell: Any) -> None:
