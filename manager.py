@@ -1621,7 +1621,7 @@ _CHECKPOINT_CHANGES = 2000
 _PAGE_BYTES = 1024  # a heartbeat is 60 bytes, and writes a page
 _LOG_BYTES = 8 * 2**20  # the log is made empty once it is longer; less on a small disk
 _LEAST_LOG_ROOM_BYTES = 2**20
-_LARGEST_LOG_BYTES = 2**29  # eight times the limit, and what the workers write at once
+_LARGEST_LOG_BYTES = 2**26  # eight times the limit
 _FEW_PAGES = 1000  # at most so many are copied while writers wait
 _PROBE_BYTES = 2**17  # more than the log may hold without growing
 _APPLICATION_ID = 0x50474D31  # "PGM1": tells the file from other SQLite databases, for `file` too
@@ -2671,6 +2671,7 @@ _SWEEP_READ = 50 * _SWEEP_STEP
 _ENTRIES_PER_MINUTE = 30  # that one agent can cause in the journal
 _ROW_BYTES = 512  # of a threat event beside its texts, its indexes included
 _LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that an agent may report in a minute; or 5 % of the bound
+_PURGE_ROOM_BYTES = 32 * 2**20  # of what the disk has room for; an eighth of a small disk
 _LEAST_EXCESS_BYTES = 8 * 2**20  # of the database over its bound, beyond which reports are refused; or 10 %
 _AGENTS_COUNTED = 100_000  # agents whose bytes in a minute are remembered, the latest
 _PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
@@ -3960,7 +3961,8 @@ class Manager:
         self._measured_ms = tick_ms
         self.most_bytes = self.config.max_db_bytes
         with contextlib.suppress(OSError):  # the folder is gone: the store tells that
-            self.most_bytes = min(self.most_bytes, self.store.room_bytes()[1] * 7 // 8)
+            file_bytes = self.store.room_bytes()[1]
+            self.most_bytes = min(self.most_bytes, file_bytes - min(file_bytes // 8, _PURGE_ROOM_BYTES))
 
     def _purge_for_space(self) -> int:
         """Remove some of the oldest threat events and entries if the database is too large; how many."""
