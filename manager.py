@@ -1627,10 +1627,11 @@ _PROBE_BYTES = 2**17  # more than the log may hold without growing
 _APPLICATION_ID = 0x50474D31  # "PGM1": tells the file from other SQLite databases, for `file` too
 _LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'journal'"
 _RUNNING = "another manager is running on {folder}; stop it or choose another --data-dir"
+_NOT_AVAILABLE = "the database is not available: "
 _FAULTS = (
     ("moved", "{folder}/manager.db or its log was removed or replaced; put it back, or stop the manager and "
               "restore a backup"),
-    ("disk is full", "the disk of {folder} is full; free some space"),
+    ("disk is full|No space left", "the disk of {folder} is full; free some space"),
     ("locked", "another program holds {folder}/manager.db locked; end it"),
     ("readonly", "{folder}/manager.db cannot be written; give this user the right to write it"),
     ("malformed|Could not decode|not a database",
@@ -1639,6 +1640,32 @@ _FAULTS = (
     ("unable to open",
      "{folder}/manager.db cannot be opened; check that the folder is there and can be written"),
 )
+
+
+def fault_sentence(error: BaseException, folder: Path) -> str | None:
+    """What the table of faults says of an error about a data folder; None if it does not have it."""
+    text = str(error)
+    if "disk I/O error" in text:  # SQLite says so where a full disk has no room for its shared memory, too
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(folder)
+            text = "disk is full" if disk.f_bavail * disk.f_frsize < _PROBE_BYTES else text
+    return next((sentence.format(folder=folder) for sign, sentence in _FAULTS if re.search(sign, text)), None)
+
+
+@contextlib.contextmanager
+def refused_start(folder: Path) -> Iterator[None]:
+    """Raise StartError, with the sentence of the table of faults if it has one, for what the system or SQLite
+    refuses."""
+    try:
+        yield
+    except Unavailable as error:
+        raise StartError(str(error).removeprefix(_NOT_AVAILABLE)) from error
+    except sqlite3.Error as error:
+        raise StartError(fault_sentence(error, folder)
+                         or f"{folder}/manager.db cannot be used ({error})") from error
+    except OSError as error:
+        raise StartError(fault_sentence(error, folder) or f"{error.filename or folder} cannot be used "
+                         f"({error.strerror or error}); let this user read and write it") from error
 
 
 def schema_of(db: sqlite3.Connection) -> dict[str, str]:
@@ -1883,6 +1910,11 @@ class Store:
         except OSError as error:
             raise StartError(f"the data folder {folder} cannot be made ({error.strerror}); "
                              "choose another") from None
+        try:
+            os.stat(f"{folder}/.")
+        except PermissionError:
+            raise StartError(f"this user may not enter the data folder {folder}; start the manager as its "
+                             "owner (sudo -u OWNER), or choose another --data-dir") from None
         if held.st_uid not in (os.geteuid(), 0):
             raise StartError(f"the data folder {folder} belongs to another user, who could replace what is "
                              "in it; chown it to the user that runs the manager, or choose another "
@@ -1897,7 +1929,7 @@ class Store:
     def _open(self, undo: contextlib.ExitStack) -> None:
         self._guard = take_folder(self.folder)
         undo.callback(self._guard.close)
-        try:
+        with refused_start(self.folder):
             stopped_cleanly = self.log_bytes() == 0
             self._check_file()
             private_file(self._path)
@@ -1912,12 +1944,6 @@ class Store:
             self._file_lock = lock_file(self._path)
             undo.callback(os.close, self._file_lock)
             self._inodes = self._find_inodes()
-        except Unavailable as error:
-            raise StartError(str(error)) from error
-        except sqlite3.Error as error:
-            raise StartError(self._sentence(error) or f"{self._path} cannot be used ({error})") from error
-        except OSError as error:
-            raise StartError(f"{self._path} cannot be written ({error.strerror}); change its owner") from None
 
     def _check_folder(self) -> None:
         """Raises StartError if the folder cannot be written, or its file system lacks what SQLite needs."""
@@ -2371,20 +2397,16 @@ class Store:
             while True:
                 self._readers.pop().close()
 
-    def _sentence(self, error: BaseException) -> str | None:
-        return next((sentence.format(folder=self.folder) for sign, sentence in _FAULTS
-                     if re.search(sign, str(error))), None)
-
     def _translate(self, error: BaseException) -> NoReturn:
         """Raise Unavailable for a fault of the file or its disk, and any other error as it is."""
         raise self._fault(error)
 
     def _fault(self, error: BaseException) -> BaseException:
         """What _translate() raises. A fault is logged, and this thread's transaction fails with it."""
-        sentence = self._sentence(error) if isinstance(error, sqlite3.DatabaseError) else None
+        sentence = fault_sentence(error, self.folder) if isinstance(error, sqlite3.DatabaseError) else None
         if sentence is None:
             return error
-        sentence = "the database is not available: " + sentence
+        sentence = _NOT_AVAILABLE + sentence
         if "is damaged" in sentence:
             self._damage = sentence  # until a restart: reads may have given wrong answers
         self._faults[sentence] += 1
@@ -7269,7 +7291,8 @@ class Server(Generic[_ClockT]):
         self.notes.clear()
         if not self.config.data_dir:  # a new temporary folder has a new journal
             self._entries.given = self._seeded = 0
-        with contextlib.ExitStack() as undo:
+        place = self.config.data_dir or Path(tempfile.gettempdir())
+        with refused_start(place), contextlib.ExitStack() as undo:
             folder = self.config.data_dir or Path(undo.enter_context(
                 tempfile.TemporaryDirectory(prefix="panguard-manager-")))
             store = Store(folder)
@@ -7277,11 +7300,8 @@ class Server(Generic[_ClockT]):
             store.listeners.append(self._wake)
             tokens = self.config.auth_token or (self._own_token(folder),)
             self.token = tokens[0]
-            try:
-                self.manager = Manager(self.config, self.clock, store)
-                self._note_run("manager_started")
-            except Unavailable as error:
-                raise StartError(str(error)) from error
+            self.manager = Manager(self.config, self.clock, store)
+            self._note_run("manager_started")
             if (most_bytes := self.manager.most_bytes) < self.config.max_db_bytes:
                 self.notes.append(f"Warning: the disk of {folder} has room for a database of {most_bytes} "
                                   "bytes, less than MANAGER_MAX_DB_BYTES; one that is larger loses its "
@@ -7482,7 +7502,7 @@ class Server(Generic[_ClockT]):
             sync_path(new)
             new.replace(path)
             sync_path(folder)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise StartError(f"the admin's token in {path} cannot be used "
                              f"({str(error) or 'it is malformed'}); "
                              "remove the file to get a new one") from None
@@ -7954,9 +7974,10 @@ class Cli:
     # Asking the manager
 
     def _file(self, name: str) -> str | None:
-        with contextlib.suppress(OSError, UnicodeError):
+        try:
             return (self.folder / name).read_text().strip() or None
-        return None
+        except (FileNotFoundError, NotADirectoryError, UnicodeError):
+            return None
 
     @property
     def url(self) -> str:
@@ -8007,8 +8028,8 @@ class Cli:
         raise CommandError("this is no manager's address; --url takes one such as https://localhost:8443", 2)
 
     def _trust(self) -> ssl.SSLContext:
-        own = self.folder / "cert.pem"
-        path = self.options.cacert or (str(own) if own.exists() and not self.options.url else None)
+        own = str(self.folder / "cert.pem")
+        path = self.options.cacert or (own if os.path.exists(own) and not self.options.url else None)
         try:
             return ssl.create_default_context(cafile=path)
         except (OSError, ValueError) as error:
@@ -8721,6 +8742,9 @@ def _explained(error: Exception) -> tuple[str, int]:
         return str(error), error.status
     if isinstance(error, (SettingError, ManagerError)):
         return str(error), 2 if isinstance(error, SettingError) else 1
+    if isinstance(error, PermissionError):
+        return (f"this user may not use {error.filename or 'the output'}; run the command as the owner of the "
+                "data folder, such as with sudo"), 1
     if isinstance(error, OSError):
         return f"{error.filename or 'the output'}: {error.strerror or error}", 1
     log.debug("a command failed", exc_info=True)

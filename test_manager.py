@@ -38,6 +38,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import unicodedata
@@ -1477,6 +1478,41 @@ def test_a_folder_that_cannot_be_made_or_written_is_refused_in_one_sentence(plac
     assert file.read_text() == "mine"
 
 
+@pytest.fixture
+def forbidden() -> Iterator[Path]:
+    """A data folder that this user may not enter."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "data")
+        with Server(port=0, data_dir=folder):
+            pass
+        is_root = os.geteuid() == 0
+        if is_root:
+            Path(place).chmod(0o755)
+            os.seteuid(65534)
+        else:
+            folder.chmod(0)
+        try:
+            yield folder
+        finally:
+            if is_root:
+                os.seteuid(0)
+            folder.chmod(0o700)
+
+
+def test_a_folder_that_may_not_be_entered_is_refused_in_one_sentence(forbidden: Path, run_main: Any) -> None:
+    status, said = run_main("--port", 0, "--data-dir", forbidden)
+    assert status == 1
+    one_sentence(said, f"this user may not enter the data folder {forbidden}", "sudo -u", "--data-dir")
+
+
+@pytest.mark.parametrize("words", [["status"], ["doctor"], ["check"], ["backup", "/dev/null/none"]])
+def test_a_command_in_a_folder_that_may_not_be_entered_says_so(words: list[str], forbidden: Path,
+                                                               run_main: Any) -> None:
+    status, said = run_main(*words, "--data-dir", forbidden)
+    assert status == 1
+    one_sentence(said, f"this user may not use {forbidden}", "sudo")
+
+
 def test_a_folder_serves_one_manager_at_a_time(tmp_path: Path, run_main: Any) -> None:
     with Server(port=0, data_dir=tmp_path, clock=ManualClock()) as server:
         agent = server.manager.register(**AGENT).agent
@@ -1960,6 +1996,29 @@ def test_a_disk_that_another_program_fills_for_a_while_costs_no_event(
         assert server.manager.census().threats == 3200
         (folder / "filling").unlink()
         assert len(server.manager.report_events(agent, [threat()])) == 1
+
+
+@pytest.mark.parametrize(("stopped", "free_kib"), [("cleanly", 0), ("cleanly", 8), ("killed", 0)])
+def test_a_start_without_room_on_the_disk_is_refused_in_one_sentence(stopped: str, free_kib: int,
+                                                                     tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        with Running(folder, MANAGER_TLS="off") as running:
+            if stopped == "cleanly":
+                assert running.end() == 0
+        with full_disk(running, folder):
+            os.truncate(folder / "filling", max((folder / "filling").stat().st_size - free_kib * 1024, 0))
+            done = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--tls", "off",
+                                   "--data-dir", folder],
+                                  capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"panguard-manager: the disk of {folder} is full; free some space"
 
 
 # Faults of the file and the disk
