@@ -6942,11 +6942,12 @@ class WebServer:
     connections that come after; None serves plaintext to all.
     """
 
-    def __init__(self, owner: Server[Any], application: Application, api: Api,
-                 tls_context: ssl.SSLContext | None) -> None:
+    tls_context: ssl.SSLContext | None = None
+
+    def __init__(self, owner: Server[Any], application: Application, api: Api) -> None:
         config = owner.config
         self.owner, self.application, self.api = owner, application, api
-        self.tls_context, self.batch = tls_context, HeartbeatBatch(api)
+        self.batch = HeartbeatBatch(api)
         self.config = config
         # Routes that anyone may call do not read the database.
         self.in_memory = frozenset(each.path for each in ENDPOINTS if ANYONE in each.allow)
@@ -6961,12 +6962,13 @@ class WebServer:
         self.stopping = False
         self.error: BaseException | None = None
 
-    def start(self) -> None:
-        """Bind here, so that a taken port is the caller's exception, then serve in a thread."""
+    def bind(self) -> None:
+        """Listen, so that a taken port is the caller's exception; start() accepts."""
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.connection_limit = max(raise_descriptor_limit() - SPARE_DESCRIPTORS, 50)
         self.address_limit = self.config.connections_per_address or max(self.connection_limit // 8, 1)
         self.sockets = SocketMap()
+        self._stop_loop: Callable[[], None] = self.sockets.close  # until start()
         self.workers = Workers(self.settings.threads)
         self.listeners: list[Listener] = []
         try:
@@ -6975,9 +6977,11 @@ class WebServer:
                     address = (address[0], self.port, *address[2:])
                 self.listeners.append(Listener(self, (family, kind, protocol, address)))
         except BaseException:
-            self.workers.stop(1)
-            self.sockets.close()
+            self.stop()
             raise
+
+    def start(self) -> None:
+        """Serve in a thread."""
         self._stop_loop = run_thread(
             "server-loop", self._run, lambda: self.sockets.call_soon(self._begin_stop))
 
@@ -7530,15 +7534,16 @@ class Server(Generic[_ClockT]):
             over.set()
             self._streams.wake.set()
 
-        context = self._tls(folder)
         try:
-            self._web = WebServer(self, app, self._api, context)  # looks the host up
-            undo.callback(run_thread("panguard-streams", follow, end))
-            self._web.start()
+            self._web = WebServer(self, app, self._api)  # looks the host up
+            self._web.bind()
         except (OSError, ValueError) as error:
             raise StartError(f"cannot listen on {config.host} port {config.port} ({error}); "
                              "choose another with --host or --port") from None
         undo.callback(self._web.stop)
+        self._web.tls_context = self._tls(folder)  # after bind(): a start that fails replaces no certificate
+        undo.callback(run_thread("panguard-streams", follow, end))
+        self._web.start()
         host = _ANY_HOST.get(config.host, config.host)
         if self._web.tls_context and host in ("127.0.0.1", "::1"):
             host = "localhost"
@@ -7564,7 +7569,7 @@ class Server(Generic[_ClockT]):
                     self._own_pair.make(self.clock.now().wall_ms)
                     if reason != "missing":
                         self.notes.append(f"Warning: the former certificate {reason}, so a new one was made; "
-                                          "whoever trusts the former one needs it")
+                                          f"whoever trusts the former one needs it ({_KEPT_PAIR})")
             except StartError as error:
                 if not all(path.exists() for path in self._pair):
                     advice = (f"no certificate could be made ({error}); install openssl, or set "
@@ -7589,8 +7594,8 @@ class Server(Generic[_ClockT]):
         try:
             self._own_pair.make(now.wall_ms)
             self._web.tls_context = tls_context(*self._pair)
-            log.warning("the certificate %s was renewed; whoever trusts the former one needs it",
-                        self._pair[0])
+            log.warning("the certificate %s was renewed; whoever trusts the former one needs it (%s)",
+                        self._pair[0], _KEPT_PAIR)
         except StartError as error:
             log.error("the certificate %s must be renewed, which failed: %s", self._pair[0], error)
 
@@ -7651,6 +7656,7 @@ _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # with the address by which t
 _RENEWAL_MS = 30 * _DAY_MS  # before its end a certificate is replaced
 _RENEWAL_RETRY_MS = 3_600_000
 _MOST_NAMES = 100  # in a certificate
+_KEPT_PAIR = "the former files are kept, as cert.pem.former and key.pem.former"
 _REQUEST = """[req]
 distinguished_name = subject
 x509_extensions = extensions
@@ -7695,8 +7701,10 @@ class OwnCertificate:
     def fault(self, wall_ms: int) -> str:
         """Why a new one must be made: "missing", or what was wrong with it; else "". Raises StartError."""
         try:
-            if not all(path.exists() and path.read_bytes() for path in self.pair):
-                return "missing"
+            whole = [path.exists() and bool(path.read_bytes()) for path in self.pair]
+            if not all(whole):
+                left = any(path.exists() for path in self.pair)
+                return "was empty or without its key" if left else "missing"
         except OSError as error:
             raise StartError(str(error)) from None
         text = _openssl("x509", "-in", str(self.pair[0]), "-noout", "-text")
@@ -7732,6 +7740,8 @@ class OwnCertificate:
             for path in made:
                 sync_path(path)
             for path, new in zip(self.pair, made, strict=True):
+                if path.exists():
+                    path.replace(f"{path}.former")
                 new.replace(path)
             sync_path(self.pair[0].parent)
         except OSError as error:

@@ -8012,10 +8012,25 @@ def test_a_generated_pair_that_cannot_serve_is_made_anew(broken: str, tmp_path: 
     else:
         year = {"in 1971": 1970, "later": 2090}[how]
         signed_between(tmp_path, f"{year}0101000000Z", f"{year + 1}0101000000Z")
+    before = {f"{name}.former": text for name, text in contents(tmp_path).items()
+              if name in ("cert.pem", "key.pem")}
     with Server(port=0, data_dir=tmp_path, tls="auto") as server:
         assert (tmp_path / "cert.pem").read_bytes() != first
+        (note,) = (note for note in server.notes if note.startswith("Warning: the former certificate"))
+        assert "cert.pem.former" in note
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("*.former")} == before
         with contextlib.closing(Wire(port_of(server.url), trusting(tmp_path / "cert.pem"))) as wire:
             assert wire.call(request("GET", "/health")).status == 200
+
+
+@pytest.mark.parametrize("wrong", [{"host": "192.0.2.200"}, {"tls_name": "typo.example.org"}])
+def test_a_start_that_cannot_listen_replaces_no_certificate(wrong: Any, tmp_path: Path) -> None:
+    with Server(port=0, data_dir=tmp_path, tls="auto") as server:
+        port = port_of(server.url)
+    before = {name: text for name, text in contents(tmp_path).items() if name.endswith(".pem")}
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(StartError, match="cannot listen"):
+        Server(**{"port": port, "data_dir": tmp_path, "tls": "auto", **wrong}).start()
+    assert {name: text for name, text in contents(tmp_path).items() if ".pem" in name} == before
 
 
 def signed_between(folder: Path, starts: str, ends: str) -> None:
