@@ -7547,12 +7547,24 @@ class Server(Generic[_ClockT]):
         host = _ANY_HOST.get(config.host, config.host)
         if self._web.tls_context and host in ("127.0.0.1", "::1"):
             host = "localhost"
-        scheme = "https" if self._web.tls_context else "http"
-        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self._web.port}"
+        self.url = self._url_of(host)
         if config.data_dir:  # where the commands look for it
             with contextlib.suppress(OSError):
                 private_file(folder / "url")
-                (folder / "url").write_text(self.url + "\n")
+                (folder / "url").write_text(f"{self.url}\n{self.outer_url or ''}\n")
+
+    def _url_of(self, host: str) -> str:
+        scheme = "https" if self._web.tls_context else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self._web.port}"
+
+    @property
+    def outer_url(self) -> str | None:
+        """Where other hosts reach it: at the first MANAGER_TLS_NAME, else its address; None if none does."""
+        config = self.config
+        if _is_loopback(config.host):
+            return None
+        own = (outer_address() or socket.gethostname()) if config.host in _ANY_HOST else config.host
+        return self._url_of([*config.tls_name, own][0])
 
     def _tls(self, folder: Path) -> ssl.SSLContext | None:
         config, local = self.config, _is_loopback(self.config.host)
@@ -7840,9 +7852,8 @@ def _greeting(server: Server[Any]) -> Iterator[str]:
     assert config.data_dir is not None
     trust = ""
     yield f"Panguard Manager {__version__} listens on {server.url}"
-    if config.host in _ANY_HOST and (address := outer_address()):
-        own = urlsplit(server.url)
-        yield f"Other hosts reach it at {own.scheme}://{address}:{own.port}"
+    if server.outer_url not in (None, server.url):
+        yield f"Other hosts reach it at {server.outer_url}"
     yield f"Data directory: {config.data_dir}"
     if server.certificate:
         path, fingerprint = server.certificate
@@ -7991,9 +8002,18 @@ class Cli:
 
     @property
     def url(self) -> str:
-        found = (self.options.url or os.environ.get("MANAGER_URL") or self._file("url")
-                 or "https://localhost:8443")
-        return found.rstrip("/")
+        return self._urls()[0].rstrip("/")
+
+    @property
+    def outer_url(self) -> str | None:
+        """The manager's address for other hosts; None if it listens on this machine only."""
+        outer = self._urls()[1:]
+        return outer[0].rstrip("/") if outer else None
+
+    def _urls(self) -> list[str]:
+        """The manager's address for this machine, and that for others if there is one."""
+        given = self.options.url or os.environ.get("MANAGER_URL")
+        return [given, given] if given else (self._file("url") or "https://localhost:8443").split()
 
     @contextlib.contextmanager
     def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None,
@@ -8037,9 +8057,14 @@ class Cli:
                 return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._trust())
         raise CommandError("this is no manager's address; --url takes one such as https://localhost:8443", 2)
 
-    def _trust(self) -> ssl.SSLContext:
+    @property
+    def cacert(self) -> str | None:
+        """The file of certificates to trust, if it is not the system's."""
         own = str(self.folder / "cert.pem")
-        path = self.options.cacert or (own if os.path.exists(own) and not self.options.url else None)
+        return self.options.cacert or (own if os.path.exists(own) and not self.options.url else None)
+
+    def _trust(self) -> ssl.SSLContext:
+        path = self.cacert
         try:
             return ssl.create_default_context(cafile=path)
         except (OSError, ValueError) as error:
@@ -8475,9 +8500,14 @@ def _enroll_issue_command(cli: Cli) -> Any:
     if cli.options.quiet:
         cli.say(issued["token"])
         return 0
-    cli.say(f"Token {issued['id']} registers {issued['maxUses']} agents until {issued['expiresAt']}. "
-            "On the agent's host:")
-    cli.say(f"curl -X POST {cli.url}/api/agents/register -H 'Authorization: Bearer {issued['token']}' "
+    if not cli.outer_url:
+        cli.say(f"No other host reaches {cli.url}: start the manager with --host 0.0.0.0, or put its proxy's "
+                "address into this line.")
+    url = cli.outer_url or cli.url
+    trust = "--cacert manager.pem " if cli.cacert and url.startswith("https:") else ""
+    cli.say(f"Token {issued['id']} registers {counted(issued['maxUses'])} until {issued['expiresAt']}. "
+            f"On the agent's host{', which has the certificate as manager.pem' if trust else ''}:")
+    cli.say(f"curl {trust}-X POST {url}/api/agents/register -H 'Authorization: Bearer {issued['token']}' "
             "-H 'Content-Type: application/json' -d "
             "'{\"hostname\": \"'$(hostname)'\", \"os\": \"linux\", \"version\": \"1.2.0\"}'")
     return 0
@@ -8546,7 +8576,8 @@ def _examined_agent(cli: Cli, agent: Mapping[str, Any],
     online = agent["status"] == "online"
     tell(agent["statusSince"], f"{agent['status']}: {agent['statusReason']}" + (
         f"; silence makes it stale at {agent['staleAt']}" if online else
-        f": see whether the machine runs, the agent on it is started, and it reaches {cli.url}"))
+        ": see whether the machine runs, the agent on it is started, and it reaches "
+        f"{cli.outer_url or cli.url}"))
     if agent["pendingPolicies"]:
         tell(agent["lastHeartbeat"], f"it has policy {agent['activePolicyVersion'] or 'none'}, and "
              f"{agent['pendingPolicies']} newer ones wait for it: see the agent's log")
@@ -9281,7 +9312,7 @@ const pager = (page, total) => total > LIMIT && h("div.bar",
   t("Page %s of %s", page, Math.ceil(total / LIMIT)),
   btn(t("Next page"), () => setParams({page: page + 1}), "", {disabled: page * LIMIT >= total}));
 const registerLine = (credential) => asCurl("/api/agents/register", "POST", {hostname: "HOST", os: "linux",
-  version: "1.0.0"}).replace("$TOKEN", credential).replace("HOST", "'\"$(hostname)\"'");
+  version: "1.2.0"}).replace("$TOKEN", credential).replace("HOST", "'\"$(hostname)\"'");
 // Fleet
 
 const LIMIT = 100;

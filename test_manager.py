@@ -9977,12 +9977,32 @@ def test_an_issued_token_and_its_line_register_an_agent(managed: Client, shell: 
     assert (made["org_id"], made["tags"]) == ("o", ["t"])
     (listed,) = json.loads(shell("enroll", "list", "--json")[1])
     assert (listed["uses"], listed["maxUses"], listed["note"]) == (1, 2, "n")
-    line = shell("enroll", "issue")[1].splitlines()[-1]
+    warning, said, line = shell("enroll", "issue")[1].splitlines()
+    assert "No other host reaches" in warning and "registers 1 agent until" in said
     if shutil.which("curl") and shutil.which("hostname"):
-        trust = {**os.environ, "CURL_CA_BUNDLE": str(tmp_path / "data" / "cert.pem")}
+        if managed.server.certificate:
+            shutil.copy(tmp_path / "data" / "cert.pem", tmp_path / "manager.pem")
         pasted = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=LIMIT_S,
-                                check=False, env=trust)
+                                check=False, cwd=tmp_path)
         assert json.loads(pasted.stdout)["data"]["hostname"] == socket.gethostname(), pasted.stderr
+
+
+@pytest.mark.parametrize(("settings", "host"), [
+    ({"host": "0.0.0.0", "tls_name": "manager.example.org,fleet"}, "manager.example.org"),
+    ({"host": "0.0.0.0"}, None),
+    ({"host": "127.0.0.2", "tls_name": "manager.example.org"}, "127.0.0.2")])
+def test_commands_tell_other_hosts_an_address_that_they_reach(settings: Any, host: str | None, shell: Any,
+                                                              tmp_path: Path) -> None:
+    with Server(port=0, data_dir=tmp_path / "data", clock=ManualClock(), tls="auto", **settings) as server:
+        agent = server.manager.register(**AGENT).agent
+        server.clock.advance(400)
+        url = f"https://{host or manager.outer_address() or socket.gethostname()}:{port_of(server.url)}"
+        *before, line = shell("enroll", "issue")[1].splitlines()
+        assert f" -X POST {url}/api/agents/register " in line and "--cacert manager.pem" in line
+        assert len(before) == (2 if host == "127.0.0.2" else 1)
+        assert f"it reaches {url}" in shell("doctor", agent.id)[1]
+        given = shell("enroll", "issue", "--url", server.url, "--cacert", tmp_path / "data/cert.pem")[1]
+        assert f"curl --cacert manager.pem -X POST {server.url}/" in given
 
 
 @pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
