@@ -1885,6 +1885,7 @@ class Store:
         self._closed = False
         self._moved = False
         self._damage: str | None = None
+        self.is_new = False  # whether the file was made now
         self._faults: Counter[str] = Counter()  # since the database was last found to work
         self._durable_seq = 0
         self._checkpointing = threading.Lock()
@@ -1974,7 +1975,7 @@ class Store:
             if not self._path.exists() or self._path.stat().st_size == 0:
                 if self.log_bytes():
                     raise StartError(f"{self._path} is missing, but its log {self._log} is there; put the "
-                                     "file back, or move the log away and restore a backup")
+                                     "file back, or restore a backup: panguard-manager restore FILE")
                 return
             with self._path.open("rb") as file:
                 if file.read(16) != b"SQLite format 3\0":
@@ -2008,6 +2009,7 @@ class Store:
                              "choose another")
         self._path.chmod(0o600)
         (version,) = db.execute("PRAGMA user_version").fetchone()
+        self.is_new = version == 0
         if 0 < version < len(MIGRATIONS):
             self._keep_copy(self._path.with_name(f"manager.db.schema-{version}"))
         for number, statements in enumerate(MIGRATIONS[version:], version + 1):
@@ -7302,6 +7304,10 @@ class Server(Generic[_ClockT]):
             store = Store(folder)
             undo.callback(store.close)
             store.listeners.append(self._wake)
+            if store.is_new and (folder / "url").exists():  # which a start writes
+                self.notes.append(
+                    f"Warning: {folder} was in use before, but its manager.db is gone, so a new one was "
+                    "made; to go back, stop and run: panguard-manager restore FILE")
             tokens = self.config.auth_token or (self._own_token(folder),)
             self.token = tokens[0]
             self.manager = Manager(self.config, self.clock, store)
@@ -8073,7 +8079,10 @@ class Cli:
 
     def _refused(self, answer: http.client.HTTPResponse) -> NoReturn:
         try:
-            reason = str(json.loads(answer.read())["error"])
+            refusal = json.loads(answer.read())
+            reason = str(refusal["error"])
+            if (refusal.get("data") or {}).get("status") == "unhealthy":
+                reason = f"the manager is unhealthy: {reason}"
         except (ValueError, KeyError, TypeError, OSError, RecursionError, http.client.HTTPException):
             reason = f"it answers {answer.status} {answer.reason}; is it a Panguard Manager?"
         if answer.status == 401:
@@ -8182,6 +8191,7 @@ _YES = Option("--yes", action="store_true", help="do not ask")
 
 @command("status", "totals, silent agents, threats and the policy; 3 if an agent is silent", example="status")
 def _status_command(cli: Cli) -> int:
+    cli.ask("GET", "/health")
     overview = cli.ask("GET", "/api/overview")
     offline, stale = (cli.ask("GET", "/api/agents", status=status) for status in ("offline", "stale"))
     silent = [*offline, *stale]
@@ -8550,6 +8560,7 @@ _ADVICE = {
                 help="id or hostname, or the beginning of one; without one, all silent agents"),
          example="doctor web-1")
 def _doctor_command(cli: Cli) -> int:
+    cli.ask("GET", "/health")
     agents = [cli.agent(name) for name in cli.options.agent] or [
         each for each in cli.ask("GET", "/api/agents", detail=True) if each["status"] != "online"]
     common = Counter(each["version"] for each in cli.ask("GET", "/api/agents")).most_common(1)

@@ -2099,15 +2099,32 @@ def killed(folder: Path) -> str:
 def test_a_log_without_its_database_refuses_the_start_and_is_kept(tmp_path: Path, run_main: Any) -> None:
     folder = tmp_path / "data"
     agent = killed(folder)
+    assert run_main("backup", tmp_path / "backup", "--data-dir", folder)[0] == 0
     database, log = (folder / "manager.db").read_bytes(), (folder / "manager.db-wal").read_bytes()
     (folder / "manager.db").unlink()
     status, said = run_main("--port", 0, "--data-dir", folder)
     assert status == 1
     one_sentence(said, "manager.db is missing", "manager.db-wal", "backup")
     assert (folder / "manager.db-wal").read_bytes() == log and not (folder / "manager.db").exists()
-    (folder / "manager.db").write_bytes(database)
-    with Server(port=0, data_dir=folder) as server:
-        assert server.manager.agent(agent).id == agent
+    for back in (lambda: run_main("restore", tmp_path / "backup", "--yes", "--data-dir", folder),
+                 lambda: (folder / "manager.db").write_bytes(database)):
+        back()
+        with Server(port=0, data_dir=folder) as server:
+            assert server.manager.agent(agent).id == agent
+        (folder / "manager.db").unlink()
+        (folder / "manager.db-wal").write_bytes(log)
+
+
+def test_a_database_made_in_a_folder_that_had_one_is_warned_about(tmp_path: Path) -> None:
+    def warnings() -> list[str]:
+        with Server(port=0, data_dir=tmp_path) as server:
+            return [note for note in server.notes if "its manager.db is gone" in note]
+    assert warnings() == []
+    for path in tmp_path.glob("manager.db*"):
+        path.unlink()
+    (warning,) = warnings()
+    assert str(tmp_path) in warning and "panguard-manager restore FILE" in warning
+    assert warnings() == []
 
 
 def test_a_second_manager_is_refused_although_the_lock_file_was_removed(tmp_path: Path) -> None:
@@ -9766,6 +9783,15 @@ def test_what_a_command_cannot_do_is_one_sentence_and_a_status(
     assert "the token is wrong" in shell("agents", "--cacert",
                                          tmp_path / "cert.pem")[2] or url.startswith("http:")
     assert shell("agents", "--nosuch")[0] == 2 and shell("policy")[0] == 2
+
+
+@pytest.mark.parametrize("words", [["status"], ["status", "-q"], ["doctor"]])
+def test_an_unhealthy_manager_is_said_so_with_status_1(words: list[str], tmp_path: Path, shell: Any) -> None:
+    with Server(port=0, data_dir=tmp_path / "data", clock=ManualClock()) as server, locked(tmp_path / "data"):
+        server.clock.advance(10)
+        status, out, err = shell(*words)
+        assert (status, out) == (1, "")
+        assert "the manager is unhealthy: the database is not available: another" in one_line(err)
 
 
 def test_a_server_that_is_no_manager_is_said_so(shell: Any, tmp_path: Path) -> None:
