@@ -8000,10 +8000,13 @@ class Cli:
 
     # Asking the manager
 
-    def _file(self, name: str) -> str | None:
+    def _file(self, name: str | Path, *, needed: bool = False) -> str | None:
+        """The text of a file in the data folder, or of any other; None if it is missing and not `needed`."""
         try:
-            return (self.folder / name).read_text().strip() or None
-        except (FileNotFoundError, NotADirectoryError, UnicodeError):
+            return (self.folder / name).read_text(errors="replace").strip() or None
+        except OSError as error:
+            if needed or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise CommandError(*_explained(error)) from None
             return None
 
     @property
@@ -8025,11 +8028,10 @@ class Cli:
     def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None,
              timeout_s: float = _CONNECT_S) -> Iterator[http.client.HTTPResponse]:
         """The manager's answer. Raises CommandError if there is none, or it is not 2xx."""
-        token = (self.options.token or os.environ.get("MANAGER_AUTH_TOKEN", "").partition(",")[0]
-                 or self._file("token"))
-        if not token or not re.fullmatch("[!-~]+", token):
-            raise CommandError(
-                "no token is known: use --token, MANAGER_AUTH_TOKEN, or --data-dir of a manager here", 2)
+        token = self._token()
+        if not re.fullmatch("[!-~]+", token):
+            raise CommandError("no token is known: use --token-file, --token, MANAGER_AUTH_TOKEN_FILE, "
+                               "MANAGER_AUTH_TOKEN, or --data-dir of a manager here", 2)
         with contextlib.closing(self._connection(timeout_s)) as connection:
             try:
                 connection.request(method, path, None if body is None else json.dumps(body).encode(), {
@@ -8051,6 +8053,13 @@ class Cli:
                 self._refused(answer)
             with answer:
                 yield answer
+
+    def _token(self) -> str:
+        given = os.environ.get("MANAGER_AUTH_TOKEN")
+        file = self.options.token_file or (None if given else os.environ.get("MANAGER_AUTH_TOKEN_FILE"))
+        if file and not self.options.token:
+            given = self._file(Path(file).expanduser().absolute(), needed=True)
+        return (self.options.token or given or self._file("token") or "").strip().partition(",")[0]
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         with contextlib.suppress(ValueError, http.client.InvalidURL):
@@ -8086,7 +8095,7 @@ class Cli:
         except (ValueError, KeyError, TypeError, OSError, RecursionError, http.client.HTTPException):
             reason = f"it answers {answer.status} {answer.reason}; is it a Panguard Manager?"
         if answer.status == 401:
-            reason = "the token is wrong; use --token or MANAGER_AUTH_TOKEN"
+            reason = "the token is wrong; name the file of the manager's with --token-file"
         raise CommandError(f"{self.url}: {printable(reason)}", 2 if answer.status == 400 else 1)
 
     def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
@@ -8618,8 +8627,8 @@ def _examined_agent(cli: Cli, agent: Mapping[str, Any],
 def _backup_command(cli: Cli) -> Any:
     target, db_only = Path(cli.options.file), cli.options.db_only
     held = back_up(cli.database().parent, target, cli.progress, db_only=db_only)
-    more = "" if db_only else ", and the generated token, certificate and key"
-    return {"file": str(target.resolve()), "holds": f"the database{more}", **held}
+    names = [] if db_only else [name for name in _KEPT[:-1] if (cli.folder / name).exists()]
+    return {"file": str(target.resolve()), "holds": ["manager.db", *names], **held}
 
 
 @command("restore", "put a backup in the place of the data folder's files, which are kept in a folder in it",
@@ -8709,6 +8718,7 @@ class Demo:
 _COMMON = (
     Option("--url", help="address of the manager (MANAGER_URL, else that of the data folder's)"),
     Option("--token", help="a token (MANAGER_AUTH_TOKEN, else the data folder's)"),
+    Option("--token-file", metavar="FILE", help="a file that holds a token (MANAGER_AUTH_TOKEN_FILE)"),
     Option("--cacert", metavar="FILE", help="certificates to trust (else the data folder's)"),
     Option("--data-dir", metavar="FOLDER", help="data folder of a manager here (MANAGER_DATA_DIR)"),
     Option("--json", action="store_true", help="write the API's own data as JSON"),

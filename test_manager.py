@@ -9785,6 +9785,31 @@ def test_what_a_command_cannot_do_is_one_sentence_and_a_status(
     assert shell("agents", "--nosuch")[0] == 2 and shell("policy")[0] == 2
 
 
+def test_commands_take_the_token_from_a_file(tmp_path: Path, shell: Any,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").write_text("a-token-of-my-own-1,another-of-my-own-2\n")
+    (tmp_path / "wrong").write_text("wrong")
+    with Server(port=0, data_dir=tmp_path / "data"):
+        pass
+    with Server(port=0, data_dir=tmp_path / "data", auth_token_file=tmp_path / "mine"):
+        assert "the token is wrong; name the file" in one_line(shell("agents")[2])
+        assert shell("status", "--token-file", "mine")[0] == 0
+        assert "none: No such file" in one_line(shell("status", "--token-file", "none")[2])
+        monkeypatch.setenv("MANAGER_AUTH_TOKEN_FILE", str(tmp_path / "mine"))
+        assert shell("status")[0] == 0
+        assert "the token is wrong" in shell("status", "--token-file", "wrong")[2]
+        monkeypatch.setenv("MANAGER_AUTH_TOKEN", "wrong")
+        assert "the token is wrong" in shell("status")[2]
+        assert shell("status", "--token-file", "mine")[0] == 0
+
+
+def test_a_backup_says_which_files_it_holds(tmp_path: Path, shell: Any) -> None:
+    for tls, held in (("off", "manager.db"), ("auto", "manager.db cert.pem key.pem")):
+        with Server(port=0, data_dir=tmp_path / "data", tls=tls, auth_token="a-token-of-my-own"):
+            assert re.search(rf"^holds +{held}$", shell("backup", "b")[1], re.MULTILINE)
+    assert re.search(r"^holds +manager.db$", shell("backup", "b", "--db-only")[1], re.MULTILINE)
+
+
 @pytest.mark.parametrize("words", [["status"], ["status", "-q"], ["doctor"]])
 def test_an_unhealthy_manager_is_said_so_with_status_1(words: list[str], tmp_path: Path, shell: Any) -> None:
     with Server(port=0, data_dir=tmp_path / "data", clock=ManualClock()) as server, locked(tmp_path / "data"):
