@@ -5852,6 +5852,7 @@ class SystemClock:
         while True:
             tick_ns, boot_ns, wall_ns = time.monotonic_ns(), time.clock_gettime_ns(self._BOOT), time.time_ns()
             if time.monotonic_ns() - tick_ns < self._READING_NS:
+                wall_ns -= tick_ns % 1_000_000  # both change at once: an instant worked out stays the same
                 return Moment(wall_ns // 1_000_000, tick_ns // 1_000_000, (boot_ns - tick_ns) // 1_000_000)
 
     def stalled_ms(self) -> int:
@@ -8491,7 +8492,7 @@ def _what(entry: Mapping[str, Any]) -> str:
          example="events --type agent_offline --type agent_online",
          columns={"SEQ": "seq", "AT": "at", "TYPE": "type",
                   "AGENT": lambda entry: entry.get("hostname") or entry["agentId"],
-                  "WHO": lambda entry: entry["actor"].get("address") or entry["actor"]["role"],
+                  "WHO": lambda entry: list(entry["actor"].values()),
                   "WHAT": _what})
 def _events_command(cli: Cli) -> Any:
     wanted = cli.given("type")
@@ -8560,7 +8561,7 @@ _ADVICE = {
                           "if that was intended",
     "agent_offline": "it went offline, last seen {lastSeen}",
     "agent_stale": "it missed a heartbeat, last seen {lastSeen}",
-    "agent_updated": "it changed: {what}", "agent_online": "it came back, from {ip}",
+    "agent_updated": "it changed to version {version}", "agent_online": "it came back, from {ip}",
     "threats_reported": "it reported {count} threats, the worst {maxSeverity}"}
 
 
@@ -8585,39 +8586,63 @@ def _doctor_command(cli: Cli) -> int:
     return 3 if any(troubled for _, troubled in found) else 0
 
 
+def _advice(entry: Mapping[str, Any]) -> str:
+    text = _ADVICE[entry["type"]].format_map(defaultdict(lambda: "?", entry))
+    if "suppressed" in entry:
+        text += f" ({entry['suppressed']} entries were suppressed before it: it changes too often)"
+    return text
+
+
+def _cause(cli: Cli, agent: Mapping[str, Any], refused: Sequence[Mapping[str, Any]]) -> str:
+    """Why an agent has its status, and what to do.
+
+    `refused` are its entries `agent_refused` since it was last heard, the newest first."""
+    reason = f"{agent['status']}: {agent['statusReason']}"
+    if agent["lastHeartbeat"] == agent["registeredAt"]:
+        reason = reason.replace("last heartbeat", "not heard since it registered at")
+    if agent["status"] == "online":
+        return f"{reason}; silence makes it stale at {agent['staleAt']}"
+    if refused:
+        return f"{reason}; since {refused[-1]['at']} " + _advice(refused[0])
+    return (f"{reason}: see whether the machine runs, the agent on it is started, and it reaches "
+            f"{cli.outer_url or cli.url}")
+
+
 def _examined_agent(cli: Cli, agent: Mapping[str, Any],
                     common: Sequence[tuple[str, int]]) -> tuple[dict[str, Any], bool]:
     """The findings about an agent, as `doctor --json` shows them, and whether something is wrong with it.
-    `common` is the version that most agents run, with the number of these agents."""
+
+    The cause of its status comes first, then what is newest. `common` is the version that most agents run,
+    with the number of these agents."""
     findings: list[dict[str, str]] = []
 
     def tell(at: str, finding: str) -> None:
         findings.append({"at": at, "finding": finding})
-    online = agent["status"] == "online"
-    tell(agent["statusSince"], f"{agent['status']}: {agent['statusReason']}" + (
-        f"; silence makes it stale at {agent['staleAt']}" if online else
-        ": see whether the machine runs, the agent on it is started, and it reaches "
-        f"{cli.outer_url or cli.url}"))
+    now = iso(round(time.time() * 1000))
+    entries = [entry for entry in cli.ask("GET", "/api/events", agent_id=agent["id"], order="desc", limit=200)
+               if entry["type"] != "agent_updated" or "version" in entry]
+    refused = [entry for entry in entries
+               if entry["type"] == "agent_refused" and entry["at"] >= agent["lastHeartbeat"]]
+    first = {"at": agent["statusSince"], "finding": _cause(cli, agent, refused)}
     if agent["pendingPolicies"]:
-        tell(agent["lastHeartbeat"], f"it has policy {agent['activePolicyVersion'] or 'none'}, and "
+        tell(now, f"it has policy {agent['activePolicyVersion'] or 'none'}, and "
              f"{agent['pendingPolicies']} newer ones wait for it: see the agent's log")
     for version, number in common:
         if number > 1 and agent["version"] != version:
-            tell(agent["lastHeartbeat"], f"it runs version {agent['version']}, {counted(number)} run "
+            tell(now, f"it runs version {agent['version']}, {counted(number)} run "
                  f"{version}: upgrade it, or the others")
     for event in cli.ask("GET", "/api/threats", agent_id=agent["id"], limit=1):
         skew_ms = instant_ms(event["timestamp"] or event["receivedAt"]) - instant_ms(event["receivedAt"])
         if abs(skew_ms) > 120_000:
             tell(event["receivedAt"], f"its clock or delivery is off by {skew_ms // 1000} s: set its clock")
     newest: dict[str, Any] = {}
-    for entry in cli.ask("GET", "/api/events", agent_id=agent["id"], order="desc", limit=200):
-        if entry["type"] in _ADVICE and newest.setdefault(entry["type"], entry) is entry:
-            text = _ADVICE[entry["type"]].format_map(defaultdict(lambda: "?", entry, what=_what(entry)))
-            if "suppressed" in entry:
-                text += f" ({entry['suppressed']} entries were suppressed before it: it changes too often)"
-            tell(entry["at"], text)
-    shown = {"id": agent["id"], "hostname": agent["hostname"], "findings": findings}
-    return shown, not online or "agent_refused" in newest
+    for entry in entries:
+        is_newest = newest.setdefault(entry["type"], entry) is entry and entry["type"] in _ADVICE
+        if is_newest and not (entry in refused and agent["status"] != "online"):  # which the cause says
+            tell(entry["at"], _advice(entry))
+    findings.sort(key=lambda each: each["at"], reverse=True)
+    shown = {"id": agent["id"], "hostname": agent["hostname"], "findings": [first, *findings]}
+    return shown, agent["status"] != "online" or "agent_refused" in newest
 
 
 @command("backup", "write a proved backup of the data folder, also while the manager runs",

@@ -149,6 +149,7 @@ def api(server: Server) -> Client:
 
 
 START_MS = ManualClock().now().wall_ms
+START_ISO = manager.iso(START_MS)
 RULE = {"type": "block_ip", "config": {"ip": "203.0.113.9"}}
 THREAT = {"type": "brute_force", "severity": "high", "details": {"sourceIp": "203.0.113.9"}}
 
@@ -839,6 +840,18 @@ def test_a_manager_disturbed_again_and_again_announces_a_dead_agent_all_the_same
     assert Counter(entry.type for entry in entries) == {
         "agent_registered": 1, "silence_forgiven": 10, "agent_stale": 1, "agent_offline": 1}
     assert entries[-1].at_ms - START_MS <= 300_000 + 10 * 4_000 + 10_000
+
+
+def test_the_clocks_of_the_system_are_read_at_one_instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings_ns = [number * 100_000 for number in range(30)]
+    apart = set()
+    for passed_ns in readings_ns:
+        with monkeypatch.context() as stopped:
+            stopped.setattr(time, "monotonic_ns", lambda ns=passed_ns: 5_000_300_000 + ns)
+            stopped.setattr(time, "time_ns", lambda ns=passed_ns: 1_700_000_000_000_700_000 + ns)
+            now = manager.SystemClock().now()
+        apart.add(now.wall_ms - now.tick_ms)
+    assert len(apart) == 1
 
 
 def test_a_short_stop_is_not_forgiven(server: Server, clock: ManualClock) -> None:
@@ -9992,7 +10005,7 @@ def test_doctor_tells_what_happened_to_an_agent_and_what_to_do(managed: Client, 
     others = [managed.register(hostname=f"other-{number}", version="2.0") for number in range(2)]
     agent = managed.register(hostname="web-1", machine_id="m", ip="192.0.2.1")
     status, out, _ = shell("doctor", "web-1")
-    assert status == 0 and "online: last heartbeat" in out and "makes it stale at" in out
+    assert status == 0 and "online: not heard since it registered" in out and "makes it stale at" in out
     assert "it runs version 1.2.0, 2 agents run 2.0: upgrade" in out
     assert shell("doctor")[:2] == (0, "no agent is silent\n")
     managed.beat(agent)
@@ -10013,12 +10026,38 @@ def test_doctor_tells_what_happened_to_an_agent_and_what_to_do(managed: Client, 
     (one,) = json.loads(shell("doctor", "web-2", "--json")[1])
     findings = one["findings"]
     assert one["id"] == agent["id"] and agent["id"] in shell("doctor")[1]
-    assert all(manager.instant_ms(each["at"]) for each in findings) and len(findings) >= 8
+    assert len(findings) >= 8 and findings[0]["finding"].startswith("stale: ")
+    instants = [manager.instant_ms(each["at"]) for each in findings[1:]]
+    assert instants == sorted(instants, reverse=True)
     for number in range(40):
         managed.beat(others[0], version=f"3.{number}")
     clock.advance(61)
     managed.beat(others[0], version="4")
     assert re.search(r"[0-9]+ entries were suppressed", shell("doctor", "other-0")[1])
+
+
+def test_doctor_puts_the_cause_of_silence_first(managed: Client, shell: Any) -> None:
+    quiet, refused = (managed.register(hostname=name) for name in ("quiet", "refused"))
+    for token, status in ((refused["token"], 200), ("wrong", 401)):
+        managed.server.clock.advance(10)
+        managed.call("POST", f"/api/agents/{refused['id']}/heartbeat", {}, token=token, status=status)
+    managed.call("PATCH", f"/api/agents/{quiet['id']}", {"addTags": ["new"]})
+    managed.server.clock.advance(400)
+    since = managed.journal("agent_refused")[-1]["at"]
+    managed.call("POST", f"/api/agents/{refused['id']}/heartbeat", {}, token="wrong", status=401)
+    lines = shell("doctor", "refused")[1].splitlines()
+    assert f"; since {since} its requests are refused (wrong_token): give it" in lines[1]
+    assert "see whether the machine runs" not in "".join(lines)
+    lines = shell("doctor", "quiet")[1].splitlines()
+    assert f"offline: not heard since it registered at {START_ISO[11:]}, due by" in lines[1]
+    assert "see whether the machine runs" in lines[1] and "tags=" not in "".join(lines)
+
+
+def test_events_show_who_did_it_from_where_and_with_which_token(managed: Client, shell: Any) -> None:
+    managed.register()
+    actor = managed.journal("agent_registered")[0]["actor"]
+    assert set(actor) == {"role", "address", "credential"}
+    assert " ".join(actor.values()) in shell("events", "--type", "agent_registered")[1]
 
 
 def test_an_issued_token_and_its_line_register_an_agent(managed: Client, shell: Any, tmp_path: Path) -> None:
