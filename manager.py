@@ -9349,10 +9349,11 @@ const asCurl = (path, method, body) => ["curl", method && "-X " + method,
   quoted(location.origin + path)].filter(Boolean).join(" ");
 const asCommand = (words, options = {}) => ["panguard-manager " + words,
   ...Object.entries(options).filter(([, value]) => value).map(([name, value]) =>
-    "--" + name.replace("q", "find").replace("_ms", "").replace("_", "-") + " "
+    "--" + name.replace("q", "find").replace("_ms", "").replace("_", "-") + "="
     + quoted(name === "silent_ms" ? value / 1000 + "s" : value + ""))].join(" ");
+const trust = () => location.protocol === "https:" && h("p.soft", t("If self-signed: --cacert cert.pem"));
 const foot = (...lines) => h("details.foot", h("summary", t("As curl, as command")),
-  lines.map((line) => h("pre", line)));
+  lines.map((line) => h("pre", line)), trust());
 const pager = (page, total) => total > LIMIT && h("div.bar",
   btn(t("Former page"), () => setParams({page: page - 1}), "", {disabled: page < 2}),
   t("Page %s of %s", page, Math.ceil(total / LIMIT)),
@@ -9540,7 +9541,7 @@ function buildFleet(view, main) {
       takes("/api/agents", "silent_ms")
         ? count(t("Silent 30 days"), silent.total, {silent_ms: MONTH_MS + ""}) : "");
     counts.children[at]?.focus();
-    put(end, foot(asCurl(path), asCommand("agents", fleetFilter())));
+    put(end, foot(asCurl(path), asCommand("agents", {...fleetFilter(), sort: param("sort") || "status"})));
     const changed = answer.data.filter((a, at) =>
       a.id !== items[at]?.id || JSON.stringify(a) !== rows.get(a.id)?.text);
     [items, total] = [answer.data, answer.total];
@@ -9576,6 +9577,7 @@ function buildAgent(view, main, id) {
       get("/api/policy", {limit: 200}), latest({agent_id: id}, 30), get("/api/timeline", {agent_id: id})]);
     const second = (iso) => (Date.parse(iso) - Date.parse(day.hours[0].at)) / 1000;
     const edits = may("patch", "/api/agents/{id}");
+    const refused = entries.filter((e) => e.type === "agent_refused" && e.at >= a.lastHeartbeat);
     const [falls, next] = {online: [a.staleAt, "stale"], stale: [a.offlineAt, "offline"]}[a.status] || [];
     const open = main.querySelector("details")?.open;
     const typing = document.activeElement === name;
@@ -9593,9 +9595,11 @@ function buildAgent(view, main, id) {
       x: second(each.from), y: 0, width: second(each.until) - second(each.from), height: 9},
     h("title", t(each.status) + " " + each.from)))),
     h("div.cards",
-      card(t("Why it is %s", t(a.status)), h("dl", a.statusReason && fact("Reason", a.statusReason),
-        a.statusSince && fact("Since", stamp(a.statusSince), ", ", living(a.statusSince, "for %s")),
+      card(t("Why it is %s", t(a.status)), h("dl",
+        fact("Since", stamp(a.statusSince), ", ", living(a.statusSince, "for %s")),
         fact("Last heartbeat", stamp(a.lastHeartbeat), ", ", living(a.lastHeartbeat, "%s ago", beatCap(a))),
+        fact("Due by", stamp(a.staleAt)),
+        refused[0] && fact("Refused since", stamp(refused.at(-1).at), h("div.error", refused[0].reason)),
         falls && fact("Next", t("%s, without a further heartbeat, at", t(next)), " ", stamp(falls)))),
       card(t("Machine"), h("dl", fact("Id", h("code", a.id)), fact("OS", a.os, " ", a.arch),
         fact("Version", a.version), fact("Address", a.ip), fact("Org", a.org_id || "–"),
@@ -9787,7 +9791,7 @@ function buildPolicies(view, main) {
     }
     issue.disabled = problem;
     verdict.className = problem && "error";
-    verdict.textContent = problem || "✓";
+    verdict.textContent = problem;
   }
   check();
   main.append(head("Policies"), body, may("post", "/api/policy") ? h("details.card foot",
@@ -9808,7 +9812,7 @@ function buildPolicies(view, main) {
               tag(a.hostname)))), "plain") : h("span.soft", t("replaced")),
           [btn(t("Changes"), () => ask(p.name + " " + p.version,
             changes(p, policies.slice(at + 1).find(sameScope(p)))), "plain"),
-            inForce && p.agent_id && p.rules.length && may("delete", "/api/policy/agent/{id}")
+            inForce && p.agent_id && p.rules[0] && may("delete", "/api/policy/agent/{id}")
               && btn(t("Drop") + "…", () => act(async () => {
                 if (!await ask(t("Drop the override of %s?", p.agent_id), "", t("Drop"), "danger")) return "";
                 await api("DELETE", one("/api/policy/agent/", p.agent_id));
@@ -9871,7 +9875,7 @@ function buildEnroll(view, main) {
       const {data} = await api("POST", path, {maxUses: +given.uses, ttlMs: given.hours * 3600000,
         org_id: given.org_id || null, tags: given.tags.split(/[\s,]+/).filter(Boolean)});
       put(made, h("p", t("The token is shown this once. Run on each machine:")),
-        h("pre", registerLine(data.token)));
+        h("pre", registerLine(data.token)), trust() || "");
       return t("Saved.");
     });
   }}, field("uses", "Uses", 1), field("hours", "Hours", 24), field("org_id", "Org", ""),
@@ -9880,7 +9884,8 @@ function buildEnroll(view, main) {
     t("Give each machine the enrolment token and run there:"), h("pre", registerLine("ENROLL_TOKEN"))), list);
   view.load = async () => {
     const tokens = paths[path] ? await get(path) : [];
-    const news = await latest({type: "agent_registered"}, 5);
+    const gone = (await latest({type: "agent_deregistered"}, 200)).map((e) => e.agentId);
+    const news = (await latest({type: "agent_registered"}, 5)).filter((e) => !gone.includes(e.agentId));
     put(list, h("div.foot", tokens.length
       ? table(["Token", "Uses", "Expires", "Org", "Tags", "Actions"], tokens.map((each) => row(
         each.id, each.uses + " / " + each.maxUses, stamp(each.expiresAt), each.org_id || "–",
@@ -9990,7 +9995,9 @@ Former page=上一頁
 Next page=下一頁
 Page %s of %s=第 %s / %s 頁
 Why it is %s=為何%s
-Reason=原因
+If self-signed: --cacert cert.pem=自簽憑證:--cacert cert.pem
+Due by=應於
+Refused since=請求遭拒自
 Since=自
 Next=接著
 %s, without a further heartbeat, at=若無心跳將%s:

@@ -10762,6 +10762,23 @@ def test_dashboard_edits_tags_and_deregisters(screen: Screen, api: Client) -> No
 
 
 @pytest.mark.browser
+def test_dashboard_says_why_an_agent_is_silent_in_the_readers_zone(chromium: Any, server: Server, api: Client,
+                                                                   clock: ManualClock) -> None:
+    agent = api.register(hostname="web-1")
+    clock.advance(10)
+    api.call("POST", f"/api/agents/{agent['id']}/heartbeat", {}, token="wrong", status=401)
+    clock.advance(400)
+    screen = Screen(chromium, server, timezone_id="Asia/Taipei")
+    screen.sign_in(at=f"#agent/{agent['id']}")
+    why = screen.page.locator("section").filter(has_text="Why it is offline")
+    why.get_by_text("Refused since").wait_for()
+    shown = why.inner_text()
+    assert all(each in shown for each in ("20:00:00", "20:01:06", "20:00:10", "wrong_token"))
+    assert not re.search("12:0[0-9]:", shown)
+    screen.context.close()
+
+
+@pytest.mark.browser
 def test_dashboard_two_tabs_share_one_stream(screen: Screen, api: Client) -> None:
     def streams() -> int:
         return sum(url.endswith("/api/events/stream") for url in screen.requests)
@@ -10924,6 +10941,8 @@ def test_dashboard_issues_and_drops_a_policy(screen: Screen, api: Client) -> Non
     page.get_by_role("dialog").get_by_role("button", name="Drop").click()
     page.get_by_text("Saved.").wait_for()
     assert api.get(f"/api/policy/agent/{agent['id']}?ack=false")["rules"] == []
+    page.get_by_role("row").filter(has_text="v2").wait_for()
+    assert page.get_by_role("row").filter(has_text="v2").get_by_role("cell").last.inner_text() == "Changes"
 
 
 @pytest.mark.browser
@@ -10960,12 +10979,12 @@ def test_dashboard_tells_the_command_for_what_it_shows(screen: Screen, api: Clie
     screen.sign_in()
     monkeypatch.setenv("MANAGER_URL", api.server.url)
     monkeypatch.setenv("MANAGER_AUTH_TOKEN", api.server.token)
-    for view in ("fleet", "fleet?tag=it's&silent_ms=0&q=web", "fleet?silent_ms=2592000000",
+    for view in ("fleet", "fleet?sort=-cpu", "fleet?tag=it's&silent_ms=0&q=web", "fleet?silent_ms=2592000000",
                  "threats?severity=low", "overview", "policies", "journal?type=agent_online"):
         screen.page.goto(f"{api.server.url}/#{view}")
         screen.page.locator("main[aria-busy=false] details.foot pre").last.wait_for(state="attached")
         command = screen.page.locator("details.foot pre").last.text_content()
-        assert command.startswith("panguard-manager ")
+        assert command.startswith("panguard-manager ") and ("sort=-cpu" not in view or "'-cpu'" in command)
         assert main(shlex.split(command)[1:]) in (0, 3), command
         assert capsys.readouterr().err == "", command
 
@@ -11100,6 +11119,8 @@ def test_dashboard_enrolment_token(screen: Screen, api: Client) -> None:
     assert agent["tags"] == ["web", "rack-1"]
     page.get_by_role("link", name=AGENT["hostname"]).wait_for()
     page.get_by_text("1 / 2").wait_for()
+    api.call("DELETE", f"/api/agents/{agent['id']}")
+    page.get_by_role("link", name=AGENT["hostname"]).wait_for(state="detached")
     page.get_by_role("button", name="Revoke").click()
     page.get_by_role("button", name="Revoke").wait_for(state="detached")
     api.refusal("POST", "/api/agents/register", AGENT, token=token[1], status=401)
