@@ -31,6 +31,7 @@ import argparse
 import base64
 import bisect
 import contextlib
+import difflib
 import email.utils
 import enum
 import errno
@@ -419,7 +420,7 @@ class Config:
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
             epilog=more_help + "environment variables:\n" + "\n".join(
                 f"  {each.metadata['variable']:<32}{each.metadata['help']} ({each.metadata['shown']})"
-                for each in fields(cls)))
+                for each in fields(cls)) + "\n\nthe commands also read " + " and ".join(_COMMANDS_VARIABLES))
         parser.add_argument("--version", action="version", version=f"Panguard Manager {__version__}")
         for each in fields(cls):
             if each.metadata["option"]:
@@ -440,7 +441,7 @@ class Config:
         for name in _TOKEN_SETTINGS:
             value = getattr(config, name) or ()
             if any(len(token) < _LEAST_TOKEN for token in ((value,) if isinstance(value, str) else value)):
-                raise SettingError(f"MANAGER_{name.upper()} is (not shown) and must be of {_LEAST_TOKEN} "
+                raise SettingError(f"MANAGER_{name.upper()} is too short and must be of {_LEAST_TOKEN} "
                                    "characters or more, each of two; `openssl rand -hex 16` makes one")
         return config
 
@@ -450,9 +451,9 @@ class Config:
         if any(word.partition("=")[0] == "--auth-token" for word in argv):
             yield ("every user of this machine can read --auth-token in the list of processes; use "
                    "--auth-token-file or MANAGER_AUTH_TOKEN_FILE")
-        known = {each.metadata["variable"] for each in fields(cls)}
+        known = [*(each.metadata["variable"] for each in fields(cls)), *_COMMANDS_VARIABLES]
         for name in sorted(name for name in environ if name.startswith("MANAGER_") and name not in known):
-            yield f"{name!r} is no variable of this manager and has no effect; --help lists them"
+            yield f"{name!r} is no variable of this manager and has no effect; {did_you_mean(name, known)}"
 
     @classmethod
     def _read_secret(cls, name: str, path: Path) -> Any:
@@ -465,6 +466,13 @@ class Config:
         return _parsed(cls.__dataclass_fields__[name], text, f"the text of {path}")
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to say of a word that is not known: which it is like, or where all are listed."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else "--help lists them"
+
+
+_COMMANDS_VARIABLES = ("MANAGER_URL", "MANAGER_CACERT")  # that the commands read, and the manager does not
 _TOKEN_SETTINGS = ("auth_token", "enroll_token", "viewer_token")
 
 
@@ -478,8 +486,10 @@ def _parsed(setting: Field[Any], text: str, name: str | None = None) -> Any:
 def _refusal(setting: Field[Any], text: str, name: str | None = None) -> str:
     # A refused token may be a real one with a typing error: it does not belong in a terminal or a log.
     secret = (*_TOKEN_SETTINGS, "notify_url", "notify_secret")
-    shown = "(not shown)" if setting.name in secret else f"'{text}'"
-    return f"{name or setting.metadata['variable']} is {shown} and must be {setting.metadata['parser'].must}"
+    shown = "malformed (its value is not shown here)" if setting.name in secret else f"'{text}'"
+    must, unit = setting.metadata["parser"].must, setting.metadata["unit"]
+    return (f"{name or setting.metadata['variable']} is {shown} and must be {must}"
+            + f", in {unit}" * bool(unit))
 
 
 ########################################################################################################
@@ -7545,8 +7555,10 @@ class Server(Generic[_ClockT]):
             self._web = WebServer(self, app, self._api)  # looks the host up
             self._web.bind()
         except (OSError, ValueError) as error:
-            raise StartError(f"cannot listen on {config.host} port {config.port} ({error}); "
-                             "choose another with --host or --port") from None
+            advice = "); choose another with --host or --port"
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                advice = "); end what listens there, or choose another with --host or --port"
+            raise StartError(f"cannot listen on {config.host} port {config.port} ({error}{advice}") from None
         undo.callback(self._web.stop)
         self._web.tls_context = self._tls(folder)  # after bind(): a start that fails replaces no certificate
         undo.callback(run_thread("panguard-streams", follow, end))
@@ -8040,10 +8052,14 @@ class Cli:
                     "Connection": "close", **(headers or {})})
                 answer = connection.getresponse()
             except ssl.SSLCertVerificationError as error:
-                of_clock = error.verify_code in (9, 10)  # not yet, or no longer valid
-                advice = "check the clocks here and there" if of_clock else "name its file with --cacert"
+                advice = "name its file with --cacert"
+                if error.verify_code in (9, 10):  # not yet, or no longer valid
+                    advice = "check the clocks here and there"
+                elif "mismatch" in error.verify_message:
+                    advice = ("use a name that is in it, or start the manager with "
+                              f"--tls-name {urlsplit(self.url).hostname}")
                 raise CommandError(f"the certificate of {self.url} is not trusted ({error.verify_message}); "
-                                   f"{advice}") from None
+                                   + advice) from None
             except ConnectionRefusedError:
                 raise CommandError(f"nothing listens at {self.url}; start the manager, or name its address "
                                    "with --url") from None
@@ -8077,7 +8093,8 @@ class Cli:
     def cacert(self) -> str | None:
         """The file of certificates to trust, if it is not the system's."""
         own = str(self.folder / "cert.pem")
-        return self.options.cacert or (own if os.path.exists(own) and not self.options.url else None)
+        given = self.options.cacert or os.environ.get("MANAGER_CACERT")
+        return given or (own if os.path.exists(own) and not self.options.url else None)
 
     def _trust(self) -> ssl.SSLContext:
         path = self.cacert
@@ -8442,7 +8459,7 @@ def _policy_show_command(cli: Cli) -> Any:
 @command("policy push", "issue a policy",
          Option("file", help="JSON with `name` and `rules`; - is standard input"),
          Option("--org-id", help="for the agents of this organization"),
-         Option("--agent", help="for this agent"), _DRY_RUN, example="policy push policy.json")
+         Option("--agent", help="for this agent"), _DRY_RUN, _YES, example="policy push policy.json --yes")
 def _policy_push_command(cli: Cli) -> Any:
     try:
         raw = sys.stdin.buffer.read() if cli.options.file == "-" else Path(cli.options.file).read_bytes()
@@ -8454,12 +8471,22 @@ def _policy_push_command(cli: Cli) -> Any:
         raise CommandError(f"the policy in {cli.options.file} cannot be used ({reason})", 2) from None
     agent_id = cli.agent_id()
     scope = cli.given("org_id") if agent_id is None else {"agent_id": agent_id, **cli.given("org_id")}
+    policy = {**body, **scope}
     dry_run = body.get("dryRun") or cli.options.dry_run
-    return cli.ask("POST", "/api/policy", {**body, **scope, "dryRun": dry_run})
+    if not dry_run and policy.get("agent_id") is policy.get("org_id") is None:
+        effect = cli.ask("POST", "/api/policy", {**policy, "dryRun": True})
+        if not cli.confirm(f"Issue this policy for all agents ({effect['agents']} now)?"):
+            return 1
+    return cli.ask("POST", "/api/policy", {**policy, "dryRun": dry_run})
 
 
-command("policy drop", "drop the policy of one agent", _AGENT_ARGUMENT, example="policy drop web-1")(
-    lambda cli: cli.ask("DELETE", f"/api/policy/agent/{cli.agent_id()}"))
+@command("policy drop", "drop the policy of one agent", _AGENT_ARGUMENT, _YES,
+         example="policy drop web-1 --yes")
+def _policy_drop_command(cli: Cli) -> Any:
+    agent = cli.agent(cli.options.agent)
+    if not cli.confirm(f"Drop the policy of {agent['hostname']} ({agent['id']})?"):
+        return 1
+    return cli.ask("DELETE", f"/api/policy/agent/{agent['id']}")
 
 
 @command("policy diff", "show what differs between the rules of two versions",
@@ -8506,7 +8533,7 @@ def _events_command(cli: Cli) -> Any:
 
 @command("enroll issue", "issue a token that registers agents",
          Option("--ttl", type=duration_ms, default=_DAY_MS, metavar="TIME", dest="ttlMs",
-                help="how long it holds: 12h, 7d"),
+                help="how long it holds, at most 90d: 12h, 7d"),
          Option("--uses", type=int, default=1, dest="maxUses", metavar="USES",
                 help="how many agents it registers"),
          Option("--org-id", help="organization of these agents"), Option("--note", help="what it is for"),
@@ -8514,6 +8541,8 @@ def _events_command(cli: Cli) -> Any:
                 help="tag of these agents, may be repeated"),
          example="enroll issue --uses 10 --ttl 7d --tag web")
 def _enroll_issue_command(cli: Cli) -> Any:
+    if not 0 < cli.options.ttlMs <= 90 * _DAY_MS:
+        raise CommandError("--ttl must be at least 1s and at most 90d", 2)
     issued = cli.ask("POST", "/api/enroll-tokens", cli.given("ttlMs", "maxUses", "org_id", "note", "tags"))
     if cli.options.json:
         return issued
@@ -8744,7 +8773,8 @@ _COMMON = (
     Option("--url", help="address of the manager (MANAGER_URL, else that of the data folder's)"),
     Option("--token", help="a token (MANAGER_AUTH_TOKEN, else the data folder's)"),
     Option("--token-file", metavar="FILE", help="a file that holds a token (MANAGER_AUTH_TOKEN_FILE)"),
-    Option("--cacert", metavar="FILE", help="certificates to trust (else the data folder's)"),
+    Option("--cacert", metavar="FILE", help="certificates to trust (MANAGER_CACERT, else the data "
+                                               "folder's)"),
     Option("--data-dir", metavar="FOLDER", help="data folder of a manager here (MANAGER_DATA_DIR)"),
     Option("--json", action="store_true", help="write the API's own data as JSON"),
     Option("-q", "--quiet", action="store_true", help="write ids alone"))
@@ -8815,7 +8845,10 @@ def _run(words: Sequence[str]) -> int:
             raise CommandError(f"--completion takes one of {', '.join(_COMPLETIONS)}", 2)
         print(completion(words[1]), end="", flush=True)
         return 0
-    if not words or words[0] not in {name.partition(" ")[0] for name in COMMANDS}:
+    known = {"serve", *(name.partition(" ")[0] for name in COMMANDS)}
+    if words and words[0] not in known and not words[0].startswith("-"):
+        raise CommandError(f"there is no command {words[0]!r}; {did_you_mean(words[0], sorted(known))}", 2)
+    if not words or words[0] not in known - {"serve"}:
         return serve(words[1:] if words[:1] == ["serve"] else words)
     options = _parser().parse_args(words)
     cli = Cli(options)

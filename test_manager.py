@@ -451,9 +451,10 @@ def test_a_bad_value_is_refused_by_setting_value_and_rule(
             said = str(refused.value)
             assert said.startswith(f"{named} is ") and " and must be " in said and rule in said, said
             if name in ("auth_token", "enroll_token", "viewer_token", "notify_url", "notify_secret"):
-                assert " is (not shown) and" in said and "secret 1" not in said
+                assert "(its value is not shown here)" in said and "secret 1" not in said
             else:
                 assert f"'{text}'" in said
+            assert said.endswith(", in ms") is variable.endswith("_MS")
 
 
 @pytest.mark.parametrize("name", ["port", "rate_limit", "heartbeat_timeout_ms"])
@@ -559,10 +560,12 @@ def test_tokens_of_different_roles_must_differ() -> None:
 
 def test_a_token_on_the_command_line_and_an_unknown_variable_are_warned_about(tmp_path: Path) -> None:
     with Running(tmp_path / "d", "--tls", "off", "--auth-token", LONG, MANAGER_AUTH_TOKEN=LONG,
-                 MANAGER_PROT="hunter2", MANAGER_LOG_LEVEL="WARNING") as running:
+                 MANAGER_PROT="hunter2", MANAGER_LOG_LEVEL="WARNING", MANAGER_URL="https://localhost:8443",
+                 MANAGER_CACERT="/cert.pem") as running:
         assert running.ask("GET", "/api/agents")[0] == 200
         said = running.log.read_text()
     assert len(said.splitlines()) == 2 and "--auth-token" in said and "'MANAGER_PROT'" in said, said
+    assert "did you mean MANAGER_PORT?" in said
     assert "hunter2" not in said and LONG not in said
     file = tmp_path / "secret"
     file.write_text(LONG)
@@ -586,7 +589,7 @@ def test_help_names_every_option_variable_and_default(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("argv", "status", "words"), [
-    (["--nonsense"], 2, "--nonsense"), (["--por", "1"], 2, "--por"), (["extra"], 2, "extra"),
+    (["--nonsense"], 2, "--nonsense"), (["--por", "1"], 2, "--por"), (["serve", "extra"], 2, "extra"),
     (["--version"], 0, manager.__version__)])
 def test_the_command_line_takes_its_options_and_no_others(argv: list[str], status: int, words: str,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
@@ -5725,7 +5728,7 @@ def test_a_port_in_use_ends_the_start_with_one_sentence_and_status_1(tmp_path: P
         port = taken.getsockname()[1]
         status, said = run_main("--port", port, "--data-dir", tmp_path)
     assert status == 1
-    one_sentence(said, f"port {port}", "127.0.0.1")
+    one_sentence(said, f"port {port}", "127.0.0.1", "end what listens there")
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked, "its caller can still be interrupted"
 
 
@@ -9779,6 +9782,7 @@ def test_what_a_command_cannot_do_is_one_sentence_and_a_status(
             (["threats", "--follow", "--exec", "'"], 2, "can be run"),
             (["threat", "evt_00000000ffff", "--state", "open"], 1, "is not kept"),
             (["enroll", "revoke", "../agents"], 1, "there is no"),
+            (["enroll", "issue", "--ttl", "365d"], 2, "at most 90d"),
             (["check", "--data-dir", nowhere], 2, "manager.db"),
             (["backup", "b", "--data-dir", nowhere], 2, "manager.db"),
             (["backup", "none/b"], 1, "none/b cannot be written (No such file"),
@@ -9830,6 +9834,43 @@ def test_an_unhealthy_manager_is_said_so_with_status_1(words: list[str], tmp_pat
         status, out, err = shell(*words)
         assert (status, out) == (1, "")
         assert "the manager is unhealthy: the database is not available: another" in one_line(err)
+
+
+@pytest.mark.parametrize(("word", "near"), [
+    ("docter", "did you mean doctor?"), ("xyzzy", "--help lists them")])
+def test_a_word_that_is_no_command_is_said_so(word: str, near: str, shell: Any) -> None:
+    status, out, err = shell(word)
+    assert (status, out) == (2, "")
+    assert f"there is no command '{word}'; {near}" in one_line(err)
+
+
+def test_a_certificate_with_other_names_is_said_so(tmp_path: Path, shell: Any,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server(port=0, data_dir=tmp_path / "data", host="0.0.0.0", tls="auto") as server:
+        monkeypatch.setenv("MANAGER_URL", f"https://127.0.0.2:{port_of(server.url)}")
+        assert "--tls-name 127.0.0.2" in one_line(shell("status")[2])
+        monkeypatch.setenv("MANAGER_URL", server.url)
+        monkeypatch.setenv("MANAGER_CACERT", str(tmp_path / "data/cert.pem"))
+        assert shell("status", "--token", server.token, "--data-dir", tmp_path / "none")[0] == 0
+        monkeypatch.delenv("MANAGER_CACERT")
+        refused = shell("status", "--token", server.token, "--data-dir", tmp_path / "none")[2]
+        assert "name its file with --cacert" in one_line(refused)
+
+
+@pytest.mark.parametrize("words", [["policy", "push", "policy.json"], ["policy", "drop", "web-1"]])
+def test_a_policy_is_issued_for_all_or_dropped_after_a_yes(words: list[str], furnished: Client,
+                                                           shell: Any) -> None:
+    before = furnished.get("/api/policy")
+    status, out, err = shell(*words)
+    assert (status, out) == (2, "") and "Add --yes" in one_line(err)
+    assert furnished.get("/api/policy") == before
+    assert shell(*words, "--yes")[0] == 0
+    assert len(furnished.get("/api/policy")) == len(before) + 1
+
+
+def test_a_policy_for_some_agents_is_issued_without_a_question(furnished: Client, shell: Any) -> None:
+    for scope in (["--agent", "web-1"], ["--org-id", "o"], ["--dry-run"]):
+        assert shell("policy", "push", "policy.json", *scope)[0] == 0
 
 
 def test_a_server_that_is_no_manager_is_said_so(shell: Any, tmp_path: Path) -> None:
