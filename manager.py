@@ -8863,8 +8863,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, (SettingError, ManagerError)):
         return str(error), 2 if isinstance(error, SettingError) else 1
     if isinstance(error, PermissionError):
-        return (f"this user may not use {error.filename or 'the output'}; run the command as the owner of the "
-                "data folder, such as with sudo"), 1
+        return (f"this user may not use {error.filename or 'the output'}; run the command as the owner of "
+                "the data folder, such as with sudo"), 1
     if isinstance(error, OSError):
         return f"{error.filename or 'the output'}: {error.strerror or error}", 1
     log.debug("a command failed", exc_info=True)
