@@ -4,7 +4,7 @@
 measures its memory, files and latencies. It needs no wrk, and ends with status 1 if something fails or grows
 beyond its bound.
 
-`python bench_manager.py growth` needs no wrk either. Unless --quick is given it draws docs/growth.svg.
+Nor do `growth`, which draws docs/growth.svg unless --quick is given, and `small_box`.
 
 Needs wrk (Debian: apt-get install wrk), Linux, and an open-file limit of 8,000. This script starts each
 contender as a process. Contenders take turns; what is printed are medians of the rounds and ratios within the
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import array
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -98,6 +99,7 @@ def serve(kind: str, folder: Path) -> None:
     with manager.Server(clock=clock, port=0, data_dir=folder, auth_token=TOKEN, max_agents=10**6,
                         heartbeat_timeout_ms=60_000 if kind == "manual" else 86_400_000,
                         connections_per_address=10**6,  # the load comes from one
+                        threads=4 if kind == "threads" else 16,
                         tls="auto" if kind == "tls" else "off") as server:
         print(server.url.rpartition(":")[2], f"{time.perf_counter() - began_s:.3f}", flush=True)
         sweep, swept_s = server.manager.sweep, 0.0
@@ -169,6 +171,10 @@ class Contender:
         print(command, file=self.process.stdin, flush=True)
         seconds, mb, cpu_s = self.process.stdout.readline().split()
         return float(seconds), float(mb), float(cpu_s)
+
+    def written_bytes(self) -> int:
+        """What the process has had written to the disk so far, in whole pages of the file system."""
+        return int(found(r"(?m)^write_bytes: (\d+)", Path(f"/proc/{self.process.pid}/io").read_text()))
 
     def beat(self, connections: int, seconds: float) -> tuple[float, float, float, str]:
         """Heartbeats for a while: rate, 99th percentile and maximum in ms, complaints."""
@@ -389,6 +395,38 @@ class Bench:
             self.row("resident, share of a core", f"{mb:.0f} MB",
                      f"{100 * (after_s - before_s) / seconds:.2f} %")
 
+    def small_box(self) -> None:
+        """200 agents: bytes written to the disk by a request and by an idle minute, resident memory then"""
+        def row(label: str, count: float, before_bytes: int) -> None:
+            written = (ours.written_bytes() - before_bytes) / count
+            self.row(label, f"{written / 1024:.1f} KiB", f"{ours.tell('measure')[1]:.0f} MB")
+
+        with Contender("manager", fleet(self.home / "small", 200)) as ours:
+            time.sleep(1)
+            minutes, before = 0.1 if self.quick else 1.0, ours.written_bytes()
+            time.sleep(60 * minutes)
+            row("an idle minute", minutes, before)
+            for name, count in (("heartbeat", 20_000), ("registration", 2000), ("report of 1 event", 2000),
+                                ("report of 100 events", 200)):
+                with OneClient(ours) as client:
+                    count, before = count // (10 if self.quick else 1), ours.written_bytes()
+                    for _ in range(count):
+                        client.take_ms(name)
+                    row(name, count, before)
+            row("report of 1,000 events, 24 at once", 24, self._report_at_once(ours))
+        with Contender("threads", self.home / "small") as ours:
+            row("the same after a start with 4 threads", 24, self._report_at_once(ours))
+
+    @staticmethod
+    def _report_at_once(contender: Contender) -> int:
+        """24 agents report 1,000 events each; the bytes written before that."""
+        before = contender.written_bytes()
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(OneClient(contender)) for _ in range(24)]
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(clients)))
+            list(pool.map(lambda client: client.take_ms("report of 1000 events"), clients))
+        return before
+
     def fleet_size(self) -> None:
         """100 agents against 10,000, in one process: a heartbeat, lists with a limit, an idle sweep"""
         fleets = [self._open(fleet(self.home / f"size-{agents}", agents)) for agents in (100, 10_000)]
@@ -558,14 +596,17 @@ class OneClient:
         self.socket.close()
 
     def take_ms(self, name: str) -> float:
-        """How long the answer to a request of GROWTH takes. Each agent is as likely to be the sender."""
+        """How long the answer to a request takes. Each agent is as likely to be the sender."""
         agent, token = self.chance.choice(self.agents)
         if name == "heartbeat":
             return self._ask("POST", f"/api/agents/{agent}/heartbeat", token, BODY)
-        if name == "intake of 100 events":
+        if name == "registration":
+            return self._ask("POST", "/api/agents/register", TOKEN, json.dumps(
+                {"hostname": "web-1", "os": "linux", "version": "1.2.0", "tags": ["production"]}))
+        if count := re.search(r"\d+(?= events?$)", name):
             events = [{"type": f"type-{number % 20}", "severity": manager.SEVERITIES[number % 4], "details": {
                 "sourceIp": f"203.0.{self.chance.randrange(256)}.{self.chance.randrange(256)}", "port": 22}}
-                for number in range(100)]
+                for number in range(int(count[0]))]
             return self._ask("POST", f"/api/agents/{agent}/events", token, json.dumps({"events": events}))
         return self._ask("GET", {"page of agents": "/api/agents?limit=50", "overview": "/api/overview",
                                  "page of threats": "/api/threats?limit=50"}[name], TOKEN)
@@ -960,7 +1001,7 @@ def main() -> int:
             return Soak(Path(home), float((options.names[1:] or ["600"])[0])).run()
     if unknown := set(options.names) - set(names):
         parser.error(f"no measurement is called {', '.join(sorted(unknown))}")
-    if not shutil.which("wrk") and options.names != ["growth"]:
+    if not shutil.which("wrk") and not {*options.names} <= {"growth", "small_box"}:
         print("bench_manager.py needs wrk: apt-get install wrk", file=sys.stderr)
         return 1
     print("the client has one of the cores")
