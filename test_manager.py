@@ -11249,6 +11249,7 @@ RUN_BY = {
     "sh start": "test_readme_start_line", "sh test": "test_ci_runs_the_readme_test_line",
     "sh serve": "test_readme_serve_lines", "sh env": "test_readme_settings_files",
     "sh container": "test_readme_container", "sh service": "test_readme_service",
+    "sh copy": "test_readme_copy",
     "sh guard": "test_readme_agents", "sh agent": "test_readme_agents", "json policy": "test_readme_recipe",
     "json notification": "test_readme_notification", "python webhook": "test_readme_notification",
     "ini unit": "test_readme_unit",
@@ -11457,6 +11458,21 @@ def test_readme_settings_files() -> None:
 def stub(path: Path, text: str) -> None:
     path.write_text("#!/bin/bash -eu\n" + text)
     path.chmod(0o755)
+
+
+def test_readme_copy(tmp_path: Path) -> None:
+    """The folder with the file and what it needs. pip is a stub that copies what is installed here."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    shutil.copy(manager.__file__, tmp_path / "manager.py")
+    needed = SETUP["options"]["install_requires"].split()
+    sources = [bottle.__file__, str(Path(waitress.__file__).parent)]
+    stub(tmp_path / ".venv/bin/pip", f"""
+        test "$1 $2 $3" = "install -q --target"; test "${{*:5}}" = {shlex.quote(" ".join(needed))}
+        mkdir "$4"; cp -r {shlex.join(sources)} "$4" """)
+    (block,) = of_kind("sh copy")
+    subprocess.run(["bash", "-euc", block.text], cwd=tmp_path, check=True)
+    with newcomer(tmp_path, sys.executable, "-S", "panguard-manager/manager.py"):
+        pass
 
 
 def test_readme_service(tmp_path: Path) -> None:
