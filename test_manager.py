@@ -11256,6 +11256,7 @@ RUN_BY = {
     "console": "test_readme_recipe", "console stopped": "test_readme_recipe",
     "console stream": "test_readme_recipe", "python": "test_readme_embedding", "nginx": "test_readme_nginx",
     "caddyfile": "test_readme_caddy", "yaml prometheus": "test_readme_prometheus",
+    "yaml alerts": "test_readme_prometheus",
     "text": ""}  # not code
 
 
@@ -11580,7 +11581,9 @@ def test_readme_prometheus(tmp_path: Path, pair: dict[str, Path]) -> None:
     (config,) = of_kind("yaml prometheus")
     text = re.sub(r"/etc/prometheus/\S+", str(pair["tls_cert"]), config.text)
     (tmp_path / "prometheus.yml").write_text(text)
+    (tmp_path / "alerts.yml").write_text(of_kind("yaml alerts")[0].text)
     checked_by("promtool", "check", "config", tmp_path / "prometheus.yml")
+    checked_by("promtool", "check", "rules", tmp_path / "alerts.yml")
 
 
 def test_the_containerfile_copies_what_the_package_needs() -> None:
@@ -11758,6 +11761,7 @@ def test_readme_metrics(api: Client) -> None:
     api.register()
     told = set(re.findall(r"^# TYPE (\w+)", api.call("GET", "/metrics").text, re.MULTILINE))
     assert set(re.findall(r"`(panguard_\w+)`", README)) - {"panguard_manager"} == told
+    assert set(re.findall(r"panguard_\w+", of_kind("yaml alerts")[0].text)) <= told
 
 
 @pytest.mark.parametrize("example", [
