@@ -11713,10 +11713,14 @@ def test_the_chinese_readme_has_the_same_code_and_tables() -> None:
     answers = [[re.findall("[0-9]{3}|`[^`]+`", row[2]) for row in rows(text, heading)]
                for text, heading in ((chinese, "故障"), (README, "Faults"))]
     assert answers[0] == answers[1] != []
-    for english, heading in (("On a small box", "在小型主機上"),):
-        figures = [re.findall(r"[\d.,]+ [KMG]i?B", text.partition(f"\n### {title}\n")[2].partition("\n##")[0])
-                   for text, title in ((chinese, heading), (README, english))]
-        assert figures[0] == figures[1] != []
+    bounds = [[sorted(re.findall("[0-9](?:,?[0-9])*|`[^`]+`", " ".join(row))) for row in rows(text, heading)]
+              for text, heading in ((chinese, "安全"), (README, "Security"))]
+    assert bounds[0] == bounds[1] != []
+    figures = [re.findall(r"[\d.,]+ [KMG]i?B", text.partition(f"\n### {heading}\n")[2].partition("\n##")[0])
+               for text, heading in ((chinese, "在小型主機上"), (README, "On a small box"))]
+    assert figures[0] == figures[1] != []
+    metrics = [set(re.findall(r"`(panguard_\w+)`", text)) for text in (chinese, README)]
+    assert metrics[0] == metrics[1] - {"panguard_manager"}
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-Hant.md"])
