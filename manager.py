@@ -3174,8 +3174,9 @@ class Manager:
         while True:
             agent_id = "agent-" + secrets.token_hex(4)
             (taken,) = db.execute(
-                "SELECT EXISTS (SELECT 1 FROM agents WHERE id = ?1) OR EXISTS (SELECT 1 FROM threats WHERE "
-                "agent_id = ?1) OR EXISTS (SELECT 1 FROM journal WHERE agent_id = ?1)", [agent_id]).fetchone()
+                "SELECT EXISTS (SELECT 1 FROM agents WHERE id = :id) OR EXISTS (SELECT 1 FROM threats WHERE "
+                "agent_id = :id) OR EXISTS (SELECT 1 FROM journal WHERE agent_id = :id)",
+                {"id": agent_id}).fetchone()
             if not taken:
                 return agent_id
 
@@ -3455,8 +3456,9 @@ class Manager:
     def knows_token(self, token_digest: bytes) -> bool:
         """Whether this is the digest of an agent's token, in use or new. Never waits for a writer."""
         with self.store.read() as db:
-            return db.execute("SELECT 1 FROM agents WHERE token_digest = ?1 UNION SELECT 1 FROM agents "
-                              "WHERE new_token_digest = ?1", (token_digest,)).fetchone() is not None
+            return db.execute("SELECT 1 FROM agents WHERE token_digest = :digest UNION SELECT 1 FROM "
+                              "agents WHERE new_token_digest = :digest",
+                              {"digest": token_digest}).fetchone() is not None
 
     # Enrolment tokens
 
