@@ -4245,6 +4245,7 @@ class Reply(NamedTuple):
     headers: tuple[tuple[str, str], ...] = (_JSON_TYPE,)
     common: tuple[tuple[str, str], ...] = _COMMON_HEADERS
     cut: bool = False  # the connection is to end after half of the body
+    pause_s: float = 0.0  # between the halves of the body
 
 
 class Call(NamedTuple):
@@ -4442,7 +4443,7 @@ REAL_S = number(0, 86_400)
 Drop = typing.Literal["before", "after", "middle"]
 _FAULT: Table = {
     "route": may(ROUTE), "agent_id": may(_KEY), "status": may(number(200, 599, whole=True)),
-    "delay_s": need(REAL_S), "drop": may(one_of(*typing.get_args(Drop))),
+    "delay_s": need(REAL_S), "body_s": need(REAL_S), "drop": may(one_of(*typing.get_args(Drop))),
     "times": need(number(1, _EXACT, whole=True)), "retry_after_s": may(number(0, _EXACT, whole=True)),
     "body": may(_check(bytes, "bytes", bytes, {}))}
 
@@ -4453,7 +4454,8 @@ class Fault:
     """What to do to the next `times` requests of a route (`POST /api/agents/register`; None is any) that name
     an agent (None is any): wait `delay_s` (real seconds), then answer `status`, with `body` (else an error's)
     and `Retry-After`, or drop the connection `before` or `after` the commit, or in the `middle` of the
-    answer's body. A request that is answered `status` is not executed. `hits` counts the requests."""
+    answer's body. `body_s` (real seconds) pass between the halves of the body. A request that is answered
+    `status` is not executed. `hits` counts the requests."""
 
     route: str | None = None
     agent_id: str | None = None
@@ -4463,6 +4465,7 @@ class Fault:
     times: int = 1
     retry_after_s: int | None = None
     body: bytes | None = None
+    body_s: float = 0.0
     hits: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -4472,8 +4475,8 @@ class Fault:
         if self.status is None:
             if self.retry_after_s is not None or self.body is not None:
                 raise Invalid("retry_after_s, body: must not be given without a status")
-            if self.drop is None and self.delay_s == 0:
-                raise Invalid("status, drop, delay_s: must not all be absent or 0")
+            if self.drop is None and self.delay_s == self.body_s == 0:
+                raise Invalid("status, drop, delay_s, body_s: must not all be absent or 0")
         elif self.status < 400 and self.body is None:
             raise Invalid("status: must be from 400 to 599, or with a body from 200 to 599")
         elif self.drop in ("before", "after"):
@@ -4505,10 +4508,10 @@ class Faults(list[Fault]):
 
     def add(self, *, route: str | None = None, agent_id: str | None = None, status: int | None = None,
             delay_s: float = 0.0, drop: Drop | None = None, times: int = 1,
-            retry_after_s: int | None = None, body: bytes | None = None) -> Fault:
+            retry_after_s: int | None = None, body: bytes | None = None, body_s: float = 0.0) -> Fault:
         """Apply a fault to the next requests that match, after those added before it. Raises Invalid, a
         ValueError."""
-        added = Fault(route, agent_id, status, delay_s, drop, times, retry_after_s, body)
+        added = Fault(route, agent_id, status, delay_s, drop, times, retry_after_s, body, body_s)
         self.append(added)
         return added
 
@@ -4655,8 +4658,8 @@ class Api:
             reply = asked or self._serve(route, environ, path, caller)
             if fault and fault.drop == "after":
                 raise Dropped
-            if fault and fault.drop == "middle":
-                reply = reply._replace(cut=True)
+            if fault:
+                reply = reply._replace(cut=fault.drop == "middle", pause_s=fault.body_s)
         except Dropped:
             self.keep_exchange(route, environ, None)
             raise
@@ -4920,6 +4923,22 @@ def request_id(environ: dict[str, Any]) -> str:
     return request.request_id
 
 
+def _halves_of(reply: Reply, wait: Callable[[float], object]) -> Iterator[bytes]:
+    half = len(reply.body) // 2
+    yield reply.body[:half]
+    wait(reply.pause_s)
+    if reply.cut:
+        raise Dropped
+    yield reply.body[half:]
+
+
+def _as_response(reply: Reply, wait: Callable[[float], object]) -> bottle.HTTPResponse:
+    if not reply.cut and not reply.pause_s:
+        return bottle.HTTPResponse(reply.body, reply.status, headers=reply.headers)
+    headers = [*reply.headers, ("Content-Length", str(len(reply.body)))]
+    return bottle.HTTPResponse(_halves_of(reply, wait), reply.status, headers=headers)
+
+
 def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bottle:
     """The HTTP API of a manager as a WSGI application.
 
@@ -4929,15 +4948,7 @@ def create_app(manager: Manager, auth_tokens: Sequence[str] = ()) -> bottle.Bott
     app = bottle.Bottle()
     app.config["catchall"] = False  # answer() has caught what is ours to word; the rest is the server's
     app.api = api
-
-    def half_of(body: bytes) -> Iterator[bytes]:
-        yield body[:len(body) // 2]
-        raise Dropped
-
-    def as_response(reply: Reply) -> bottle.HTTPResponse:
-        body = half_of(reply.body) if reply.cut else reply.body
-        length = [("Content-Length", str(len(reply.body)))] * reply.cut
-        return bottle.HTTPResponse(body, reply.status, headers=[*reply.headers, *length])
+    as_response = functools.partial(_as_response, wait=api.faults.over.wait)
 
     def serve(**path: str) -> bottle.HTTPResponse:
         return as_response(api.answer(bottle.request.route.config["endpoint"], bottle.request.environ, path))
@@ -5819,6 +5830,7 @@ def _sentence(entry: Entry) -> str:
 #                     parse_header                linear time; what readers may read differently is refused;
 #                                                 a body is not received without a known credential
 #   WSGITask          get_environment             a path keeps its slashes
+#                     write                       a part of a body is sent before the rest is made
 #                     service, finish             a stream keeps its connection and returns its worker
 #                     build_response_header       our headers bypass its normalisation: 5 times faster
 #   ErrorTask         execute                     refusals are JSON, with the headers that all answers have
@@ -6287,6 +6299,7 @@ class Task(WSGITask):  # type: ignore[misc]
     """A request being answered by the application."""
 
     content_length: int | None = None
+    content_bytes_written: int
     response_headers: list[tuple[str, str]]
 
     def get_environment(self) -> Environ:
@@ -6305,6 +6318,12 @@ class Task(WSGITask):  # type: ignore[misc]
                 self.channel.sockets.call_soon(self.channel.authenticate, request.authenticated)
             if request.stream:  # not handed over: an error, a HEAD, a client that left
                 request.stream.closed()
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the body, and have the loop send it before the rest is made."""
+        super().write(data)
+        if data and self.content_length and self.content_bytes_written < self.content_length:
+            self.channel.send_early()
 
     def build_response_header(self) -> bytes:
         """waitress decides about the framing; other headers bypass its normalisation (5 times faster)."""
@@ -6393,6 +6412,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     scheme = "http"
     held, wanted = b"", 0  # what has arrived of the next request; for a heartbeat also how long it will be
     in_batch = False  # whether a heartbeat waits for the database
+    early = False  # whether a part of an answer is sent before the rest is made
     began_s, taken = 0.0, 0  # the request being received
     authenticated = False
     counted_as = ""  # the address, later the agent, whose connection it is
@@ -6414,7 +6434,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return not (self.will_close or (busy and self.phase is Phase.HTTP))
 
     def writable(self) -> bool:
-        if self.requests:  # its worker calls update_interest() when it has finished
+        if self.requests and not self.early:  # its worker calls update_interest() when it has finished
             return bool(self.will_close)
         closing = self.will_close or self.close_when_flushed
         return bool(self.output_bytes or closing or self.handshake_writes)
@@ -6491,7 +6511,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def handle_write(self) -> None:
         if self.phase is Phase.HANDSHAKE:
             self._handshake()
-        elif not self.requests:
+        elif not self.requests or self.early:
             self._send_output()
         if self.will_close:
             self.handle_close()
@@ -6627,8 +6647,14 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.output_bytes += len(data)
         return len(data)
 
+    def send_early(self) -> None:
+        """Have the loop send what there is, in a worker."""
+        self.early = True
+        self.sockets.call_soon(self.sockets.update_interest, self)
+
     def service(self) -> None:
         super().service()
+        self.early = False
         self.active_s = time.monotonic()
         self.sockets.call_soon(self._go_on)  # one call, so that the loop is woken once
 

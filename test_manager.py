@@ -8739,7 +8739,8 @@ def test_a_fault_answers_late_and_the_others_do_not_wait_for_it(server: Server) 
 
 @pytest.mark.parametrize(("wrong", "names"), [
     ({"route": "POST /api/nothing", "status": 500}, "route"), ({"drop": "never"}, "drop"),
-    ({"status": 200}, "status"), ({}, "status, drop, delay_s"), ({"delay_s": -1}, "delay_s"),
+    ({"status": 200}, "status"), ({}, "status, drop, delay_s, body_s"), ({"body_s": -1}, "body_s"),
+    ({"delay_s": -1}, "delay_s"),
     ({"delay_s": math.nan}, "delay_s"), ({"delay_s": math.inf}, "delay_s"), ({"delay_s": "1"}, "delay_s"),
     ({"status": 500, "times": 0}, "times"), ({"status": 500, "times": 1.5}, "times"),
     ({"status": 500, "times": "2"}, "times"), ({"status": 500, "body": "text"}, "body"),
@@ -8766,6 +8767,23 @@ def test_a_fault_ends_a_connection_in_the_middle_of_an_answer(server: Server, fa
     assert 0 <= cut.value.expected - len(cut.value.partial) <= 1
     assert len(over_the_wire(server, "GET", "/api/agents")) == (0 if fault else 1)
     assert server.requests[0].status == fault.get("status", 201)
+
+
+def test_a_fault_makes_the_body_of_an_answer_slow(launch: Launch) -> None:
+    site = launch()
+    site.server.faults.add(route="GET /livez", body_s=2 * LIMIT_S)
+    wire = site.wire()
+    wire.send(request("GET", "/livez"))
+    received = b""
+    while b"\r\n\r\n" not in received or received.endswith(b"\r\n\r\n"):
+        received += wire.sock.recv(4096)
+    head, _, half = received.partition(b"\r\n\r\n")
+    length = int(re.search(rb"Content-Length: (\d+)", head)[1])
+    assert len(half) == length // 2
+    site.server.faults.over.set()  # as a stop does
+    while len(half) < length:
+        half += wire.sock.recv(4096)
+    assert json.loads(half)["data"] == {"status": "alive"}
 
 
 def test_a_stop_does_not_wait_for_a_delayed_request(caplog: pytest.LogCaptureFixture) -> None:
