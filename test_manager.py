@@ -2015,24 +2015,18 @@ def test_a_disk_that_another_program_fills_for_a_while_costs_no_event(
 
 
 @pytest.mark.parametrize(("stopped", "free_kib"), [("cleanly", 0), ("cleanly", 8), ("killed", 0)])
-def test_a_start_without_room_on_the_disk_is_refused_in_one_sentence(stopped: str, free_kib: int,
-                                                                     tmp_path: Path) -> None:
+def test_a_start_without_room_on_the_disk_is_refused_in_one_sentence(
+        stopped: str, free_kib: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "none", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a small file system")
-    try:
-        with Running(folder, MANAGER_TLS="off") as running:
-            if stopped == "cleanly":
-                assert running.end() == 0
-        with full_disk(running, folder):
-            os.truncate(folder / "filling", max((folder / "filling").stat().st_size - free_kib * 1024, 0))
-            done = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--tls", "off",
-                                   "--data-dir", folder],
-                                  capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    mount_disk(request, folder, "2m")
+    with Running(folder, MANAGER_TLS="off") as running:
+        if stopped == "cleanly":
+            assert running.end() == 0
+    with full_disk(running, folder):
+        os.truncate(folder / "filling", max((folder / "filling").stat().st_size - free_kib * 1024, 0))
+        done = subprocess.run([sys.executable, manager.__file__, "--port", "0", "--tls", "off",
+                               "--data-dir", folder],
+                              capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == f"panguard-manager: the disk of {folder} is full; free some space"
 
