@@ -9546,10 +9546,13 @@ class Rounds:
     def _new_threats(self, api: Client) -> dict[str, str]:
         """The ids of the threat events since the last check, by the agents' own ids for them."""
         found: dict[str, str] = {}
-        while page := api.get("/api/threats?limit=200" + (f"&before={min(found.values())}" if found else "")):
+        page = api.get("/api/threats?limit=200")
+        while page:
             found |= {each["details"]["own"]: each["id"] for each in page}
             if page[-1]["id"] <= self.newest_threat:
                 break
+            # Not before the least id: ids of reports that wait together are not in the order of instants.
+            page = api.get(f"/api/threats?limit=200&before={page[-1]['id']}")
         self.newest_threat = max(found.values(), default="")
         return found
 
