@@ -1629,9 +1629,9 @@ _LEAST_SQLITE = (3, 35)
 _BUSY_MS = 250  # how long a write waits for another program
 _CHECKPOINT_CHANGES = 2000
 _PAGE_BYTES = 1024  # a heartbeat is 60 bytes, and writes a page
-_LOG_BYTES = 8 * 2**20  # the log is made empty once it is longer; less on a small disk
-_LEAST_LOG_ROOM_BYTES = 2**20
-_LARGEST_LOG_BYTES = 2**26  # eight times the limit
+_LOG_BYTES = 8 * 2**20  # a longer log is truncated; less on a small disk
+_LONGEST_LOG_BYTES = 8 * _LOG_BYTES  # for which the disk keeps space
+_LEAST_TO_COPY_BYTES = 2**20  # that the log may hold, if an eighth of the space is less
 _FEW_PAGES = 1000  # at most so many are copied while writers wait
 _PROBE_BYTES = 2**17  # more than the log may hold without growing
 _APPLICATION_ID = 0x50474D31  # "PGM1": tells the file from other SQLite databases, for `file` too
@@ -1652,13 +1652,18 @@ _FAULTS = (
 )
 
 
+def free_bytes(folder: Path) -> int:
+    """The free space on the disk of a folder. Raises OSError."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
 def fault_sentence(error: BaseException, folder: Path) -> str | None:
-    """What the table of faults says of an error about a data folder; None if it does not have it."""
+    """The sentence in the table of faults for an error about a data folder; None if there is none."""
     text = str(error)
-    if "disk I/O error" in text:  # SQLite says so where a full disk has no room for its shared memory, too
+    if "disk I/O error" in text:  # SQLite also reports this if its shared memory does not fit on the disk
         with contextlib.suppress(OSError):
-            disk = os.statvfs(folder)
-            text = "disk is full" if disk.f_bavail * disk.f_frsize < _PROBE_BYTES else text
+            text = "disk is full" if free_bytes(folder) < _PROBE_BYTES else text
     return next((sentence.format(folder=folder) for sign, sentence in _FAULTS if re.search(sign, text)), None)
 
 
@@ -2363,30 +2368,25 @@ class Store:
             return int(db.execute("SELECT (page_count - freelist_count) * page_size FROM pragma_page_count, "
                                   "pragma_freelist_count, pragma_page_size").fetchone()[0])
 
-    def free_bytes(self) -> int:
-        """How much may still be written to the disk. Raises OSError."""
-        disk = os.statvfs(self.folder)
-        return disk.f_bavail * disk.f_frsize
+    def space_bytes(self) -> tuple[int, int]:
+        """The space that the file and its log may take, and how much of it the file may. Raises OSError.
 
-    def room_bytes(self) -> tuple[int, int]:
-        """What the disk has for the file and its log, and how much of that the file may take. Raises OSError.
-
-        The rest is for the log: one transaction can write every page, and a log that does not fit into the
-        file beside it could never be emptied.
+        The rest is for the log: one transaction can write every page, and the log can be emptied only if the
+        disk has space to copy it into the file.
         """
-        room_bytes = self.size_bytes() + self.free_bytes()
-        return room_bytes, room_bytes - min(room_bytes * 5 // 8, _LARGEST_LOG_BYTES)
+        space_bytes = self.size_bytes() + free_bytes(self.folder)
+        return space_bytes, space_bytes - min(space_bytes * 5 // 8, _LONGEST_LOG_BYTES)
 
-    def has_room(self) -> bool:
-        """Within a transaction: whether more may be written."""
+    def has_space(self) -> bool:
+        """Within a transaction: whether the disk has the space for more."""
         (pages_bytes,) = self.writer.execute(
             "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()
         try:
-            room_bytes, file_bytes = self.room_bytes()
+            space_bytes, file_bytes = self.space_bytes()
             to_copy_bytes = self.log_bytes() + max(0, pages_bytes - self._path.stat().st_size)
         except OSError:
             return True  # the file is gone, which check_files() finds
-        most_bytes = max(room_bytes // 8, _LEAST_LOG_ROOM_BYTES)
+        most_bytes = max(space_bytes // 8, _LEAST_TO_COPY_BYTES)
         return self.used_bytes() <= file_bytes and to_copy_bytes <= most_bytes
 
     def size_bytes(self) -> int:
@@ -2704,9 +2704,9 @@ _SILENT = "announced != 'online'"  # repeats the partial index's predicate so th
 _SWEEP_READ = 50 * _SWEEP_STEP
 _ENTRIES_PER_MINUTE = 30  # that one agent can cause in the journal
 _ROW_BYTES = 512  # of a threat event beside its texts, its indexes included
-_LEAST_SHARE_BYTES = 4 * 2**20  # of threat events that an agent may report in a minute; or 5 % of the bound
-_PURGE_ROOM_BYTES = 32 * 2**20  # of what the disk has room for; an eighth of a small disk
-_LEAST_EXCESS_BYTES = 8 * 2**20  # of the database over its bound, beyond which reports are refused; or 10 %
+_LEAST_SHARE_BYTES = 4 * 2**20  # that an agent may report in a minute, if 5 % of the bound is less
+_PURGE_SPACE_BYTES = 32 * 2**20  # left to purges on the disk; on a small one an eighth of the file's space
+_LEAST_EXCESS_BYTES = 8 * 2**20  # over the bound, from which reports are refused, if 10 % of it is less
 _AGENTS_COUNTED = 100_000  # agents whose bytes in a minute are remembered, the latest
 _PURGE_STEP = 25  # rows removed in one transaction: each is a page in every index
 _COUNTED = "received_ms, org_id, severity, type, agent_id, source_ip, state"  # what threat_totals count by
@@ -3540,7 +3540,7 @@ class Manager:
             self._bound_report(now, agent_id, sum(map(_stored_bytes, events, details, indicators)))
         ids, stored = [], []
         with self.store.transaction() as db:
-            if not self.store.has_room():
+            if not self.store.has_space():
                 self._note_full()
                 raise Unavailable(_FULL, retry_after_s=5)
             agent = self._row(db, now, agent_id)
@@ -3989,16 +3989,16 @@ class Manager:
         return len(gone)
 
     def _measure_disk(self) -> None:
-        """Learn how large the database may be, at the start and once an hour: a disk that another program
-        fills for some minutes is no reason to remove anything."""
+        """Find out how large the database may be, at the start and then once an hour. A disk that another
+        program fills for some minutes is no reason to remove anything."""
         tick_ms = self.clock.now().tick_ms
         if tick_ms - self._measured_ms < _HOUR_MS:
             return
         self._measured_ms = tick_ms
         self.most_bytes = self.config.max_db_bytes
         with contextlib.suppress(OSError):  # the folder is gone: the store tells that
-            file_bytes = self.store.room_bytes()[1]
-            self.most_bytes = min(self.most_bytes, file_bytes - min(file_bytes // 8, _PURGE_ROOM_BYTES))
+            file_bytes = self.store.space_bytes()[1]
+            self.most_bytes = min(self.most_bytes, file_bytes - min(file_bytes // 8, _PURGE_SPACE_BYTES))
 
     def _purge_for_space(self) -> int:
         """Remove some of the oldest threat events and entries if the database is too large; how many."""
@@ -4717,7 +4717,7 @@ class Api:
              "Threat events and entries removed because of MANAGER_MAX_DB_BYTES.", manager.purged_for_space),
             ("write_ahead_log_bytes", "gauge", "Size of the write-ahead log.", manager.store.log_bytes()),
             ("disk_free_bytes", "gauge", "Free space on the disk of the data folder.",
-             manager.store.free_bytes()),
+             free_bytes(manager.store.folder)),
             ("certificate_end_timestamp_seconds", "gauge",
              "When the certificate in use ends, 0 if there is none or openssl is missing.",
              self.certificate_end_s()),
@@ -7352,9 +7352,9 @@ class Server(Generic[_ClockT]):
             self.manager = Manager(self.config, self.clock, store)
             self._note_run("manager_started")
             if (most_bytes := self.manager.most_bytes) < self.config.max_db_bytes:
-                self.notes.append(f"Warning: the disk of {folder} has room for a database of {most_bytes} "
-                                  "bytes, less than MANAGER_MAX_DB_BYTES; one that is larger loses its "
-                                  "oldest threats")
+                self.notes.append(f"Warning: the database on the disk of {folder} may take {most_bytes} "
+                                  "bytes, less than MANAGER_MAX_DB_BYTES; above that the oldest threats "
+                                  "and entries are removed early")
             undo.callback(self._record_stop)
             app = create_app(self.manager, tokens)
             self._api: Api = app.api
