@@ -2767,7 +2767,6 @@ class Manager:
         self.events_reported: Counter[str] = Counter()
         self._checked_ms = self._probed_ms = self.started.tick_ms - _PROBE_MS
         self._agent_counts = (0, 0)  # agents in all, and online, when check_health() last counted them
-        self._fleet_changed = True  # an agent was added or removed since then
         self._problem: str | None = None  # why it could not write
         # By agent: the tick its minute began at, its entries since, those suppressed, the worst severity.
         self._entries: dict[str, tuple[int, int, int, int]] = {}
@@ -3109,7 +3108,7 @@ class Manager:
                            "VALUES (?, ?, ?, 'online', ?)", (key, now.tick_ms, now.wall_ms, version))
                 entry |= {"claimed": claimed} if claimed else {}
                 total, online = self._agent_counts
-                self._agent_counts, self._fleet_changed = (total + 1, online + 1), True
+                self._agent_counts = total + 1, online + 1
             self._journal_of_agent(now, "agent_reregistered" if row else "agent_registered", caller,
                                    agent_id, org_id, entry, always=row is None or caller.role == "admin")
             if clone:
@@ -3389,7 +3388,7 @@ class Manager:
         db.execute("DELETE FROM agents WHERE key = ?", (row["key"],))
         total, online = self._agent_counts
         was_online = self.liveness.status(row["seen_ms"], now.tick_ms) is Status.ONLINE
-        self._agent_counts, self._fleet_changed = (total - 1, online - was_online), True
+        self._agent_counts = total - 1, online - was_online
         db.execute("DELETE FROM policies_in_force WHERE scope = 'agent:' || ?", (row["id"],))
         self.store.journal(now.wall_ms, "agent_deregistered", caller, row["id"], row["org_id"],
                            {"hostname": row["hostname"]})
@@ -4111,14 +4110,8 @@ class Manager:
                 self.store.probe()
                 self._probed_ms = tick_ms
             with self.store.transaction(durable=False) as db:  # in which nobody adds or removes an agent
-                total = self._agent_counts[0]
-                if self._fleet_changed:
-                    (total,) = db.execute(_ALL_AGENTS).fetchone()
-                silent = sum(db.execute(
-                    f"SELECT count(*) FROM contacts c WHERE {self._of_status(now, status)}",
-                    self.liveness.cutoffs(now.tick_ms)).fetchone()[0]
-                    for status in (Status.STALE, Status.OFFLINE))
-                self._agent_counts, self._fleet_changed = (total, total - silent), False
+                counts = self._counts(db, now)
+                self._agent_counts = sum(counts.values()), counts[Status.ONLINE]
             self._problem = None
         except Unavailable as error:
             self._problem = str(error)
