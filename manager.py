@@ -4216,8 +4216,7 @@ class RequestState:
     """What the server and the API pass to each other about one request; see request_state()."""
 
     stream: EventStream | None = None  # from the API: the stream that takes the connection over
-    authenticated: str | None = None  # from the API: the id of the agent whose token it was, "" for a role's
-    caller: Caller | None = None  # from the API: whose credential it was
+    caller: Caller | None = None  # from the API: whose credential it was; None if there was no right one
     requests_left: int | None = None  # that its client may send in this minute; None: not counted yet
     request_id = ""  # the one made for a request that brings none
 
@@ -4827,8 +4826,7 @@ class Api:
         if caller is None:
             self._failed_logins.count(address, self.manager.clock.now().tick_ms)
             raise Unauthorized("the token is wrong or has expired, or its agent was deregistered")
-        request = request_state(environ)
-        request.caller, request.authenticated = caller, caller.agent.id if caller.agent else ""
+        request_state(environ).caller = caller
         if caller.role not in route.allow:
             raise Forbidden(f"the {caller.role}'s token may not do this")
         if caller.agent and path.get("id", caller.agent.id) != caller.agent.id:
@@ -6307,8 +6305,8 @@ class Task(WSGITask):  # type: ignore[misc]
             raise ClientDisconnected from None
         finally:
             request = request_state(self.environ or {})
-            if not self.channel.authenticated and request.authenticated is not None:
-                self.channel.sockets.call_soon(self.channel.authenticate, request.authenticated)
+            if not self.channel.authenticated and request.caller:
+                self.channel.sockets.call_soon(self.channel.authenticate, request.caller)
             if request.stream:  # not handed over: an error, a HEAD, a client that left
                 request.stream.closed()
 
@@ -6488,16 +6486,16 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def parser_class(self, adj: Any) -> Request:
         return Request(adj, self)
 
-    def authenticate(self, agent_id: str) -> None:
-        """The client has shown a credential: it may be idle for longer, and is counted as this agent's."""
+    def authenticate(self, caller: Caller) -> None:
+        """Let a client that has shown a credential be idle for longer; count an agent's connection as its."""
         if not self.connected:  # closed meanwhile: it is no longer counted
             return
         site = self.server.site
         self.authenticated = True
         site.count_connection(self.counted_as, -1)
-        self.counted_as = agent_id
-        site.count_connection(agent_id, 1)
-        if site.connections_of[agent_id] > site.address_limit:
+        self.counted_as = caller.agent.id if caller.agent else ""
+        site.count_connection(self.counted_as, 1)
+        if site.connections_of[self.counted_as] > site.address_limit:
             site.note_connection(self.addr[0])
             self.refusal = Overloaded("this agent has too many connections; close those not needed")
 
@@ -6806,9 +6804,9 @@ class HeartbeatBatch:
         date = http_date(int(time.time()))
         for (channel, environ), reply in zip(waiting, replies, strict=True):
             channel.in_batch = False
-            authenticated = request_state(environ).authenticated
-            if not channel.authenticated and authenticated is not None:
-                channel.authenticate(authenticated)
+            caller = request_state(environ).caller
+            if not channel.authenticated and caller:
+                channel.authenticate(caller)
             self._api.keep_exchange(route, environ, reply)
             closing = site.stopping or environ.get("HTTP_CONNECTION", "").lower() == "close"
             lines = "".join([f"{name}: {value}\r\n" for name, value in reply.headers])
