@@ -999,10 +999,10 @@ def _accept_claim(value: str) -> str:
 
 
 def _accept_instant(value: str | int) -> int:
-    # Those of the years 1 to 9999.
-    if isinstance(value, int) and not -62_135_596_800_000 <= value < 253_402_300_800_000:
-        raise ValueError
-    return instant_ms(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return instant_ms(value)
+    iso(value)  # raises ValueError outside of the years 1 to 9999
+    return value
 
 
 _MUST_BE_INSTANT = "an instant such as 2026-03-07T12:00:00.000Z"
