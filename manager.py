@@ -1634,7 +1634,7 @@ _LONGEST_LOG_BYTES = 8 * _LOG_BYTES  # for which the disk keeps space
 _LEAST_TO_COPY_BYTES = 2**20  # that the log may hold, if an eighth of the space is less
 _FEW_PAGES = 1000  # at most so many are copied while writers wait
 _PROBE_BYTES = 2**17  # more than the log may hold without growing
-_APPLICATION_ID = 0x50474D31  # "PGM1": tells the file from other SQLite databases, for `file` too
+_APPLICATION_ID = 0x50474D31  # "PGM1": marks the file as a manager's, also for the command `file`
 _LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'journal'"
 _RUNNING = "another manager is running on {folder}; stop it or choose another --data-dir"
 _NOT_AVAILABLE = "the database is not available: "
@@ -1669,8 +1669,8 @@ def fault_sentence(error: BaseException, folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def refused_start(folder: Path) -> Iterator[None]:
-    """Raise StartError, with the sentence of the table of faults if it has one, for what the system or SQLite
-    refuses."""
+    """Raise StartError for what the system or SQLite refuses, with the sentence of the table of faults, if it
+    has one."""
     try:
         yield
     except Unavailable as error:
@@ -2064,8 +2064,8 @@ class Store:
         """All or nothing. A durable one is on the disk when it returns, any other with the next durable one.
 
         Durable ones that wait for the lock share a commit. Within a transaction of the same thread this is a
-        part of it: if the part fails, only the part is undone; if the whole fails, so does the part. Without
-        a `savepoint` a part is undone only with the whole. `turn`, if given, holds the lock already; then
+        part of it: if the part fails, only the part is undone; if the whole fails, all of it is. Without a
+        `savepoint` a part is undone only with the whole. `turn`, if given, holds the lock already; then
         another program is not waited for. Raises Unavailable, with nothing changed, if the file cannot be
         written.
         """
@@ -2116,7 +2116,7 @@ class Store:
             except BaseException:  # from a signal handler
                 self._finish(mine)
                 raise
-        if commit:  # after a failure, too: writes that led to it may still be undone
+        if commit:  # also after a failure: it may be due to writes that are still undone
             commit.wait(mine)
         if failure:
             self._translate(failure)
@@ -2363,7 +2363,7 @@ class Store:
             return 0
 
     def used_bytes(self) -> int:
-        """What the pages in use take: the file does not shrink, it uses the pages of removed rows again."""
+        """The size of the pages in use: the file does not shrink, and uses pages of removed rows again."""
         with self.read() as db:
             return int(db.execute("SELECT (page_count - freelist_count) * page_size FROM pragma_page_count, "
                                   "pragma_freelist_count, pragma_page_size").fetchone()[0])
@@ -2587,8 +2587,8 @@ def _give_to_owner(path: Path, folder: Path) -> None:
 def restore(backup: Path, folder: Path) -> tuple[dict[str, int], Path | None]:
     """Replace what a data folder holds by a backup; what the backup holds, and where the former files are.
 
-    Raises OSError and ManagerError, also while a manager runs there; then nothing is replaced. Once this was
-    cut short, a manager does not start there.
+    Raises OSError and ManagerError, also if a manager runs there; then nothing is replaced. After a restore
+    that was cut short, no manager starts there.
     """
     backup.open("rb").close()
     make_folder(folder)
@@ -2783,7 +2783,7 @@ class Manager:
         self._to_journal: list[tuple[int, str, int]] = []  # what was forgiven: wall_ms, cause, duration in ms
         self._writable_ms = self.started.tick_ms  # when contacts could last be recorded, on the same tick
         self._outage_ms: int | None = None  # that instant, while they cannot be recorded
-        self._measured_ms = self.started.tick_ms - _HOUR_MS  # when the disk was last looked at, on the tick
+        self._measured_ms = self.started.tick_ms - _HOUR_MS  # when the disk was last measured, on the tick
         self._measure_disk()
         self._start_clock()
         self.reset_silence()
@@ -3893,7 +3893,7 @@ class Manager:
             source = "WHERE agent_id = :agent_id" if agent_id else "INDEXED BY threats_time WHERE TRUE"
             counted = (f"SELECT min((received_ms - :since_ms) / {_HOUR_MS}, :last), severity, count(*) "
                        f"FROM threats {source} AND received_ms >= :since_ms AND state != 'false_positive'")
-            if not agent_id and since_ms % _HOUR_MS == 0:  # not after a step by part of an hour
+            if not agent_id and since_ms % _HOUR_MS == 0:  # else the hours of the totals are not those shown
                 counted = (f"SELECT min(hour - :since_ms / {_HOUR_MS}, :last), value, sum(n) FROM "
                            f"threat_totals WHERE kind = 'severity' AND hour >= :since_ms / {_HOUR_MS}")
             for index, severity, count in db.execute(f"{counted} GROUP BY 1, 2", given):
@@ -4134,7 +4134,7 @@ class Manager:
 
     def _counts(self, db: sqlite3.Connection, now: Moment, org_id: str | None = None,
                 agent_id: str | None = None) -> dict[Status, int]:
-        """How many agents have which status: of all, of an org, or one. Only the silent ones are searched."""
+        """How many agents have which status: of all, of an org, or one. Only the silent ones are read."""
         given = {**self.liveness.cutoffs(now.tick_ms), "org_id": org_id, "agent_id": agent_id}
         source, scope = "contacts c", ""
         if org_id or agent_id:
@@ -4430,7 +4430,7 @@ def _clean_route(value: Any, path: str, problems: list[str]) -> Any:
     return one_of(*sorted(f"{each.method} {each.path}" for each in ENDPOINTS)).clean(value, path, problems)
 
 
-ROUTE = Check(_clean_route, {"type": "string"})  # of ENDPOINTS, which is complete only later
+ROUTE = Check(_clean_route, {"type": "string"})  # ENDPOINTS is complete only later
 REAL_S = number(0, 86_400)
 Drop = typing.Literal["before", "after", "middle"]
 _FAULT: Table = {
@@ -4438,7 +4438,6 @@ _FAULT: Table = {
     "delay_s": need(REAL_S), "body_s": need(REAL_S), "drop": may(one_of(*typing.get_args(Drop))),
     "times": need(number(1, _EXACT, whole=True)), "retry_after_s": may(number(0, _EXACT, whole=True)),
     "body": may(_check(bytes, "bytes", bytes, {}))}
-
 
 
 @dataclass
@@ -4611,8 +4610,8 @@ class Api:
         self._newcomers = Throttle("registrations without a token", _NEWCOMERS_PER_MINUTE)
         self.latencies, self.refusals = Latencies(), Refusals()
         self.streams: Streams | None = None  # set by a server that can serve event streams
-        self.notifier: Notifier | None = None  # whoever serves notifications says otherwise
-        self.certificate_end_s: Callable[[], float] = lambda: 0.0  # set by whoever has a certificate
+        self.notifier: Notifier | None = None  # set by a server that sends notifications
+        self.certificate_end_s: Callable[[], float] = lambda: 0.0  # set by a server with a certificate
         self.proved_s = 0.0  # when the manager made its last backup by itself, in s since 1970
         self.backups_failed = 0  # since then
         self.faults = Faults()
@@ -5867,7 +5866,7 @@ class SystemClock:
         while True:
             tick_ns, boot_ns, wall_ns = time.monotonic_ns(), time.clock_gettime_ns(self._BOOT), time.time_ns()
             if time.monotonic_ns() - tick_ns < self._READING_NS:
-                wall_ns -= tick_ns % 1_000_000  # both change at once: an instant worked out stays the same
+                wall_ns -= tick_ns % 1_000_000  # so that the difference of both in ms is constant
                 return Moment(wall_ns // 1_000_000, tick_ns // 1_000_000, (boot_ns - tick_ns) // 1_000_000)
 
     def stalled_ms(self) -> int:
@@ -6908,7 +6907,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             self.task_dispatcher.add_task(channel)
 
     def _is_in_memory(self, sockets: SocketMap, request: Request) -> bool:
-        """Whether the loop answers from memory, as it does a few times a pass: workers may be waiting."""
+        """Whether the loop itself answers, from memory: the workers may all wait for the database."""
         return (request.command in ("GET", "HEAD") and request.path in self.site.in_memory and
                 sockets.calls_waiting < IN_MEMORY_AT_ONCE and not self.site.api.faults)
 
@@ -7055,7 +7054,7 @@ class WebServer:
                 del self.connections_of[whose]
 
     def note_connection(self, address: str) -> None:
-        """Count and log one that is refused because there are too many."""
+        """Count and log a connection that is refused because there are too many."""
         self.api.refusals.note("connections", address, self.api.manager.clock.now().tick_ms,
                                "too many; see MANAGER_CONNECTIONS_PER_ADDRESS and ulimit -n")
 
@@ -7121,7 +7120,7 @@ class Backups:
             raise StartError(f"{own} cannot be used ({error}); remove it to get a new one") from None
 
     def _made(self) -> list[Path]:
-        """Those made of this data folder, oldest first; whatever else is there is not touched."""
+        """The backups of this data folder, oldest first, and no other files."""
         of_one = re.compile(re.escape(self._prefix) + r"\d{8}T\d{6}Z\.backup")
         return sorted(path for path in self._kept.glob("panguard-*.backup")
                       if of_one.fullmatch(path.name) and path.is_file() and not path.is_symlink())
@@ -7172,10 +7171,10 @@ _WAIT: Table = {
 
 
 class Waits(Generic[_SeenT]):
-    """Waits for the next journal entry, or the next request: for the first that fits after a number.
+    """Waits for a journal entry, or a request: for the first that fits after a number.
 
-    `read(after=…, limit=…, order=…, **wanted)` gives those there are. `given` is the number of the one given
-    last, after which the next wait goes on; a wait that is cancelled or finds none leaves it as it is.
+    `read(after=…, limit=…, order=…, **wanted)` returns those that fit. `given` is the number of the one that
+    was returned last; the next wait begins after it. It stays if a wait is cancelled or finds none.
     """
 
     def __init__(self, server: Server[Any], read: Callable[..., Sequence[_SeenT]]) -> None:
@@ -7222,7 +7221,7 @@ class Waits(Generic[_SeenT]):
 
     def _search(self, after: int | None, timeout_s: float,
                 wanted: Mapping[str, Any]) -> Callable[[bool], _SeenT | None]:
-        """A function that gives the next one or, while the argument says that it is in time, None."""
+        """A function that returns the next one, or else None; if not `in_time`, it raises TimeoutError."""
         clean_arguments(_WAIT, {"after": after, "timeout_s": timeout_s, **wanted})
         manager, first = self._server.manager, self.given if after is None else after
         asked = ", ".join(f"{name} {value!r}" for name, value in wanted.items() if value is not None)
@@ -7239,7 +7238,7 @@ class Waits(Generic[_SeenT]):
         return look
 
     def _instead(self, after: int, wanted: Mapping[str, Any]) -> Iterator[str]:
-        """For a timeout: what came, and what may have been meant."""
+        """For a TimeoutError: what came instead, and why the one that was wanted may be missing."""
         latest = self._read(after=after, limit=_LATEST, order="desc")[::-1]
         others = latest[0].seq - after - 1 if latest else 0
         yield f"{others} others came, then:" if others else "these came:" if latest else "nothing else came"
@@ -7306,7 +7305,7 @@ class Server(Generic[_ClockT]):
         self._exchanges: deque[Exchange] = deque(maxlen=1000)
         self._exchanges_lock = threading.Lock()
 
-    if not typing.TYPE_CHECKING:  # a type checker is to refuse names that there are not
+    if not typing.TYPE_CHECKING:  # or type checkers would accept any name
         def __getattr__(self, name: str) -> Any:
             early = "; start() it first" if name in Server.__annotations__ else ""
             raise AttributeError(f"this Server has no attribute {name!r}{early}")
@@ -7430,7 +7429,7 @@ class Server(Generic[_ClockT]):
     def wait_for(self, *, type: str | None = None, agent_id: str | None = None, after: int | None = None,
                  timeout_s: float = 5.0) -> Entry:
         """The first journal entry of that type and agent after `after`, or else after the one given last, as
-        soon as there is one. With a `data_dir`, the one given last is known after a restart, too.
+        soon as there is one. With a `data_dir`, the next wait after a restart continues from there.
 
         Raises Invalid, a ValueError, for a type that no entry has; Unavailable when the server is stopped;
         TimeoutError, with the latest entries, when `timeout_s` (real seconds) have passed.
@@ -7597,7 +7596,7 @@ class Server(Generic[_ClockT]):
 
     @property
     def outer_url(self) -> str | None:
-        """Where other hosts reach it: at the first MANAGER_TLS_NAME, else its address; None if none does."""
+        """The URL for other hosts: with the first MANAGER_TLS_NAME, else its address; None on loopback."""
         config = self.config
         if _is_loopback(config.host):
             return None
@@ -7745,7 +7744,7 @@ class OwnCertificate:
         return not self._is_early() and wall_ms + _RENEWAL_MS < self._ends_s * 1000
 
     def _is_early(self) -> bool:
-        """Whether the system's clock, by which openssl goes, was set back: more than it is corrected."""
+        """Whether it begins a minute from now or later: the clock that openssl uses was set back."""
         return self._starts_s > time.time() + 60
 
     def fault(self, wall_ms: int) -> str:
@@ -8686,14 +8685,14 @@ def _examined_agent(cli: Cli, agent: Mapping[str, Any],
     newest: dict[str, Any] = {}
     for entry in entries:
         is_newest = newest.setdefault(entry["type"], entry) is entry and entry["type"] in _ADVICE
-        if is_newest and not (entry in refused and agent["status"] != "online"):  # which the cause says
+        if is_newest and not (entry in refused and agent["status"] != "online"):  # _cause() names it
             tell(entry["at"], _advice(entry))
     findings.sort(key=lambda each: each["at"], reverse=True)
     shown = {"id": agent["id"], "hostname": agent["hostname"], "findings": [first, *findings]}
     return shown, agent["status"] != "online" or "agent_refused" in newest
 
 
-@command("backup", "write a proved backup of the data folder, also while the manager runs",
+@command("backup", "write a checked backup of the data folder, also while the manager runs",
          Option("file", help="file to write, mode 0600"),
          Option("--db-only", action="store_true", help="without the token and the certificate"),
          example="backup panguard.backup")
