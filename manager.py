@@ -7356,14 +7356,14 @@ class Server(Generic[_ClockT]):
             for receiver in self._notifier.receivers:
                 undo.callback(run_thread("panguard-notify", receiver.run, receiver.stop))
             undo.callback(self._notifier.stop)  # all of them, before any is waited for
+            backups = Backups(self.config, folder, self._api) if self.config.backup_dir else None
             self._listen(app, folder, undo)
             undo.callback(self.faults.over.set)
             self._api.certificate_end_s = lambda: getattr(self._web.tls_context, "end_s", 0.0)
             interval_s = max(0.05, min(1.0, self.config.heartbeat_timeout_ms / 10_000))
             undo.callback(self.clock.every(interval_s, self._tick))
             self._check_daily(store, undo)
-            if self.config.backup_dir:
-                backups = Backups(self.config, folder, self._api)
+            if backups:
                 undo.callback(run_thread("panguard-backup", backups.run, backups.over.set))
             self._undo = undo.pop_all()
         self._running = True

@@ -8050,6 +8050,15 @@ def test_a_generated_pair_that_cannot_serve_is_made_anew(broken: str, tmp_path: 
             assert wire.call(request("GET", "/health")).status == 200
 
 
+def test_a_start_without_its_backup_folder_replaces_no_certificate(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with Server(port=0, data_dir=folder):
+        former = (folder / "cert.pem").read_bytes()
+    with pytest.raises(StartError, match="MANAGER_BACKUP_DIR"):
+        Server(port=0, data_dir=folder, tls_name="new.example.org", backup_dir=tmp_path / "missing").start()
+    assert (folder / "cert.pem").read_bytes() == former
+
+
 @pytest.mark.parametrize("wrong", [{"host": "192.0.2.200"}, {"tls_name": "typo.example.org"}])
 def test_a_start_that_cannot_listen_replaces_no_certificate(wrong: Any, tmp_path: Path) -> None:
     with Server(port=0, data_dir=tmp_path, tls="auto") as server:
