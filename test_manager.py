@@ -6511,16 +6511,11 @@ class Receiving(contextlib.AbstractContextManager["Receiving"]):
                 client, _ = self._socket.accept()
             except OSError:
                 return
-            file = client.makefile("rb")
-            with file:
-                path = file.readline().split()
-                if not path:
-                    client.close()
-                    continue
-                headers = dict(iter(
-                    lambda file=file: tuple(file.readline().decode().strip().split(": ", 1)), ("",)))
-                body = file.read(int(headers["Content-Length"]))
-            self.heard.append((path[1].decode(), headers, json.loads(body)))
+            told = self._read(client)
+            if told is None:
+                client.close()
+                continue
+            self.heard.append(told)
             self.before()
             answer = self.answers.pop(0) if self.answers else 200
             if answer is None:
@@ -6530,6 +6525,23 @@ class Receiving(contextlib.AbstractContextManager["Receiving"]):
                 answer = f"HTTP/1.1 {answer} Said\r\nContent-Length: 0\r\n\r\n".encode()
             with client, suppress(OSError):
                 client.sendall(answer)
+
+    def _read(self, client: socket.socket) -> tuple[str, dict[str, str], Any] | None:
+        """The path, headers and body of a request; None if the connection ended before the request did."""
+        with client.makefile("rb") as file, suppress(OSError):
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                line = file.readline()
+                if not line:
+                    return None
+                head += line
+            first, *lines = head.decode().split("\r\n")[:-2]
+            headers = dict(each.split(": ", 1) for each in lines)
+            length = int(headers["Content-Length"])
+            body = file.read(length)
+            if len(body) == length:
+                return first.split()[1], headers, json.loads(body)
+        return None
 
     def texts(self) -> list[str]:
         """The texts of the notifications that came."""
@@ -6541,6 +6553,20 @@ class Receiving(contextlib.AbstractContextManager["Receiving"]):
         self._thread.join()
         for each in self.silent:
             each.close()
+
+
+@pytest.mark.parametrize("half", [b"", b"POST", b"POST / HTTP/1.1\r\nHo", request("POST", "/", b"{}")[:-2],
+                                  request("POST", "/", b"{}")[:-1]],
+                         ids=["nothing", "half a line", "half a head", "no body", "half a body"])
+def test_the_receiver_of_these_tests_skips_a_request_that_was_cut(half: bytes) -> None:
+    with Receiving() as receiver:
+        for data in (half, request("POST", "/whole", b"{}")):
+            address = "127.0.0.1", urlsplit(receiver.url).port
+            with socket.create_connection(address, timeout=LIMIT_S) as client:
+                client.sendall(data)
+                client.shutdown(socket.SHUT_WR)
+                client.recv(100)
+        assert [path for path, _, _ in receiver.heard] == ["/whole"]
 
 
 @contextlib.contextmanager
